@@ -1,0 +1,1 @@
+"""FFCV: write .beton files, load batches from any position on, augment reproducibly."""

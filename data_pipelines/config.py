@@ -1,0 +1,50 @@
+"""The settings of data: which images, where they lie, how they are batched. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from data_pipelines.registry import DATASETS
+from engine.config import may_change, require, require_number
+from engine.errors import unknown_name
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """A dataset, its .beton files and its loader."""
+
+    dataset: str = "cifar10"
+    """One of `ghostmask show datasets`."""
+    root: str = may_change("data")
+    """Folder with the source images (or where to download them); .beton files are written to ROOT/beton."""
+    batch_size: int = 256
+    """Global batch: images of all ranks together per optimizer step."""
+    augment: bool = True
+    """Random crop and flip of training images."""
+    num_workers: int = may_change(2)
+    """FFCV worker threads per rank."""
+    image_size: int = 0
+    """Side of a training image in pixels; 0 = the dataset's own."""
+    max_resolution: int = 512
+    """Longest shorter side that an image folder's .beton keeps."""
+    jpeg_fraction: float = 0.5
+    """Share of an image folder's images stored as JPEG, the rest raw; in [0, 1]."""
+    num_train: int = 1024
+    """dataset=synthetic only: training images."""
+    num_eval: int = 256
+    """dataset=synthetic only: evaluation images."""
+    num_classes: int = 10
+    """dataset=synthetic only: classes."""
+
+    def __post_init__(self) -> None:
+        if self.dataset not in DATASETS:
+            raise unknown_name("data.dataset", self.dataset, DATASETS)
+        require_number("data.batch_size", self.batch_size, 1)
+        require_number("data.num_workers", self.num_workers, 1)
+        require_number("data.image_size", self.image_size, 0)
+        require_number("data.max_resolution", self.max_resolution, 16)
+        require_number("data.jpeg_fraction", self.jpeg_fraction, 0, 1)
+        require_number("data.num_train", self.num_train, 1)
+        require_number("data.num_eval", self.num_eval, 1)
+        require_number("data.num_classes", self.num_classes, 2)
+        require(bool(self.root), "data.root", self.root, "give a folder")

@@ -1,0 +1,157 @@
+"""The engine's own settings: optimizer, training loop, fine-tuning, checkpoints. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.errors import bad_value, unknown_name
+from engine.position import Duration
+
+SCHEDULES = ("cosine", "step", "constant")
+PRECISIONS = ("fp32", "bf16")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def may_change(default: Any) -> Any:
+    """A field that may differ when a run is resumed, because it does not change what the run computes."""
+    return field(default=default, metadata={"may_change": True})
+
+
+def require(ok: bool, name: str, value: object, fix: str) -> None:
+    """Raise the InputError of `name` = `value` unless ok."""
+    if not ok:
+        raise bad_value(name, value, fix)
+
+
+def require_number(name: str, value: float, low: float, high: float = math.inf, *, above: bool = False) -> None:
+    """Raise unless low <= value <= high (low < value with `above`); nan and inf never pass."""
+    ok = math.isfinite(value) and (value > low if above else value >= low) and value <= high
+    bound = f"{'(' if above else '['}{low:g}, {high:g}]" if high < math.inf else f"{'above' if above else 'at least'} {low:g}"
+    require(ok, name, value, f"give a number {'in ' if high < math.inf else ''}{bound}")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """SGD on the weights and the learning-rate schedule that every parameter group follows."""
+
+    lr: float = 0.1
+    """Peak learning rate of the weights."""
+    momentum: float = 0.9
+    """SGD momentum."""
+    nesterov: bool = False
+    """Nesterov momentum."""
+    weight_decay: float = 5e-4
+    """L2 penalty on every weight, batch norm included; never on probabilities."""
+    clip: float = 0.0
+    """Largest joint norm of all gradients, weights and probabilities together; 0 = no clipping."""
+    schedule: str = "cosine"
+    """cosine (to 0), step (x gamma at each milestone) or constant, evaluated at every optimizer step."""
+    warmup: str = "0ep"
+    """Linear rise from 0 at the start of the run's first phase, such as 5ep or 500st."""
+    milestones: tuple[int, ...] = ()
+    """Epochs at which schedule=step multiplies the rate by gamma."""
+    gamma: float = 0.1
+    """Factor of schedule=step."""
+
+    def __post_init__(self) -> None:
+        require_number("optim.lr", self.lr, 0, above=True)
+        require_number("optim.momentum", self.momentum, 0, 0.9999)
+        require_number("optim.weight_decay", self.weight_decay, 0)
+        require_number("optim.clip", self.clip, 0)
+        require_number("optim.gamma", self.gamma, 0, 1, above=True)
+        Duration.parse(self.warmup, "optim.warmup")
+        if self.schedule not in SCHEDULES:
+            raise unknown_name("optim.schedule", self.schedule, SCHEDULES)
+        require(not self.nesterov or self.momentum > 0, "optim.nesterov", self.nesterov, "needs optim.momentum above 0")
+        require(
+            list(self.milestones) == sorted(set(self.milestones)) and all(m > 0 for m in self.milestones),
+            "optim.milestones", self.milestones, "give rising epochs above 0, such as [90, 135]",
+        )  # fmt: skip
+        require(
+            self.schedule != "step" or bool(self.milestones),
+            "optim.milestones", self.milestones, "schedule=step needs milestones, such as [90, 135]",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """The phase after a mask is fixed: the surviving weights go on training under it."""
+
+    epochs: int = 20
+    """Epochs of fine-tuning; 0 = none."""
+    lr: float = 1e-3
+    """Peak learning rate of the weights in this phase."""
+    schedule: str = "constant"
+    """cosine, or constant."""
+
+    def __post_init__(self) -> None:
+        require_number("finetune.epochs", self.epochs, 0)
+        require_number("finetune.lr", self.lr, 0, above=True)
+        if self.schedule not in ("cosine", "constant"):
+            raise unknown_name("finetune.schedule", self.schedule, ("cosine", "constant"))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop: how long, how a step is split and computed, what is logged."""
+
+    epochs: int = 300
+    """Epochs of the main phase (search for ProbMask); fine-tuning comes on top (finetune.epochs)."""
+    zero_stage: int = may_change(1)
+    """DeepSpeed ZeRO stage: 0 replicates, 1 shards optimizer state and probabilities, 2 gradients too."""
+    precision: str = "fp32"
+    """fp32, or bf16 (autocast; parameters, probabilities and optimizer state stay float32)."""
+    accumulation: int = 1
+    """Microbatches per optimizer step and rank."""
+    channels_last: bool = True
+    """Convolutions in channels_last memory order."""
+    compile: bool = False
+    """torch.compile the network."""
+    device: str = may_change("auto")
+    """auto (CUDA where there is one), cpu or cuda."""
+    threads: int = may_change(0)
+    """torch threads per rank on the CPU; 0 = cores / ranks on this machine."""
+    log_every: int = may_change(20)
+    """Optimizer steps between lines of metrics.jsonl, TensorBoard scalars and progress."""
+    eval_every: int = may_change(1)
+    """Epochs between evaluations; the last epoch of a phase is always evaluated."""
+
+    def __post_init__(self) -> None:
+        require_number("train.epochs", self.epochs, 0)
+        if self.zero_stage == 3:
+            raise bad_value(
+                "train.zero_stage", 3, "stage 3 shards the forward pass too, which masks do not support; use 0, 1 or 2"
+            )
+        require(self.zero_stage in (0, 1, 2), "train.zero_stage", self.zero_stage, "use 0, 1 or 2")
+        if self.precision not in PRECISIONS:
+            raise unknown_name("train.precision", self.precision, PRECISIONS)
+        if self.device not in DEVICES:
+            raise unknown_name("train.device", self.device, DEVICES)
+        require_number("train.accumulation", self.accumulation, 1)
+        require_number("train.threads", self.threads, 0)
+        require_number("train.log_every", self.log_every, 1)
+        require_number("train.eval_every", self.eval_every, 1)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved, and how many saves are kept. A checkpoint is also written at the end of each epoch."""
+
+    every_steps: int = may_change(0)
+    """Optimizer steps between checkpoints; 0 = not by steps."""
+    every_minutes: float = may_change(15.0)
+    """Minutes between checkpoints; 0 = not by time."""
+    every_epochs: int = may_change(1)
+    """Epochs between checkpoints; the end of a phase is always saved."""
+    keep: int = may_change(2)
+    """Newest checkpoints that are kept."""
+    asynchronous: bool = may_change(True)
+    """Write in the background while training goes on."""
+
+    def __post_init__(self) -> None:
+        require_number("checkpoint.every_steps", self.every_steps, 0)
+        require_number("checkpoint.every_minutes", self.every_minutes, 0)
+        require_number("checkpoint.every_epochs", self.every_epochs, 1)
+        require_number("checkpoint.keep", self.keep, 1)

@@ -1,0 +1,39 @@
+"""What may a user's input do wrong, and how is it said: one line that names the field, the value and the fix."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Wrong input of the user: the command line prints it as one line and exits with code 2, without a traceback."""
+
+
+class RunStopped(Exception):
+    """The run stopped by itself before its end; `exit_code` is the process's exit code (see docs/operations.md)."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+EXIT_INPUT = 2
+"""Wrong input; nothing was started."""
+EXIT_NON_FINITE = 3
+"""A loss or gradient was not finite; stopped before the optimizer step."""
+EXIT_INTERRUPTED = 75
+"""SIGTERM or SIGUSR1 arrived: a checkpoint was saved; run the same command again to go on (EX_TEMPFAIL)."""
+
+
+def bad_value(field: str, value: object, fix: str) -> InputError:
+    """The error for field = value, e.g. bad_value("mask.density", 1.5, "give a number in (0, 1]")."""
+    return InputError(f"{field} = {value!r}: {fix}")
+
+
+def unknown_name(field: str, value: object, known: Iterable[str]) -> InputError:
+    """The error for a name that is not among the known ones; suggests the nearest and lists all."""
+    names = sorted(known)
+    near = difflib.get_close_matches(str(value), names, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return InputError(f"{field} = {value!r} is not known: {hint}known: {', '.join(names)}")

@@ -1,0 +1,68 @@
+"""The settings of the mask: method, density, and what the methods need. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.config import require, require_number
+from engine.errors import unknown_name
+from masks.registry import METHODS
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """Which weights stay, how many, and how they are found. Fractions of training refer to train.epochs."""
+
+    method: str = "probmask"
+    """One of `ghostmask show methods`."""
+    density: float = 0.1
+    """Fraction of all prunable weights that is kept, in (0, 1]; 1 - sparsity."""
+    path: str = ""
+    """A trained network to start from: a run folder, or a .safetensors or .pt file with a state dict."""
+    dense_layers: tuple[str, ...] = ()
+    """Patterns (fnmatch) of weights that are never pruned, such as ["fc.weight"]; all convolutions and linear layers are prunable otherwise."""
+    constraint: str = "global"
+    """probmask: global (one budget for the network) or layerwise (the same density in every layer)."""
+    lr: float = 6e-3
+    """probmask: peak learning rate of Adam on the probabilities."""
+    samples: int = 2
+    """probmask: noise samples I per step that the loss is averaged over (eq. 3-5)."""
+    noise: str = "per_rank"
+    """probmask: per_rank (every rank draws its own noise) or shared (all ranks the same)."""
+    start_fraction: float = 0.16
+    """Where the density begins to fall (t1 of eq. 7), as a fraction of train.epochs."""
+    end_fraction: float = 0.6
+    """Where the density reaches its target (t2 of eq. 7), as a fraction of train.epochs."""
+    temperature_end: float = 0.03
+    """probmask: temperature at the end; tau = (1 - temperature_end)(1 - t/T) + temperature_end."""
+    train_weights: bool = True
+    """probmask: false = supermask, the weights stay at their initialisation and only probabilities are trained."""
+    final: str = "topk"
+    """probmask: how the final mask comes from s: topk (exactly round(density n) largest), sample, or best_of."""
+    candidates: int = 10
+    """probmask: masks that final=best_of samples and compares on training data."""
+    update_every: int = 100
+    """gmp: optimizer steps between updates of the mask."""
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise unknown_name("mask.method", self.method, METHODS)
+        require_number("mask.density", self.density, 0, 1, above=True)
+        require_number("mask.lr", self.lr, 0, above=True)
+        require_number("mask.samples", self.samples, 1)
+        require_number("mask.candidates", self.candidates, 1)
+        require_number("mask.update_every", self.update_every, 1)
+        require_number("mask.start_fraction", self.start_fraction, 0, 1)
+        require_number("mask.end_fraction", self.end_fraction, 0, 1)
+        require(
+            self.start_fraction < self.end_fraction,
+            "mask.start_fraction", self.start_fraction, f"give less than mask.end_fraction = {self.end_fraction:g}",
+        )  # fmt: skip
+        require_number("mask.temperature_end", self.temperature_end, 0, 1, above=True)
+        for name, value, known in (
+            ("mask.constraint", self.constraint, ("global", "layerwise")),
+            ("mask.noise", self.noise, ("per_rank", "shared")),
+            ("mask.final", self.final, ("topk", "sample", "best_of")),
+        ):
+            if value not in known:
+                raise unknown_name(name, value, known)

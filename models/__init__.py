@@ -1,0 +1,1 @@
+"""The networks, mask-free, listed in `models.registry`."""

@@ -1,0 +1,15 @@
+"""The networks by name: to add one, write it in models/ and add a line here (see CONTRIBUTING.md)."""
+
+from __future__ import annotations
+
+MODELS = {
+    "resnet20": "models.cifar_resnet:resnet20",
+    "resnet32": "models.cifar_resnet:resnet32",
+    "resnet18_cifar": "models.cifar_resnet:resnet18",
+    "resnet50_cifar": "models.cifar_resnet:resnet50",
+    "vgg19": "models.vgg:vgg19",
+    "conv4": "models.conv4:conv4",
+    "resnet18": "models.imagenet_resnet:resnet18",
+    "resnet50": "models.imagenet_resnet:resnet50",
+}
+"""name -> "module:function", imported when it is used; function(num_classes, image_shape) -> nn.Module."""
