@@ -1,0 +1,40 @@
+"""Which environment do all tests share? One thread per process, quiet libraries, cheap tests first, `shared_folder`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ORDER = ("project", "engine", "models", "masks", "data_pipelines", "launcher")
+"""Packages in the order of their tests: those that fail in milliseconds before those that start training runs."""
+
+
+def pytest_configure() -> None:
+    """Set the environment before the first import of torch, for this process and for the ranks that tests start.
+
+    Ranks, FFCV workers and tests share few cores: one thread each is faster than all of them each.
+    """
+    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", NUMBA_NUM_THREADS="1")
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort by package, in ORDER; inside a package the order of files and tests stays."""
+    items.sort(key=_rank)
+
+
+def _rank(item: pytest.Item) -> int:
+    name = item.path.stem.removeprefix("test_")
+    return next((i for i, package in enumerate(ORDER) if name.startswith(package)), len(ORDER))
+
+
+@pytest.fixture(scope="session")
+def shared_folder() -> Path:
+    """The folder with data and documents beside the checkout; a test that uses it is skipped where it is absent."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not folder.is_dir():
+        pytest.skip("no shared folder beside the checkout")
+    return folder
