@@ -1,4 +1,4 @@
-"""Which environment do all tests share? One thread per process, quiet libraries, cheap tests first, `shared_folder`."""
+"""Which environment do all tests share? One thread per process, cheap tests first, `shared_folder`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ ORDER = ("project", "engine", "models", "masks", "data_pipelines", "launcher")
 def pytest_configure() -> None:
     """Set the environment before the first import of torch, for this process and for the ranks that tests start.
 
-    Ranks, FFCV workers and tests share few cores: one thread each is faster than all of them each.
+    Ranks and tests share few cores: one thread each is faster than all of them each.
     """
-    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", NUMBA_NUM_THREADS="1")
-    os.environ.setdefault("DS_LOG_LEVEL", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
