@@ -8,6 +8,7 @@ MODELS = {
     "resnet18_cifar": "models.cifar_resnet:resnet18",
     "resnet50_cifar": "models.cifar_resnet:resnet50",
     "vgg19": "models.vgg:vgg19",
+    "digits_resnet": "models.cifar_resnet:digits_resnet",
     "conv4": "models.conv4:conv4",
     "resnet18": "models.imagenet_resnet:resnet18",
     "resnet50": "models.imagenet_resnet:resnet50",

@@ -1,0 +1,29 @@
+"""Builds the network of a configuration: the same weights for the same seed, whatever was drawn before."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from engine.errors import bad_value
+from engine.registry import resolve
+from models.config import ModelConfig
+from models.registry import MODELS
+
+
+def build_model(config: ModelConfig, num_classes: int, image_shape: tuple[int, int, int], seed: int) -> nn.Module:
+    """The network `config.name` for a dataset of num_classes classes, float32, on the CPU, in training mode.
+
+    image_shape: (channels, height, width) of the dataset. The initialisation is a function of seed alone, equal on
+    every rank; the global generators are left as they were. Raises InputError where config.num_classes is not the
+    dataset's or the images are too small for the network.
+    """
+    if config.num_classes not in (0, num_classes):
+        raise bad_value(
+            "model.num_classes", config.num_classes, f"the dataset has {num_classes} classes; use {num_classes} or 0"
+        )
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        # torch.manual_seed would reseed CUDA's generators too, which fork_rng(devices=[]) does not restore.
+        torch.default_generator.manual_seed(seed)
+        net: nn.Module = resolve(MODELS[config.name])(num_classes, image_shape)
+    return net
