@@ -1,0 +1,35 @@
+"""How do density and temperature change over a run: pure functions of the time t, in epochs or in any other unit."""
+
+from __future__ import annotations
+
+
+def cubic_density(t: float, start: float, end: float, target: float) -> float:
+    """Density in [target, 1] at time t: 1 until `start`, falling as a cubic to `target` at `end`, constant after it.
+
+    Equation 7 of ProbMask. GMP's sparsity s_f (1 - (1 - x)^3), x = (t - start) / (end - start), is one minus this with
+    target = 1 - s_f. t may be fractional (per step instead of per epoch). Raises ValueError unless start < end and
+    0 < target <= 1.
+    """
+    if not start < end:
+        raise ValueError(f"start = {start}: give less than end = {end}")
+    if not 0 < target <= 1:
+        raise ValueError(f"target = {target}: give a density in (0, 1]")
+    if t < start:
+        return 1.0
+    if t >= end:
+        return target
+    left = 1 - (t - start) / (end - start)
+    return target + (1 - target) * left**3
+
+
+def linear_temperature(t: float, total: float, end: float = 0.03) -> float:
+    """Temperature tau in [end, 1] at time t of `total`: (1 - end)(1 - t / total) + end (algorithm 1 of ProbMask).
+
+    t beyond [0, total] counts as the nearer end. Raises ValueError unless total > 0 and 0 < end <= 1.
+    """
+    if not total > 0:
+        raise ValueError(f"total = {total}: give a length above 0")
+    if not 0 < end <= 1:
+        raise ValueError(f"end = {end}: give a temperature in (0, 1]")
+    fraction = min(max(t / total, 0.0), 1.0)
+    return (1 - end) * (1 - fraction) + end

@@ -1,0 +1,87 @@
+"""Does the global top-k keep exactly the largest scores, for any ties, signs and sizes?"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from engine.errors import EXIT_NON_FINITE, RunStopped
+from masks import topk
+from masks.topk import kept_count, topk_masks
+
+
+def by_sorting(scores: list[torch.Tensor], kept: int) -> list[torch.Tensor]:
+    """The same masks from a stable sort in float64."""
+    flat = torch.cat([score.reshape(-1) for score in scores]).double().numpy()
+    mask = torch.zeros(len(flat), dtype=torch.bool)
+    mask[torch.from_numpy(np.argsort(-flat, kind="stable")[:kept].copy())] = True
+    return [part.view(score.shape) for part, score in zip(mask.split([s.numel() for s in scores]), scores, strict=True)]
+
+
+def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+KINDS = {
+    "normal": lambda shape, g: torch.randn(shape, generator=g),
+    "coarse": lambda shape, g: torch.randint(-3, 4, shape, generator=g).float(),
+    "two values": lambda shape, g: torch.randint(0, 2, shape, generator=g).float(),
+    "constant": lambda shape, g: torch.full(shape, 0.3),
+    "neighbours": lambda shape, g: (torch.randint(0, 9, shape, generator=g) + 0x3F000000).int().view(torch.float32),
+    "wide": lambda shape, g: torch.randn(shape, generator=g) * 10 ** (60 * torch.rand(shape, generator=g) - 30),
+    "tiny": lambda shape, g: torch.randn(shape, generator=g) * 1e-44,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_masks_equal_those_of_a_stable_sort(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topk, "CHUNK", 37)  # several chunks even in tensors of a few hundred elements
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(7, 5, 3, 3), (1,), (64,), (10, 17), (0, 3)]
+    for trial in range(6):
+        scores = [KINDS[kind](shape, generator) for shape in shapes]
+        total = sum(score.numel() for score in scores)
+        kept = [0, 1, total, total - 1, total // 20, total // 2][trial]
+        masks = topk_masks(scores, kept)
+        assert sum(int(mask.sum()) for mask in masks) == kept
+        assert equal(masks, by_sorting(scores, kept))
+
+
+def test_ties_go_to_the_first_tensor_and_the_first_position() -> None:
+    masks = topk_masks([torch.tensor([1.0, 2.0]), torch.tensor([[2.0, 1.0], [1.0, 0.0]])], 4)
+    assert masks[0].tolist() == [True, True]
+    assert masks[1].tolist() == [[True, True], [False, False]]
+
+
+def test_both_zeros_tie_and_infinities_are_scores() -> None:
+    scores = [torch.tensor([-0.0, 0.0, -1.0, float("inf"), float("-inf")])]
+    assert topk_masks(scores, 2)[0].tolist() == [True, False, False, True, False]
+    assert topk_masks(scores, 4)[0].tolist() == [True, True, True, True, False]
+
+
+def test_positions_are_logical_whatever_the_memory_format() -> None:
+    scores = torch.randint(0, 3, (8, 4, 3, 3), generator=torch.Generator().manual_seed(1)).float()
+    expected = topk_masks([scores], 77)
+    assert equal(topk_masks([scores.to(memory_format=torch.channels_last)], 77), expected)
+
+
+def test_a_nan_score_stops_the_run_with_its_tensor_number() -> None:
+    with pytest.raises(RunStopped, match="tensor 1: 1 of 3 are nan") as stopped:
+        topk_masks([torch.ones(4), torch.tensor([1.0, float("nan"), 2.0])], 2)
+    assert stopped.value.exit_code == EXIT_NON_FINITE
+
+
+@pytest.mark.parametrize("kept", [-1, 5])
+def test_a_count_out_of_range_is_refused(kept: int) -> None:
+    with pytest.raises(ValueError, match=r"\[0, 4\]"):
+        topk_masks([torch.ones(4)], kept)
+
+
+def test_kept_count_rounds_and_keeps_at_least_one_weight() -> None:
+    assert kept_count(0.1, 25_502_912) == 2_550_291
+    assert kept_count(0.01, 1_855_584) == 18_556
+    assert kept_count(1.0, 7) == 7
+    assert kept_count(1e-9, 100) == 1
+    with pytest.raises(ValueError, match=r"\(0, 1\]"):
+        kept_count(0.0, 100)
