@@ -11,7 +11,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-PRELOAD = ["torch", "torch.distributed", "deepspeed", "torchvision.models.resnet", "engine.spawn"]
+PRELOAD = ["torch", "torch.distributed", "deepspeed", "torchvision.models.resnet", "engine.spawn", "engine.checkpoint"]
 """Imported once by the fork server, so that a rank starts in milliseconds instead of the 5-10 s of these imports."""
 
 
