@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from data_pipelines.config import DataConfig
-from engine.config import CheckpointConfig, FinetuneConfig, OptimConfig, TrainConfig, may_change, require, require_number
+from engine.config import (
+    CheckpointConfig,
+    FinetuneConfig,
+    OptimConfig,
+    TrainConfig,
+    may_change,
+    require,
+    require_number,
+)
 from masks.config import MaskConfig
 from models.config import ModelConfig, TostConfig
 
@@ -31,5 +39,5 @@ class RunConfig:
         require_number("seed", self.seed, 0, 2**63 - 1)
         require(
             self.data.batch_size % self.train.accumulation == 0,
-            "data.batch_size", self.data.batch_size, f"give a multiple of train.accumulation = {self.train.accumulation}",
+            "data.batch_size", self.data.batch_size, f"give a multiple of train.accumulation={self.train.accumulation}",
         )  # fmt: skip

@@ -1,0 +1,134 @@
+"""Do the sections of a configuration fit together, and is every setting read by something?"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from engine.config import require
+from engine.errors import InputError
+from engine.position import Duration
+from launcher.config import RunConfig
+from launcher.values import as_text
+
+READ_BY_METHOD = {
+    "dense": set[str](),
+    "magnitude": {"density", "dense_layers", "constraint", "path"},
+    "gmp": {"density", "dense_layers", "constraint", "start_fraction", "end_fraction", "update_every"},
+    "probmask": {
+        "density", "dense_layers", "constraint", "lr", "samples", "noise", "start_fraction", "end_fraction",
+        "temperature_end", "train_weights", "final", "candidates",
+    },
+}  # fmt: skip
+"""mask.method -> the other settings of `mask` that it reads."""
+
+SEARCHING = ("probmask", "gmp")
+"""Methods that find their mask while the main phase trains."""
+FINETUNED = ("probmask", "magnitude")
+"""Methods with a fine-tuning phase after the mask is found."""
+
+READ_BY_DATASET = {
+    "synthetic": {"num_train", "num_eval", "num_classes"},
+    "imagefolder": {"max_resolution", "jpeg_fraction"},
+}
+"""data.dataset -> the settings of `data` that no other dataset reads."""
+
+
+def check_config(config: RunConfig, world_size: int) -> None:
+    """Raise InputError where settings contradict each other, or where one is set that this run would not read.
+
+    Needs neither data nor torch. world_size: ranks of the run.
+    """
+    _check_batch(config, world_size)
+    _check_mask(config)
+    _check_lengths(config)
+    _check_schedule(config)
+    _check_data(config)
+
+
+def _check_batch(config: RunConfig, world_size: int) -> None:
+    size, accumulation = config.data.batch_size, config.train.accumulation
+    unit = world_size * accumulation
+    below, above = size // unit * unit, (size // unit + 1) * unit
+    require(
+        size % unit == 0,
+        "data.batch_size", size,
+        f"give a multiple of {unit} (ranks {world_size} x train.accumulation {accumulation}), "
+        f"such as {f'{below} or {above}' if below else above}",
+    )  # fmt: skip
+
+
+def _check_mask(config: RunConfig) -> None:
+    mask, method = config.mask, config.mask.method
+    given = _given(mask) - {"method"}
+    if method == "dense" and mask.density == 1:
+        given -= {"density"}
+    for name in sorted(given - READ_BY_METHOD[method]):
+        readers = [known for known, names in READ_BY_METHOD.items() if name in names]
+        raise _not_read("mask", mask, name, f"mask.method={method}", f"mask.method={' or '.join(readers)}")
+    if "candidates" in given and mask.final != "best_of":
+        raise _not_read("mask", mask, "candidates", f"mask.final={mask.final}", "mask.final=best_of")
+    if method not in FINETUNED and config.finetune.epochs > 0:
+        for name in sorted(_given(config.finetune)):
+            fix = f"mask.method={' or '.join(FINETUNED)}, or finetune.epochs=0"
+            raise _not_read("finetune", config.finetune, name, f"mask.method={method}", fix)
+    if not mask.train_weights:
+        _check_supermask(config)
+
+
+def _check_supermask(config: RunConfig) -> None:
+    chosen, fix = "mask.train_weights=false", "mask.train_weights=true"
+    for name in sorted(_given(config.optim) & {"lr", "momentum", "nesterov", "weight_decay"}):
+        raise _not_read("optim", config.optim, name, chosen, fix)
+    if config.finetune.epochs > 0:
+        for name in sorted(_given(config.finetune)):
+            raise _not_read("finetune", config.finetune, name, chosen, f"{fix}, or finetune.epochs=0")
+
+
+def _check_lengths(config: RunConfig) -> None:
+    method, main = config.mask.method, config.train.epochs
+    require(
+        main > 0 or method not in SEARCHING,
+        "train.epochs", main, f"mask.method={method} finds its mask while it trains; give 1 or more",
+    )  # fmt: skip
+    if config.mask.path:
+        require(
+            main == 0 or "epochs" not in _given(config.train),
+            "train.epochs", main, "mask.path replaces the dense training; set train.epochs=0",
+        )  # fmt: skip
+        main = 0
+    warmup, first = Duration.parse(config.optim.warmup, "optim.warmup"), main or config.finetune.epochs
+    require(
+        warmup.unit != "ep" or warmup.amount <= first,
+        "optim.warmup", config.optim.warmup, f"the run's first phase has {first} epochs; give at most that",
+    )  # fmt: skip
+    late = [milestone for milestone in config.optim.milestones if milestone >= main]
+    require(
+        not late,
+        "optim.milestones", list(config.optim.milestones), f"train.epochs = {main} ends before {late}; leave that out",
+    )  # fmt: skip
+
+
+def _check_schedule(config: RunConfig) -> None:
+    optim = config.optim
+    if optim.schedule != "step":
+        for name in sorted(_given(optim) & {"milestones", "gamma"}):
+            raise _not_read("optim", optim, name, f"optim.schedule={optim.schedule}", "optim.schedule=step")
+
+
+def _check_data(config: RunConfig) -> None:
+    data = config.data
+    for dataset, names in READ_BY_DATASET.items():
+        for name in sorted(_given(data) & names) if data.dataset != dataset else ():
+            raise _not_read("data", data, name, f"data.dataset={data.dataset}", f"data.dataset={dataset}")
+
+
+def _given(section: Any) -> set[str]:
+    """The settings of a section that are not at their default: someone set them and expects them to be read."""
+    defaults = type(section)()
+    return {field.name for field in fields(section) if getattr(section, field.name) != getattr(defaults, field.name)}
+
+
+def _not_read(section: str, values: Any, name: str, chosen: str, alternative: str) -> InputError:
+    value = as_text(getattr(values, name))
+    return InputError(f"{section}.{name} = {value}: is not read with {chosen}; leave it out, or use {alternative}")

@@ -1,0 +1,183 @@
+"""What can be typed: the subcommands of `ghostmask`, their options, and which function each of them calls."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from engine.errors import InputError
+from launcher import locate, settings, show
+from launcher.checks import check_config
+from launcher.environment import prepare_environment
+
+CONFIG_HELP = "YAML file, or the name of a shipped config (ghostmask show configs)"
+SETTINGS_HELP = "settings that go before the file's, such as mask.density=0.05 optim.milestones=[90,135]"
+RUN_HELP = "a run's name (folder runs/NAME) or its folder"
+
+EXAMPLES = {
+    "": """examples:
+  ghostmask train digits_probmask                               a small run for a first try
+  torchrun --nproc-per-node 4 -m launcher train imagenet_resnet50_probmask data.root=/data/imagenet
+  ghostmask evaluate digits_probmask --json
+  ghostmask show config cifar10_resnet32_probmask mask.density=0.02""",
+    "train": """examples:
+  ghostmask train cifar10_resnet32_probmask                     starts, or goes on where it stopped
+  ghostmask train cifar10_resnet32_probmask mask.density=0.02 run=density02
+  ghostmask train my.yaml run=/scratch/me/first_try --restart
+  torchrun --nproc-per-node 2 -m launcher train cifar10_resnet32_probmask train.zero_stage=2
+
+exit codes: 0 done, 2 wrong input, 3 loss not finite, 75 interrupted after saving (run it again to go on)""",
+    "evaluate": """examples:
+  ghostmask evaluate cifar10_resnet32_probmask
+  ghostmask evaluate /scratch/me/first_try --json""",
+    "export": """examples:
+  ghostmask export cifar10_resnet32_probmask                    writes runs/cifar10_resnet32_probmask/export/""",
+    "prepare": """examples:
+  ghostmask prepare cifar10_resnet32_probmask                   downloads CIFAR-10, writes data/beton/
+  ghostmask prepare imagenet_resnet50_probmask data.root=/data/imagenet""",
+    "show": """examples:
+  ghostmask show configs
+  ghostmask show methods
+  ghostmask show config cifar10_resnet32_probmask mask.density=0.02""",
+    "config": """examples:
+  ghostmask show config                                         every setting, what it means, its default
+  ghostmask show config cifar10_resnet32_probmask mask.density=0.02 > my.yaml""",
+}
+
+
+def run_command(argv: Sequence[str]) -> int:
+    """Parse the arguments, run the command they name, return its exit code.
+
+    Raises InputError for wrong arguments and settings before torch is imported.
+    """
+    parser = build_parser()
+    try:
+        arguments, rest = parser.parse_known_args(argv)
+    except SystemExit as done:  # --help and --version have printed
+        return int(done.code or 0)
+    # argparse leaves out what follows an option: train CONFIG --restart mask.density=0.02
+    if rest and ("overrides" not in arguments or any(item.startswith("-") for item in rest)):
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    handler: Callable[[Namespace], int] = arguments.handler
+    return handler(arguments)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    summary = "Trains sparse networks: a given density, the best accuracy at it, runs that can be killed at any step."
+    parser = _Parser(prog="ghostmask", description=summary, epilog=EXAMPLES[""])
+    parser.add_argument(
+        "--version", action=_Version, nargs=0, help="print the versions of ghostmask and what it runs on"
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
+    train = _add(commands, "train", "train a run, or go on with it where it stopped", _train)
+    _add_settings(train)
+    train.add_argument(
+        "--restart", action="store_true", help="start over, even where the run folder holds a checkpoint"
+    )
+    evaluate = _add(commands, "evaluate", "print the accuracy and density of a run's network", _evaluate)
+    evaluate.add_argument("run", metavar="RUN", help=RUN_HELP)
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    export = _add(commands, "export", "write a run's network as a plain state dict", _export)
+    export.add_argument("run", metavar="RUN", help=RUN_HELP)
+    prepare = _add(commands, "prepare", "download a config's dataset and write its .beton files", _prepare)
+    _add_settings(prepare)
+    _add_topics(_add(commands, "show", "print settings, or what can be chosen"))
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with examples below each help text and InputError in place of an exit."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+class _Version(argparse.Action):
+    """--version: looks the versions up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
+        print(show.versions())
+        parser.exit()
+
+
+def _add(commands: Any, name: str, summary: str, handler: Callable[[Namespace], int] | None = None) -> _Parser:
+    parser: _Parser = commands.add_parser(
+        name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", epilog=EXAMPLES.get(name)
+    )
+    parser.set_defaults(handler=handler)
+    return parser
+
+
+def _add_settings(parser: _Parser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help=CONFIG_HELP)
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help=SETTINGS_HELP)
+
+
+def _add_topics(parser: _Parser) -> None:
+    topics = parser.add_subparsers(title="topics", metavar="TOPIC", required=True, parser_class=_Parser)
+    config = _add(topics, "config", "print every setting of a config (or the defaults) with its meaning", _show_config)
+    config.add_argument("overrides", metavar="[CONFIG] [key=value]", nargs="*", help=f"{CONFIG_HELP}; {SETTINGS_HELP}")
+    for name, table in show.TABLES.items():
+        topic = _add(topics, name, f"print the {name} by name, with a line on each")
+        topic.set_defaults(handler=lambda _, table=table: _print("\n".join(table())))
+
+
+def _train(arguments: Namespace) -> int:
+    config = settings.load_config(arguments.config, arguments.overrides)
+    check_config(config, int(os.environ.get("WORLD_SIZE", "1")))
+    prepare_environment(config.train.device)
+    from launcher.train import train  # noqa: PLC0415 (imports torch)
+
+    return train(config, restart=arguments.restart)
+
+
+def _evaluate(arguments: Namespace) -> int:
+    run = locate.find_run(arguments.run)
+    prepare_environment(_device_of(run))
+    from launcher.evaluate import evaluate  # noqa: PLC0415 (imports torch)
+
+    return evaluate(run, as_json=arguments.json)
+
+
+def _export(arguments: Namespace) -> int:
+    run = locate.find_run(arguments.run)
+    prepare_environment(_device_of(run))
+    from launcher.export_run import export_run  # noqa: PLC0415 (imports torch)
+
+    return export_run(run)
+
+
+def _prepare(arguments: Namespace) -> int:
+    config = settings.load_config(arguments.config, arguments.overrides)
+    from data_pipelines.open import prepare  # noqa: PLC0415 (imports torch)
+
+    prepare(config.data)
+    return 0
+
+
+def _show_config(arguments: Namespace) -> int:
+    first, *others = arguments.overrides or [""]
+    named = first and "=" not in first
+    config = settings.load_config(first if named else None, others if named else arguments.overrides)
+    if named:
+        check_config(config, world_size=1)
+    return _print(settings.to_yaml(config))
+
+
+def _device_of(run: Path) -> str:
+    return settings.load_config(str(run / "config.yaml")).train.device
+
+
+def _print(text: str) -> int:
+    print(text.rstrip("\n"))
+    return 0

@@ -1,0 +1,194 @@
+"""How does a RunConfig come from YAML and key=value, and how is it written down again?"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from engine.errors import InputError, bad_value
+from launcher import locate
+from launcher.config import RunConfig
+from launcher.values import as_text, convert
+from launcher.yaml_text import Plain, read_yaml
+
+Section = TypeVar("Section")
+
+
+def load_config(path: str | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """The dataclass defaults, then the YAML file (or shipped config) of `path`, then each `key=value` of overrides.
+
+    `run` is the file's stem unless it is set. Raises InputError, one line, for whatever is not a valid setting.
+    """
+    file = locate.find_config(path) if path else None
+    values: Any = _read_file(file) if file else {}
+    if not isinstance(values, dict):
+        raise InputError(f"{file}: give settings as `key: value` lines")
+    given: set[str] = set()
+    for item in overrides:
+        _override(values, item, given)
+    config = from_dict(values)
+    return replace(config, run=file.stem) if file and not config.run else config
+
+
+def from_dict(values: Mapping[str, Any]) -> RunConfig:
+    """The RunConfig of a nested dict; missing settings keep their defaults. Raises InputError as load_config."""
+    return _build(RunConfig, values, "")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A nested dict of plain values (lists for tuples) that from_dict turns back into an equal configuration."""
+    values = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        values[field.name] = (
+            to_dict(value) if is_dataclass(value) else list(value) if isinstance(value, tuple) else value
+        )
+    return values
+
+
+def to_yaml(config: RunConfig) -> str:
+    """A YAML text that load_config turns back into `config`, with every setting's doc string as a comment above it."""
+    lines = _yaml_lines(config, "")
+    return "\n".join(lines) + "\n"
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """One line per setting that differs between a run folder and what is given now, without those that may change."""
+    given = dict(_leaves(new))
+    return [
+        f"{name}: {as_text(value)} in the run folder, {as_text(given[name][0])} given"
+        for name, (value, may_change) in _leaves(old)
+        if value != given[name][0] and not may_change
+    ]
+
+
+def run_folder(config: RunConfig) -> Path:
+    """The folder of the run: runs/NAME, or `run` itself where it has a slash. Raises InputError where it is empty."""
+    if not config.run:
+        raise bad_value("run", config.run, "give the run a name, such as run=first_try")
+    return locate.run_folder(config.run)
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """field name -> the string that stands under it in the source of the dataclass `cls`."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    docs = {}
+    for field, below in zip(body.body, body.body[1:], strict=False):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(below, ast.Expr)
+            and isinstance(below.value, ast.Constant)
+            and isinstance(below.value.value, str)
+        ):
+            docs[field.target.id] = inspect.cleandoc(below.value.value)
+    return docs
+
+
+@cache
+def setting_types(cls: type = RunConfig, prefix: str = "") -> dict[str, Any]:
+    """dotted key -> type, of every setting and every section in and below `cls`."""
+    hints = get_type_hints(cls)
+    types = {}
+    for field in fields(cls):
+        types[prefix + field.name] = hints[field.name]
+        if is_dataclass(hints[field.name]):
+            types |= setting_types(hints[field.name], f"{prefix}{field.name}.")
+    return types
+
+
+def _read_file(file: Path) -> Any:
+    try:
+        return read_yaml(file.read_text(encoding="utf-8"), str(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read: {error}") from None
+
+
+def _override(values: dict[str, Any], item: str, given: set[str]) -> None:
+    """Set one key=value in the nested dict. Text settings take the value as it stands, the others as YAML."""
+    key, equals, text = item.partition("=")
+    if not equals:
+        raise InputError(f"{item}: give settings as key=value, such as mask.density=0.05")
+    kind = setting_types().get(key)
+    if kind is None:
+        raise _unknown_key(key)
+    if is_dataclass(kind):
+        raise _is_section(key, Plain(text))
+    if key in given:
+        raise InputError(f"{item}: {key} is given twice")
+    given.add(key)
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    as_yaml = kind is not str or quoted
+    *sections, name = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise _is_section(section, values)
+    values[name] = read_yaml(text, item) if as_yaml else Plain(text) if text else ""
+
+
+def _build(cls: type[Section], values: Any, prefix: str) -> Section:
+    if not isinstance(values, Mapping):
+        raise _is_section(prefix.rstrip("."), values)
+    hints = get_type_hints(cls)
+    arguments: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if key not in hints:
+            raise _unknown_key(name)
+        section = is_dataclass(hints[key])
+        arguments[str(key)] = _build(hints[key], value, f"{name}.") if section else convert(name, value, hints[key])
+    return cls(**arguments)
+
+
+def _is_section(name: str, value: Any) -> InputError:
+    known = [key for key in setting_types() if key.startswith(f"{name}.")]
+    return bad_value(name, value, f"is a section; give its settings, such as {known[0]}")
+
+
+def _unknown_key(name: str) -> InputError:
+    """Names the settings with the same last word, else the one spelled most alike, else the sections."""
+    types = setting_types()
+    keys = [key for key, kind in types.items() if not is_dataclass(kind)]
+    if name in types:
+        return InputError(f"{name} is not a key of a YAML file: write {name.replace('.', ': ', 1)} in two lines")
+    last = name.rpartition(".")[2]
+    near = [key for key in keys if key.rpartition(".")[2] == last] or difflib.get_close_matches(name, keys, n=1)
+    if not near:
+        words = {key.rpartition(".")[2]: key for key in keys}
+        near = [words[word] for word in difflib.get_close_matches(last, words, n=1)]
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(k for k in types if '.' not in k)};"
+    return InputError(f"{name} is not a setting: {hint} see ghostmask show config")
+
+
+def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, tuple[Any, bool]]]:
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            yield from _leaves(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, (value, bool(field.metadata.get("may_change")))
+
+
+def _yaml_lines(config: Any, indent: str) -> list[str]:
+    docs = field_docs(type(config))
+    lines = []
+    for field in fields(config):
+        value = getattr(config, field.name)
+        section = is_dataclass(value)
+        doc = inspect.getdoc(type(value)) if section else docs.get(field.name)
+        if section:
+            lines.append("")
+        lines += [f"{indent}# {line}".rstrip() for line in (doc or "").splitlines()]
+        lines.append(f"{indent}{field.name}:" if section else f"{indent}{field.name}: {as_text(value)}")
+        if section:
+            lines += _yaml_lines(value, indent + "  ")
+    return lines
