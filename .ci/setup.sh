@@ -109,7 +109,7 @@ make_venv() {
 # (PIP_CONSTRAINT for older pip, PIP_BUILD_CONSTRAINT for newer). torch and torchvision come first and together, both
 # from the default index: a CPU-only torch beside the index's torchvision fails at import.
 install_packages() {
-    local pip=("$VENV/bin/python" -m pip install --disable-pip-version-check)
+    local pip=("$VENV/bin/python" -m pip install --disable-pip-version-check --use-pep517)
     [ -t 1 ] || pip+=(--quiet)
     export PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
     say "installing torch and torchvision (5 GB with the CUDA libraries; about 3 minutes)"

@@ -1,0 +1,145 @@
+"""Do the packages import each other one way only, declare what they import, and do nothing on import?"""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MAY_IMPORT = {
+    "engine": {"engine"},
+    "models": {"models", "engine"},
+    "masks": {"masks", "engine"},
+    "data_pipelines": {"data_pipelines", "engine"},
+    "launcher": {"launcher", "masks", "models", "data_pipelines", "engine", "configs"},
+    "configs": set[str](),
+}
+"""Ours that each package may import: launcher -> masks | models | data_pipelines -> engine."""
+FILES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
+IDS = [str(path.relative_to(ROOT)) for path in FILES]
+
+HEAVY = {"torch", "torchvision", "deepspeed", "ffcv", "numba", "cv2", "tensorboard"}
+LIGHT_FILES = ("config.py", "registry.py", "errors.py", "position.py")
+"""Their importing must stay cheap: wrong input is answered before torch is loaded."""
+
+DEFINING_CALLS = re.compile(
+    r"re\.compile|logging\.getLogger|threading\.Lock|TypeVar|Path|frozenset|set|set\[\w+\]|tuple|dict|range|len|float"
+    r"|np\.(u?int|float)\d+|torch\.finfo|math\.\w+|types\.\w+|numba\.njit(\(.*\))?|[\w.]*\.resolve|[A-Z]\w*"
+)
+"""Calls that may stand in a module's constants: they compute a value and touch nothing else."""
+OPERATOR_CALLS = re.compile(
+    r"\w+\.register_(autograd|fake|kernel|vmap)|torch\.library\.\w+|_\w+\.add_(constructor|implicit_resolver)"
+)
+"""Calls that complete a definition above them, as torch and PyYAML want it for operators and loaders."""
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
+def package_of(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0]
+
+
+def imported(nodes: Iterator[ast.AST]) -> Iterator[str]:
+    """The top-level name of every module that the nodes import."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports are absolute"
+            yield str(node.module).split(".")[0]
+
+
+def run_on_import(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements of a module that run when it is imported, those inside `if` and `try` included."""
+    for statement in body:
+        if isinstance(statement, ast.If) and ast.unparse(statement.test) in ("TYPE_CHECKING", "__name__ == '__main__'"):
+            continue
+        if isinstance(statement, ast.If | ast.Try | ast.With):
+            for part in ("body", "orelse", "finalbody"):
+                yield from run_on_import(getattr(statement, part, []))
+            for handler in getattr(statement, "handlers", []):
+                yield from run_on_import(handler.body)
+        else:
+            yield statement
+
+
+def calls_outside_functions(statement: ast.stmt) -> Iterator[ast.Call]:
+    """Calls that happen when a top-level statement runs: bodies of functions and lambdas do not."""
+    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom):
+        return
+    waiting: list[ast.AST] = [statement]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Lambda):
+            continue
+        if isinstance(node, ast.Call):
+            yield node
+        waiting.extend(ast.iter_child_nodes(node))
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_imports_go_one_way_from_launcher_to_engine(path: Path) -> None:
+    ours = set(imported(ast.walk(parsed(path)))) & set(MAY_IMPORT)
+    forbidden = ours - MAY_IMPORT[package_of(path)]
+    assert not forbidden, f"{path.relative_to(ROOT)} imports {sorted(forbidden)}"
+
+
+@pytest.mark.parametrize("package", ["data_pipelines", "masks", "models"])
+def test_a_registry_names_only_things_that_exist_in_its_own_package(package: str) -> None:
+    registry = parsed(ROOT / package / "registry.py")
+    targets = [
+        node.value
+        for node in ast.walk(registry)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"[\w.]+:\w+", node.value)
+    ]
+    assert targets, "the registry is empty, or no longer a literal dict"
+    for target in targets:
+        module, _, name = target.partition(":")
+        assert module.startswith(f"{package}.")
+        path = ROOT / (module.replace(".", "/") + ".py")
+        assert path.is_file(), f"{target}: no such module"
+        assert name in {getattr(node, "name", None) for node in parsed(path).body}, f"{target}: no such name"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.name in LIGHT_FILES], ids=lambda p: "/".join(p.parts[-2:]))
+def test_settings_and_registries_load_without_heavy_libraries(path: Path) -> None:
+    assert not set(imported(run_on_import(parsed(path).body))) & HEAVY
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_importing_a_module_does_nothing(path: Path) -> None:
+    for statement in run_on_import(parsed(path).body):
+        where = f"{path.relative_to(ROOT)}:{statement.lineno}"
+        assert not isinstance(statement, ast.For | ast.While | ast.Assert | ast.Delete | ast.AugAssign), where
+        allowed = OPERATOR_CALLS if isinstance(statement, ast.Expr) else DEFINING_CALLS
+        for call in calls_outside_functions(statement):
+            name = ast.unparse(call.func)
+            assert allowed.fullmatch(name), f"{where} calls {name}() on import"
+
+
+def test_every_library_that_is_imported_is_declared() -> None:
+    """What happens to be installed because a dependency needs it may be gone with that dependency's next version."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    requirements = project["dependencies"] + project["optional-dependencies"]["digits"]
+    declared = {normal(re.split(r"[^\w.-]", text)[0]) for text in requirements}
+    providers = importlib.metadata.packages_distributions()
+    for path in FILES:
+        for name in set(imported(ast.walk(parsed(path)))) - set(MAY_IMPORT) - set(sys.stdlib_module_names):
+            sources = {normal(source) for source in providers.get(name, [])}
+            assert sources & declared, (
+                f"{path.relative_to(ROOT)} imports {name} ({sorted(sources)}), not in pyproject.toml"
+            )
+
+
+def normal(name: str) -> str:
+    """A distribution's name as the index compares it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
