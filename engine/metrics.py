@@ -1,0 +1,142 @@
+"""Where do a run's numbers go: TensorBoard event files and metrics.jsonl, without gaps or repeats after a resume."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from engine.atomic import replacing
+from engine.world import World
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+Tag = str | int | float | bool | None
+
+NUM_BUCKETS = 64
+_CHUNK = 1 << 22
+"""Values that a histogram counts at a time, so that its index tensor stays at 32 MB."""
+
+
+class MetricWriter:
+    """Writes numbers by step on rank 0; every method does nothing on the other ranks.
+
+    folder/metrics.jsonl: one line per call of `scalars`, complete in the file when the call returns.
+    folder/tensorboard: event files, complete after `flush`. Steps are those of `Position.step`.
+    """
+
+    def __init__(self, folder: Path, world: World, resume_step: int | None) -> None:
+        """resume_step: the step of the checkpoint that a run goes on from, or None for a new run.
+
+        What an earlier process wrote for later steps is dropped from metrics.jsonl and hidden in TensorBoard; a new run
+        drops and hides everything.
+        """
+        self._writer: SummaryWriter | None = None
+        if not world.is_main:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        last_step = -1 if resume_step is None else resume_step
+        _drop_lines_after(path, last_step)
+        # Unbuffered and opened for appending: one write call per line, so that a kill tears the last line at most.
+        self._lines = path.open("ab", buffering=0)
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=last_step + 1)
+
+    def scalars(self, step: int, values: Mapping[str, float], **tags: Tag) -> None:
+        """Write `values` by name; tags (phase="search", epoch=3) go into the line of metrics.jsonl only.
+
+        The line is {"step": step, **tags, **values}, a value that is not finite being null. Raises ValueError for a
+        value with the name of a tag.
+        """
+        if self._writer is None:
+            return
+        head: dict[str, Tag] = {"step": step, **tags}
+        if repeated := head.keys() & values.keys():
+            raise ValueError(f"values have the names of tags: {sorted(repeated)}")
+        numbers = {name: float(value) for name, value in values.items()}
+        line = {name: _finite(value) for name, value in (head | numbers).items()}
+        self._lines.write((json.dumps(line, allow_nan=False) + "\n").encode())
+        for name, number in numbers.items():
+            self._writer.add_scalar(name, number, step)
+
+    def histogram(self, step: int, name: str, tensor: Tensor) -> None:
+        """Write the distribution of a tensor's finite values, counted on the tensor's device in NUM_BUCKETS buckets.
+
+        A tensor without finite values writes nothing.
+        """
+        if self._writer is None:
+            return
+        values = tensor.detach().flatten()
+        values = values[torch.isfinite(values)].float()
+        if values.numel() == 0:
+            return
+        low, high = (bound.item() for bound in values.aminmax())
+        limits, counts = _buckets(values, low, high)
+        total = sum(float(chunk.double().sum()) for chunk in _chunks(values))
+        squares = sum(float(chunk.double().square().sum()) for chunk in _chunks(values))
+        self._writer.add_histogram_raw(
+            name, low, high, values.numel(), total, squares, limits.tolist(), counts.tolist(), step
+        )
+
+    def flush(self) -> None:
+        """Bring everything written so far to disk: call it before a checkpoint of this step is published."""
+        if self._writer is not None:
+            self._writer.flush()
+            os.fsync(self._lines.fileno())
+
+    def close(self) -> None:
+        """Flush and close the files; later calls of any method do nothing."""
+        if self._writer is not None:
+            self.flush()
+            self._writer.close()
+            self._lines.close()
+            self._writer = None
+
+
+def _drop_lines_after(path: Path, last_step: int) -> None:
+    """Keep the whole lines of metrics.jsonl with step <= last_step; a line torn by a kill is dropped."""
+    with replacing(path) as writing, writing.open("wb") as kept:
+        if path.exists():
+            shutil.copymode(path, writing)
+            with path.open("rb") as old:
+                kept.writelines(line.rstrip(b"\n") + b"\n" for line in old if _step_of(line) <= last_step)
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a line, infinite for one that is not whole."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+    return step if isinstance(step, int) else math.inf
+
+
+def _finite(value: Tag) -> Tag:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _buckets(values: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """(upper limits, counts) of NUM_BUCKETS equal buckets over [low, high], of one where low == high."""
+    if low == high:
+        return torch.tensor([high], dtype=torch.float64), torch.tensor([values.numel()])
+    limits = torch.linspace(low, high, NUM_BUCKETS + 1, dtype=torch.float64)[1:]
+    counts = torch.zeros(NUM_BUCKETS, dtype=torch.int64, device=values.device)
+    for chunk in _chunks(values):
+        # Integer counts: exact above 2^24 values and deterministic on CUDA, which torch.histc is not.
+        index = ((chunk.double() - low) * (NUM_BUCKETS / (high - low))).long().clamp_(max=NUM_BUCKETS - 1)
+        counts += torch.bincount(index, minlength=NUM_BUCKETS)
+    return limits, counts
+
+
+def _chunks(values: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(values, _CHUNK)

@@ -1,0 +1,42 @@
+"""Reads the weights of a network from a file, whoever wrote it: safetensors or torch.save."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from engine.errors import bad_value
+
+SUFFIXES = (".safetensors", ".pt", ".pth")
+
+
+def read_state_dict(path: Path, field: str) -> dict[str, Tensor]:
+    """Name -> CPU tensor of a .safetensors file, or of a .pt or .pth with a state dict or {"state_dict": ...} in it.
+
+    Executes no code of the file (weights_only). Raises InputError of `field` for any other file and for a broken one.
+    """
+    if path.suffix not in SUFFIXES:
+        raise bad_value(field, str(path), f"give a file ending in {', '.join(SUFFIXES)}")
+    if not path.is_file():
+        raise bad_value(field, str(path), "there is no such file")
+    try:
+        content = load_file(path) if path.suffix == ".safetensors" else _unpickle(path)
+    except (OSError, EOFError, RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        raise bad_value(field, str(path), f"cannot be read ({reason}); is the file whole?") from None
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not content or not all(isinstance(t, Tensor) for t in content.values()):
+        raise bad_value(field, str(path), 'holds no state dict; save net.state_dict() or {"state_dict": ...}')
+    return {str(name): tensor for name, tensor in content.items()}
+
+
+def _unpickle(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)

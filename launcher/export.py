@@ -1,0 +1,101 @@
+"""What a finished run leaves for the world: a plain state dict with zeros where the mask is zero, and its summary."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from engine.atomic import replacing
+from engine.state_file import read_state_dict
+from masks.prunable import prunable_weights
+from models.flops import count_flops
+
+MODEL_FILE = "model.safetensors"
+SUMMARY_FILE = "summary.json"
+
+
+def write_export(
+    folder: Path,
+    net: nn.Module,
+    masks: Mapping[str, Tensor],
+    *,
+    accuracy: float | None,
+    image_shape: tuple[int, int, int],
+    config: dict[str, Any],
+) -> dict[str, Any]:
+    """Write folder/model.safetensors and folder/summary.json, and return the summary; `net` stays as it is.
+
+    net: the mask-free network. masks: bool tensors by weight name, as `prunable_weights` names them; empty for a dense
+    network. accuracy: evaluation accuracy in [0, 1], None where there was no evaluation. config: the resolved
+    configuration, JSON-able. Call it on one rank. Each file appears whole or not at all, the summary last. Raises
+    ValueError for a mask that fits no weight.
+    """
+    summary = {"accuracy": accuracy, **summarise(net, masks, image_shape), "config": config}
+    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / MODEL_FILE) as writing:
+        # Not save_file: it makes the file unreadable for everybody else (mode 0600), whatever the umask is.
+        writing.write_bytes(save(masked_state(net, masks)))
+    with replacing(folder / SUMMARY_FILE) as writing:
+        writing.write_text(text, encoding="utf-8")
+    return summary
+
+
+def summarise(net: nn.Module, masks: Mapping[str, Tensor], image_shape: tuple[int, int, int]) -> dict[str, Any]:
+    """The numbers of a sparse network: density, kept, prunable, flops_dense, flops_sparse, layers.
+
+    prunable: weights under a mask (without masks: all weights of convolutions and linear layers); kept: ones of the
+    masks; density: kept / prunable; flops: of one image of image_shape, see `count_flops`; layers: name, shape, kept,
+    density of each masked weight, in module order. Raises ValueError for a mask that fits no weight.
+    """
+    _check(net, masks)
+    weights = {name: w for name, w in prunable_weights(net).items() if name in masks or not masks}
+    kept = {name: int(masks[name].sum()) if masks else w.numel() for name, w in weights.items()}
+    layers = [
+        {"name": name, "shape": list(w.shape), "kept": kept[name], "density": kept[name] / w.numel()}
+        for name, w in weights.items()
+    ]
+    num_prunable, num_kept = sum(w.numel() for w in weights.values()), sum(kept.values())
+    dense, sparse = count_flops(net, image_shape, kept)
+    return {
+        "density": num_kept / num_prunable,
+        "kept": num_kept,
+        "prunable": num_prunable,
+        "flops_dense": dense,
+        "flops_sparse": sparse,
+        "layers": layers,
+    }
+
+
+def masked_state(net: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of `net` as contiguous CPU copies, with +0.0 wherever a mask is False."""
+    _check(net, masks)
+    state: dict[str, Tensor] = {}
+    for name, tensor in net.state_dict().items():
+        value = tensor.detach()
+        if name in masks:
+            # torch.where and not a product: w * 0 is -0.0 for a negative w and nan for an infinite one.
+            value = torch.where(masks[name].to(value.device), value, torch.zeros_like(value))
+        state[name] = value.cpu().clone(memory_format=torch.contiguous_format)
+    return state
+
+
+def load_export(path: Path, field: str = "mask.path") -> dict[str, Tensor]:
+    """Name -> CPU tensor of an exported .safetensors, or of a .pt or .pth with a state dict.
+
+    Raises InputError of `field` for any other file and for a broken one.
+    """
+    return read_state_dict(path, field)
+
+
+def _check(net: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    weights = prunable_weights(net)
+    for name, mask in masks.items():
+        if name not in weights or mask.shape != weights[name].shape or mask.dtype != torch.bool:
+            raise ValueError(f"mask {name}: {mask.dtype} {tuple(mask.shape)} fits no prunable weight of the network")

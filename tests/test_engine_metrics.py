@@ -1,0 +1,173 @@
+"""Are a run's numbers read back as written and once each, also after a kill, by TensorBoard and as JSON lines?"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from engine.metrics import NUM_BUCKETS, MetricWriter
+from engine.world import World, single
+
+
+def _lines(folder: Path) -> list[dict[str, Any]]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    text = (folder / "metrics.jsonl").read_text()
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def _events(folder: Path) -> EventAccumulator:
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "histograms": 0})
+    events.Reload()
+    return events
+
+
+def _curve(folder: Path, name: str) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in _events(folder).Scalars(name)]
+
+
+def test_scalars_reach_both_files_with_tags_in_the_json_line_only(tmp_path: Path) -> None:
+    writer = MetricWriter(tmp_path, single(), None)
+    writer.scalars(10, {"train/loss": 0.5, "lr": 0.1}, phase="search", epoch=0)
+    writer.scalars(20, {"train/loss": 0.25}, phase="search", epoch=1)
+    writer.close()
+    assert _lines(tmp_path) == [
+        {"step": 10, "phase": "search", "epoch": 0, "train/loss": 0.5, "lr": 0.1},
+        {"step": 20, "phase": "search", "epoch": 1, "train/loss": 0.25},
+    ]
+    assert _curve(tmp_path, "train/loss") == [(10, 0.5), (20, 0.25)]
+    assert sorted(_events(tmp_path).Tags()["scalars"]) == ["lr", "train/loss"]
+
+
+def test_a_line_is_in_the_file_when_the_call_returns(tmp_path: Path) -> None:
+    writer = MetricWriter(tmp_path, single(), None)
+    writer.scalars(1, {"loss": 1.0})
+    assert len(_lines(tmp_path)) == 1
+    writer.close()
+
+
+def test_values_that_are_not_finite_are_null_in_json_and_themselves_in_tensorboard(tmp_path: Path) -> None:
+    writer = MetricWriter(tmp_path, single(), None)
+    writer.scalars(1, {"loss": math.nan, "norm": math.inf, "low": -math.inf}, limit=math.inf)
+    writer.close()
+    assert _lines(tmp_path) == [{"step": 1, "limit": None, "loss": None, "norm": None, "low": None}]
+    assert math.isnan(_curve(tmp_path, "loss")[0][1])
+    assert _curve(tmp_path, "norm") == [(1, math.inf)]
+
+
+def test_a_value_with_the_name_of_a_tag_is_an_error(tmp_path: Path) -> None:
+    writer = MetricWriter(tmp_path, single(), None)
+    with pytest.raises(ValueError, match=r"\['epoch', 'step'\]"):
+        writer.scalars(1, {"epoch": 1.0, "step": 2.0, "loss": 0.0}, epoch=1)
+    writer.close()
+    assert _lines(tmp_path) == []
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    writer = MetricWriter(tmp_path / "run", World(1, 2, 1, torch.device("cpu")), 5)
+    writer.scalars(1, {"loss": 1.0})
+    writer.histogram(1, "s", torch.rand(3))
+    writer.flush()
+    writer.close()
+    assert os.listdir(tmp_path) == []
+
+
+def test_closing_twice_and_writing_after_it_do_nothing(tmp_path: Path) -> None:
+    writer = MetricWriter(tmp_path, single(), None)
+    writer.close()
+    writer.close()
+    writer.scalars(1, {"loss": 1.0})
+    assert _lines(tmp_path) == []
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from engine.metrics import MetricWriter
+from engine.world import single
+writer = MetricWriter(Path(sys.argv[1]), single(), None)
+for step in range(1, 11):
+    writer.scalars(step, {"loss": float(step)}, phase="search")
+    if step in (6, 10):
+        writer.flush()
+open(Path(sys.argv[1]) / "metrics.jsonl", "ab").write(b'{"step": 6, "phase": "sea')
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_and_resumed_run_has_every_step_once(tmp_path: Path) -> None:
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    _next_second()
+    writer = MetricWriter(tmp_path, single(), 6)
+    for step in range(7, 13):
+        writer.scalars(step, {"loss": -float(step)}, phase="search")
+    writer.close()
+    expected = [(step, float(step) if step <= 6 else -float(step)) for step in range(1, 13)]
+    assert [(line["step"], line["loss"]) for line in _lines(tmp_path)] == expected
+    assert _curve(tmp_path, "loss") == expected
+    assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "tensorboard"]
+
+
+def test_a_new_run_in_a_used_folder_starts_both_records_afresh(tmp_path: Path) -> None:
+    for value in (1.0, 2.0):
+        writer = MetricWriter(tmp_path, single(), None)
+        writer.scalars(0, {"loss": value})
+        writer.scalars(3, {"loss": value})
+        writer.close()
+        _next_second()
+    assert [line["loss"] for line in _lines(tmp_path)] == [2.0, 2.0]
+    assert _curve(tmp_path, "loss") == [(0, 2.0), (3, 2.0)]
+
+
+def test_resuming_keeps_a_whole_last_line_without_a_newline_and_drops_what_is_no_record(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\x00\xff\n[3]\n{"loss": 2}\n{"step": 4}\n{"step": 2}')
+    MetricWriter(tmp_path, single(), 3).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_histogram_equals_numpys(tmp_path: Path) -> None:
+    values = torch.randn(20_000, generator=torch.Generator().manual_seed(0))
+    writer = MetricWriter(tmp_path, single(), None)
+    writer.histogram(4, "probability", torch.cat([values, torch.tensor([math.nan, math.inf])]).view(2, -1))
+    writer.close()
+    (event,) = _events(tmp_path).Histograms("probability")
+    found, reference = event.histogram_value, values.double().numpy()
+    counts, edges = np.histogram(reference, bins=NUM_BUCKETS)
+    assert event.step == 4
+    assert (found.min, found.max, found.num) == (reference.min(), reference.max(), 20_000)
+    assert found.sum == pytest.approx(reference.sum())
+    assert found.sum_squares == pytest.approx((reference**2).sum())
+    np.testing.assert_allclose(found.bucket_limit, edges[1:], atol=1e-12)
+    np.testing.assert_allclose(found.bucket, counts, atol=1)  # a value on an edge may fall to either side
+    assert sum(found.bucket) == 20_000
+
+
+def test_histograms_of_constants_are_one_bucket_and_of_nothing_are_left_out(tmp_path: Path) -> None:
+    writer = MetricWriter(tmp_path, single(), None)
+    writer.histogram(1, "ones", torch.ones(5, dtype=torch.bool))
+    writer.histogram(1, "empty", torch.zeros(0))
+    writer.histogram(1, "nan", torch.full((3,), math.nan))
+    writer.close()
+    events = _events(tmp_path)
+    assert events.Tags()["histograms"] == ["ones"]
+    found = events.Histograms("ones")[0].histogram_value
+    assert (found.num, found.sum, found.bucket_limit, found.bucket) == (5, 5, [1.0], [5.0])
+
+
+def _next_second() -> None:
+    """TensorBoard orders event files by the second in their names; a real restart takes longer than one."""
+    time.sleep(1.0 - time.time() % 1.0 + 0.01)
