@@ -29,7 +29,7 @@ say() { echo "setup: $*"; }
 # A hash of everything that decides what .venv holds; empty where .venv has no working interpreter of a fitting version.
 wanted() {
     "$VENV/bin/python" -c "$FITS" 2>/dev/null || return 0
-    { pwd; "$VENV/bin/python" --version; cat pyproject.toml constraints.txt .ci/setup.sh; } | sha256sum | cut -d' ' -f1
+    { pwd; "$VENV/bin/python" --version; cat pyproject.toml constraints.txt; } | sha256sum | cut -d' ' -f1
 }
 
 # The first interpreter of a fitting version: $PYTHON, .venv's own, or what PATH offers. (A name in PATH may be a
@@ -112,9 +112,9 @@ install_packages() {
     local pip=("$VENV/bin/python" -m pip install --disable-pip-version-check --use-pep517)
     [ -t 1 ] || pip+=(--quiet)
     export PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
-    say "installing torch and torchvision (5 GB with the CUDA libraries; about 3 minutes)"
+    say "installing torch and torchvision (5 GB with the CUDA libraries; about 3 minutes the first time)"
     "${pip[@]}" torch torchvision
-    say "installing DeepSpeed, FFCV (compiled here) and the rest (about 2 minutes)"
+    say "installing DeepSpeed, FFCV (compiled here) and the rest (about 2 minutes the first time)"
     "${pip[@]}" --editable '.[dev]'
 }
 
