@@ -114,6 +114,8 @@ class CheckedLoad(DefaultLoadPlanner):
 
 def reason(error: BaseException) -> str:
     """The cause of a failure in a few words: the operating system's where there is one behind it."""
+    if isinstance(error, CheckpointError):
+        return str(error)
     cause: BaseException | None = error
     seen: set[int] = set()
     while cause is not None and id(cause) not in seen:
@@ -121,7 +123,7 @@ def reason(error: BaseException) -> str:
             return str(cause)
         seen.add(id(cause))
         cause = cause.__cause__ or cause.__context__
-    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {error}"
 
 
 def _check_tensor(name: str, parts: list[TensorWriteData]) -> None:
