@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -34,7 +34,7 @@ class DataPipeline(Protocol):
     steps_per_epoch: int
     """num_train // batch_size: the last incomplete global batch is left out."""
 
-    def train(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+    def train(self, epoch: int, first_step: int = 0) -> Generator[Batch, None, None]:
         """Batches first_step, first_step + 1, ... of epoch: rank r gets samples r, r + size, ... of each global batch."""
         ...
 

@@ -1,0 +1,83 @@
+"""Batch norm's running statistics: averaged over ranks, or estimated anew for changed weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from engine.data import Batch
+from engine.world import World
+
+
+def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The batch norm layers by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+
+
+def local_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that differ between ranks: running mean and variance, seen by each rank on its own images."""
+    return {
+        f"{name}.{key}": buffer
+        for name, layer in batch_norms(model).items()
+        for key, buffer in layer.named_buffers(recurse=False)
+        if buffer.is_floating_point()
+    }
+
+
+@torch.no_grad()
+def average_buffers(model: nn.Module, world: World) -> None:
+    """Collective: replace every rank's running statistics by their mean over the ranks (one all-reduce)."""
+    buffers = list(local_buffers(model).values())
+    if not buffers or world.size == 1:
+        return
+    flat = torch.cat([b.reshape(-1) for b in buffers])
+    world.all_reduce(flat).div_(world.size)
+    for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+        buffer.copy_(mean.view_as(buffer))
+
+
+@torch.no_grad()
+def reestimate(model: nn.Module, batches: Iterable[Batch], world: World) -> None:
+    """Collective: running statistics of `model` as the plain mean over `batches`, then over the ranks.
+
+    For weights that were changed otherwise than by training, such as by a new mask. Every rank gives as many batches.
+    """
+    layers = batch_norms(model)
+    if not layers:
+        return
+    momentum = {name: layer.momentum for name, layer in layers.items()}
+    training = model.training
+    for layer in layers.values():
+        layer.reset_running_stats()
+        layer.momentum = None  # torch's cumulative average
+    model.train()
+    for batch in batches:
+        model(batch.images)
+    for name, layer in layers.items():
+        layer.momentum = momentum[name]
+    model.train(training)
+    average_buffers(model, world)
+
+
+@contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Within, batch norm uses each batch's own statistics and its running ones stay as they are."""
+    layers = batch_norms(model)
+    momentum = {name: layer.momentum for name, layer in layers.items()}
+    counts = {name: layer.num_batches_tracked.clone() for name, layer in layers.items() if layer.num_batches_tracked is not None}
+    training = {name: layer.training for name, layer in layers.items()}
+    for layer in layers.values():
+        layer.train()
+        layer.momentum = 0.0
+    try:
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.momentum = momentum[name]
+            layer.train(training[name])
+            if name in counts and layer.num_batches_tracked is not None:
+                layer.num_batches_tracked.copy_(counts[name])

@@ -1,0 +1,101 @@
+"""Hands a module and its parameter groups to DeepSpeed, and says which elements this rank then owns."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+from deepspeed.utils import logger as deepspeed_logger
+from torch import Tensor, nn
+
+from engine.optimizer import ParameterGroup, ProjectedOptimizer
+from engine.shards import Shard, flatten_parameters, zero_shard
+from engine.world import World
+
+BUCKET_ELEMENTS = 50_000_000
+"""Gradients are reduced in buckets of at most this many elements."""
+
+
+@dataclass(frozen=True)
+class ShardedEngine:
+    """A DeepSpeed engine, its client optimizer, and one Shard per parameter group, in the groups' order."""
+
+    engine: Any
+    optimizer: ProjectedOptimizer
+    shards: tuple[Shard, ...]
+    zero_stage: int
+
+    def state_of(self, group_index: int) -> dict[str, Tensor]:
+        """The optimizer state of a group's shard: name -> (n,) float32, laid out like the shard's tensor.
+
+        Only under ZeRO, where the shard is one parameter of the optimizer.
+        """
+        (flat,) = self.optimizer.param_groups[group_index]["params"]
+        return {name: self.optimizer.state[flat][name] for name in self.optimizer.param_groups[group_index]["rule"].state_names}
+
+    def publish(self) -> None:
+        """Collective: after the shards were changed by hand (a resume), give every rank the whole parameters."""
+        if self.zero_stage > 0:
+            self.engine.optimizer.update_lp_params()
+
+    def skipped_step(self) -> bool:
+        """True when DeepSpeed refused the last update because a gradient was not finite."""
+        return bool(getattr(self.engine.optimizer, "overflow", False))
+
+    def destroy(self) -> None:
+        """Release DeepSpeed's hooks and buffers, so that another engine can be made for the same parameters."""
+        self.engine.destroy()
+
+
+def shard_model(
+    module: nn.Module, groups: list[ParameterGroup], world: World, *, zero_stage: int, micro_batch: int,
+    microsteps: int, clip: float,
+) -> ShardedEngine:  # fmt: skip
+    """Collective: a DeepSpeed engine over `module` whose optimizer updates `groups`.
+
+    micro_batch: images per rank and forward pass; microsteps: forward passes per optimizer step (the gradients are
+    averaged over them); clip: largest joint gradient norm over all groups, 0 = none.
+    """
+    deepspeed_logger.setLevel(logging.ERROR)
+    # On the CPU DeepSpeed would compile a shared-memory all-reduce (minutes, needs ninja) that only inference uses.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    optimizer = ProjectedOptimizer(groups)
+    flat = [flatten_parameters(g.parameters) for g in groups] if zero_stage == 0 else []
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, dist_init_required=False,
+        config=_settings(world, zero_stage, micro_batch, microsteps, clip),
+    )  # fmt: skip
+    if zero_stage == 0:
+        shards = tuple(flat)
+    else:
+        partitions = engine.optimizer.single_partition_of_fp32_groups
+        shards = tuple(
+            zero_shard(g.parameters, part, world.rank, world.size) for g, part in zip(groups, partitions, strict=True)
+        )
+    optimizer.allocate_state()
+    for group, shard in zip(optimizer.param_groups, shards, strict=True):
+        group["shard"] = shard
+    return ShardedEngine(engine, optimizer, shards, zero_stage)
+
+
+def _settings(world: World, zero_stage: int, micro_batch: int, microsteps: int, clip: float) -> dict[str, Any]:
+    return {
+        "train_batch_size": micro_batch * microsteps * world.size,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": microsteps,
+        "gradient_clipping": clip,
+        "zero_optimization": {
+            "stage": zero_stage,
+            "overlap_comm": world.device.type == "cuda",
+            "contiguous_gradients": True,
+            "reduce_bucket_size": BUCKET_ELEMENTS,
+            "allgather_bucket_size": BUCKET_ELEMENTS,
+        },
+        # Our optimizer is one DeepSpeed has not seen; it is only ever called on the slices, which is all it needs.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }

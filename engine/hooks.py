@@ -1,0 +1,75 @@
+"""The named points of the training loop at which others act.
+
+    hook.on_start(trainer)                         # once per phase; after a resume, with the resumed state
+    for each epoch:
+        hook.on_epoch_start(trainer)
+        for each step:
+            hook.on_step_start(trainer)
+            for each microbatch, for each pass:
+                hook.on_forward(trainer, microstep)   # forward and backward follow
+            [all ranks agree that the loss is finite]
+            [optimizer update, projection]
+            hook.on_step_end(trainer)              # position already counts the step
+        hook.on_epoch_end(trainer)                 # after the evaluation, before the checkpoint
+    hook.on_stop(trainer)                          # also when the loop ends by an exception
+
+Hooks run in the order given to the trainer. What a hook must not forget goes into `state_dict` (JSON-able) or into
+buffers of the trained module (tensors); both are in every checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from engine.trainer import Trainer
+
+
+class Hook:
+    """Acts at named points of the loop; every method may be left out."""
+
+    name: str = ""
+    """Key of this hook's state in a checkpoint; hooks with state need one."""
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Before the first step of a phase, or of what a resume left of it."""
+
+    def on_epoch_start(self, trainer: Trainer) -> None:
+        """Before the first batch of an epoch, or the first one left after a resume in its middle."""
+
+    def on_step_start(self, trainer: Trainer) -> None:
+        """Before the first forward pass of a step."""
+
+    def on_forward(self, trainer: Trainer, microstep: int) -> None:
+        """Before forward pass `microstep` of a step, counted from 0 over microbatches x passes."""
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        """After the optimizer update; `trainer.position` counts this step."""
+
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        """After an epoch's evaluation, before its checkpoint."""
+
+    def on_stop(self, trainer: Trainer) -> None:
+        """When the loop ends, for whatever reason. Not collective: other ranks may be gone."""
+
+    def scalars(self, trainer: Trainer) -> Mapping[str, float | Tensor]:
+        """Numbers to log with the loss every train.log_every steps. Called on every rank; may be collective."""
+        return {}
+
+    def histograms(self, trainer: Trainer) -> Mapping[str, Tensor]:
+        """Tensors to log as histograms, once per epoch. Called on every rank."""
+        return {}
+
+    def epoch_scalars(self, trainer: Trainer) -> Mapping[str, float | Tensor]:
+        """Numbers to log once per epoch. Called on every rank; may be collective."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resume needs, JSON-able."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave."""

@@ -1,0 +1,121 @@
+"""What a run shows while it trains: progress, TensorBoard and metrics.jsonl, from the loop's own numbers and the hooks'."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Mapping
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from engine.evaluation import Score
+from engine.metrics import MetricWriter
+from engine.progress import Progress
+from engine.world import World
+
+if TYPE_CHECKING:
+    from engine.trainer import Trainer
+
+
+class Reporter:
+    """Collects and writes the numbers of a run; does nothing visible on ranks other than 0.
+
+    data_wait_s, checkpoint_stall_s: seconds since the last report that the loop waited for data, for a save.
+    """
+
+    def __init__(self, writer: MetricWriter, progress: Progress, world: World) -> None:
+        self.writer, self.progress, self.world = writer, progress, world
+        self.data_wait_s = 0.0
+        self.checkpoint_stall_s = 0.0
+        self.images_per_s = 0.0
+        self._images, self._seconds = 0, 0.0
+        self._loss, self._accuracy, self._steps = 0.0, 0.0, 0
+        self._since = perf_counter()
+
+    @property
+    def mean_images_per_s(self) -> float:
+        """Images per second of all ranks over the steps of this process, evaluations left out; 0 before the first."""
+        return self._images / self._seconds if self._seconds else 0.0
+
+    def close(self) -> None:
+        """Write out what is buffered and give the terminal back."""
+        self.progress.close()
+        self.writer.close()
+
+    def restart_clock(self) -> None:
+        """Forget the time since the last report: what follows is training again."""
+        self._since = perf_counter()
+        self.data_wait_s = self.checkpoint_stall_s = 0.0
+
+    def step(self, trainer: Trainer, loss: float, accuracy: float) -> None:
+        """Collective where a hook's scalars are: count a step, and report every train.log_every of them."""
+        self._loss, self._accuracy, self._steps = self._loss + loss, self._accuracy + accuracy, self._steps + 1
+        position = trainer.position
+        if position.step % trainer.config.log_every and position.step_in_epoch:
+            return
+        seconds = max(perf_counter() - self._since, 1e-9)
+        self.images_per_s = self._steps * position.batch_size / seconds
+        self._images, self._seconds = self._images + self._steps * position.batch_size, self._seconds + seconds
+        values: dict[str, float] = {
+            "train/loss": self._loss / self._steps,
+            "train/accuracy": self._accuracy / self._steps,
+            "speed/images_per_s": self.images_per_s,
+            "speed/data_wait_fraction": min(1.0, self.data_wait_s / seconds),
+            "speed/checkpoint_stall_fraction": min(1.0, self.checkpoint_stall_s / seconds),
+            "memory/peak_bytes": float(peak_memory_bytes(self.world.device)),
+        }
+        for group in trainer.sharded.optimizer.param_groups:
+            values[f"lr/{group['name']}"] = group["lr"]
+        for hook in trainer.task.hooks:
+            values.update(_numbers(hook.scalars(trainer)))
+        epoch = (position.step - 1) // position.steps_per_epoch
+        self.writer.scalars(position.step, values, phase=position.phase, epoch=epoch, samples=position.samples)
+        self.progress.update(position.step, _line(trainer, epoch, values))
+        self._loss, self._accuracy, self._steps = 0.0, 0.0, 0
+        self.restart_clock()
+
+    def epoch(self, trainer: Trainer, evaluation: Score | None) -> None:
+        """Report the end of an epoch: evaluation, per-layer numbers and histograms of the hooks."""
+        position = trainer.position
+        values: dict[str, float] = {}
+        if evaluation is not None:
+            values = {"eval/accuracy": evaluation.accuracy, "eval/loss": evaluation.loss}
+        for hook in trainer.task.hooks:
+            values.update(_numbers(hook.epoch_scalars(trainer)))
+            for name, tensor in hook.histograms(trainer).items():
+                self.writer.histogram(position.step, name, tensor)
+        epoch = position.epoch - 1
+        if values:
+            self.writer.scalars(position.step, values, phase=position.phase, epoch=epoch, samples=position.samples)
+        if evaluation is not None:
+            self.progress.message(
+                f"{position.phase} epoch {epoch}: test accuracy {evaluation.accuracy:.2%}, test loss {evaluation.loss:.4f}"
+            )
+        self.writer.flush()
+        self.restart_clock()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory this process has held: allocated on a CUDA device, resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _numbers(values: Mapping[str, float | Tensor]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items()}
+
+
+def _line(trainer: Trainer, epoch: int, values: Mapping[str, float]) -> dict[str, float | str]:
+    fields: dict[str, float | str] = {
+        "phase": trainer.phase.name,
+        "epoch": f"{epoch - trainer.phase.first_epoch + 1}/{trainer.phase.epochs}",
+        "loss": values["train/loss"],
+        "accuracy": values["train/accuracy"],
+    }
+    if "mask/density" in values:
+        fields["density"] = values["mask/density"]
+    fields["images/s"] = values["speed/images_per_s"]
+    return fields

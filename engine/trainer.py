@@ -1,0 +1,243 @@
+"""The training loop of one phase: batches in, steps, evaluations, checkpoints, until the phase's last epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.batchnorm import average_buffers
+from engine.checkpoint import CheckpointStore, Saved
+from engine.config import CheckpointConfig, TrainConfig
+from engine.data import Batch, DataPipeline
+from engine.deepspeed_engine import shard_model
+from engine.errors import EXIT_INTERRUPTED, EXIT_NON_FINITE, RunStopped
+from engine.evaluation import Score, score
+from engine.hooks import Hook
+from engine.loss import LossModule
+from engine.optimizer import ParameterGroup
+from engine.position import Phase, Position
+from engine.reporting import Reporter
+from engine.schedule import LearningRate
+from engine.signals import StopSignals
+from engine.train_state import checkpoint_entries, restore
+from engine.world import World
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one phase trains.
+
+    model: images -> logits; passes: forward passes per microbatch, over which the gradient is averaged;
+    label_smoothing: of the training loss; clip: largest joint gradient norm, 0 = none.
+    """
+
+    phase: Phase
+    model: nn.Module
+    groups: list[ParameterGroup]
+    learning_rate: LearningRate
+    hooks: Sequence[Hook] = ()
+    passes: int = 1
+    label_smoothing: float = 0.0
+    clip: float = 0.0
+
+
+class Trainer:
+    """Runs a Task on this rank's share of the data. Every method is collective.
+
+    position: where the run is; model: the network being trained; world: this rank among its peers.
+    """
+
+    def __init__(
+        self, task: Task, data: DataPipeline, config: TrainConfig, saving: CheckpointConfig, world: World,
+        store: CheckpointStore, reporter: Reporter, run_meta: dict[str, Any],
+    ) -> None:  # fmt: skip
+        self.task, self.data, self.config, self.saving = task, data, config, saving
+        self.world, self.store, self.reporter, self.run_meta = world, store, reporter, run_meta
+        self.model, self.phase = task.model, task.phase
+        self.microsteps = config.accumulation * task.passes
+        self.position = Position(task.phase.name, task.phase.first_step, data.steps_per_epoch, data.batch_size)
+        self.evaluation: Score | None = None
+        self.sharded = shard_model(
+            LossModule(task.model, task.label_smoothing, config.precision, compiled=config.compile),
+            task.groups, world, zero_stage=config.zero_stage, clip=task.clip, microsteps=self.microsteps,
+            micro_batch=data.batch_size // world.size // config.accumulation,
+        )  # fmt: skip
+        self._saved_step, self._saved_at = -1, perf_counter()
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer steps done in this phase."""
+        return self.position.step - self.phase.first_step
+
+    def resume(self, saved: Saved) -> None:
+        """Go on from a checkpoint of this phase, whatever its number of ranks and ZeRO stage were."""
+        restore(
+            self.model, self.task.groups, self.sharded, self.world, saved.meta,
+            lambda entries: self.store.load(saved, entries),
+        )  # fmt: skip
+        self.position = replace(self.position, step=saved.step)
+        self._saved_step = saved.step
+        for hook in self.task.hooks:
+            if hook.name in saved.meta["hooks"]:
+                hook.load_state_dict(saved.meta["hooks"][hook.name])
+
+    def fit(self) -> None:
+        """Train to the end of the phase. Raises RunStopped on a signal (after saving) or a non-finite loss."""
+        try:
+            with StopSignals() as signals:
+                for hook in self.task.hooks:
+                    hook.on_start(self)
+                while self.position.step < self.phase.end_step:
+                    self._run_epoch(signals)
+        finally:
+            for hook in self.task.hooks:
+                hook.on_stop(self)
+
+    def save(self) -> None:
+        """Write a checkpoint of the present position, in the background if so configured."""
+        if self._saved_step == self.position.step:
+            return
+        meta = {
+            **self.run_meta,
+            "phase": self.position.phase,
+            "world_size": self.world.size,
+            "updates": {g["name"]: g["updates"] for g in self.sharded.optimizer.param_groups},
+            "hooks": {h.name: h.state_dict() for h in self.task.hooks if h.name},
+        }
+        entries = checkpoint_entries(self.model, self.task.groups, self.sharded, self.world)
+        start = perf_counter()
+        self.store.save(self.position.step, entries, meta)
+        self.reporter.checkpoint_stall_s += perf_counter() - start
+        self._saved_step, self._saved_at = self.position.step, perf_counter()
+
+    def evaluate(self) -> Score:
+        """Score of the present model on the evaluation images."""
+        self.model.eval()
+        result = score(self.model, self.data.evaluate(), self.world, self.config.precision)
+        self.model.train()
+        return result
+
+    def close(self) -> None:
+        """Give up DeepSpeed's buffers; the model stays usable."""
+        self.sharded.destroy()
+
+    def _run_epoch(self, signals: StopSignals) -> None:
+        self.model.train()
+        for hook in self.task.hooks:
+            hook.on_epoch_start(self)
+        epoch = self.position.epoch
+        with closing(self.data.train(epoch, self.position.step_in_epoch)) as batches:
+            self._run_steps(self._timed(batches), epoch, signals)
+
+    def _run_steps(self, batches: Iterator[Batch], epoch: int, signals: StopSignals) -> None:
+        for batch in batches:
+            asked, due = self._step(batch, signals)
+            if self.position.step_in_epoch == 0:
+                self._end_epoch(epoch)
+            if asked or due or self._epoch_save_due():
+                self.save()
+            if asked:
+                self.store.wait()
+                raise RunStopped(f"stopped by a signal; saved at step {self.position.step}", EXIT_INTERRUPTED)
+
+    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        while True:
+            start = perf_counter()
+            batch = next(batches, None)
+            self.reporter.data_wait_s += perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+    def _step(self, batch: Batch, signals: StopSignals) -> tuple[bool, bool]:
+        """One optimizer step; returns whether some rank was asked to stop and whether a save by time is due."""
+        for hook in self.task.hooks:
+            hook.on_step_start(self)
+        factor = self.task.learning_rate.factor(self.num_updates)
+        for group in self.sharded.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
+        images = batch.images.contiguous(memory_format=layout).chunk(self.config.accumulation)
+        labels = batch.labels.chunk(self.config.accumulation)
+        totals = torch.zeros(2, dtype=torch.float32, device=self.world.device)
+        vote = None
+        for microstep in range(self.microsteps):
+            for hook in self.task.hooks:
+                hook.on_forward(self, microstep)
+            part = microstep // self.task.passes
+            loss, correct = self.sharded.engine(images[part], labels[part])
+            totals += torch.stack([loss.detach(), correct])
+            if microstep == self.microsteps - 1:
+                vote = self._vote(totals, signals)
+            self.sharded.engine.backward(loss)
+            if vote is None:
+                self.sharded.engine.step()
+        assert vote is not None
+        asked, due, loss_value, correct_count = self._decide(*vote)
+        self.sharded.engine.step()
+        if self.sharded.skipped_step():
+            raise self._not_finite("gradient")
+        self.position = replace(self.position, step=self.position.step + 1)
+        for hook in self.task.hooks:
+            hook.on_step_end(self)
+        self.reporter.step(self, loss_value, correct_count / (self.data.batch_size * self.task.passes))
+        return asked, due
+
+    def _vote(self, totals: Tensor, signals: StopSignals) -> tuple[Tensor, Any]:
+        """Start adding up, over the ranks, the step's loss and who wants to stop or save.
+
+        Started before the last backward pass and read after it was launched, so that on a GPU the host waits for the
+        forward pass only, while backward keeps the device busy.
+        """
+        minutes = (perf_counter() - self._saved_at) / 60
+        due = self.saving.every_minutes > 0 and minutes >= self.saving.every_minutes and self.world.is_main
+        wishes = torch.tensor([float(signals.requested != 0), float(due)], device=self.world.device)
+        bad = (~torch.isfinite(totals[:1])).float()
+        finite = torch.nan_to_num(totals, nan=0.0, posinf=0.0, neginf=0.0)
+        votes = self.world.all_reduce(torch.cat([finite, bad, wishes]))
+        if votes.device.type != "cuda":
+            return votes, None
+        host = torch.empty(votes.shape, pin_memory=True)
+        host.copy_(votes, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        return host, done
+
+    def _decide(self, votes: Tensor, done: Any) -> tuple[bool, bool, float, float]:
+        if done is not None:
+            done.synchronize()
+        loss, correct, bad, asked, due = votes.tolist()
+        if bad:
+            raise self._not_finite("loss")
+        every = self.saving.every_steps
+        by_step = every > 0 and (self.position.step + 1) % every == 0
+        return asked > 0, due > 0 or by_step, loss / (self.world.size * self.microsteps), correct
+
+    def _not_finite(self, what: str) -> RunStopped:
+        step = self.position.step
+        return RunStopped(
+            f"the {what} of step {step} (epoch {self.position.epoch}, phase {self.phase.name}) is not finite; stopped "
+            "before its optimizer update: resume from the last checkpoint with a lower optim.lr, or set optim.clip",
+            EXIT_NON_FINITE,
+        )
+
+    def _end_epoch(self, epoch: int) -> None:
+        average_buffers(self.model, self.world)
+        last = self.position.step == self.phase.end_step
+        done = epoch + 1 - self.phase.first_epoch
+        self.evaluation = self.evaluate() if last or done % self.config.eval_every == 0 else None
+        for hook in self.task.hooks:
+            hook.on_epoch_end(self)
+        self.reporter.epoch(self, self.evaluation)
+
+    def _epoch_save_due(self) -> bool:
+        if self.position.step_in_epoch:
+            return False
+        done = self.position.epoch - self.phase.first_epoch
+        return done % self.saving.every_epochs == 0 or self.position.step == self.phase.end_step

@@ -1,0 +1,52 @@
+"""ghostmask evaluate: the accuracy of a run's exported network, measured afresh."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_pipelines.open import open_dataset
+from engine.errors import InputError
+from engine.evaluation import score
+from engine.world import connect
+from launcher.checks import check_config
+from launcher.config import RunConfig
+from launcher.export import load_export, summarise
+from launcher.run import threads_per_rank
+from launcher.settings import load_config, to_dict
+from launcher.summary import closing_table
+from masks.prunable import prunable_weights
+from models.build import build_model
+
+
+def evaluate(run: Path, *, as_json: bool = False) -> int:
+    """Print the summary of RUN/export/model.safetensors on its evaluation images (all ranks share them)."""
+    config = load_config(str(run / "config.yaml"), [])
+    file = run / "export" / "model.safetensors"
+    if not file.is_file():
+        raise InputError(
+            f"RUN = {str(run)!r}: there is no {file}; finish the run, or write it with: ghostmask export {run}"
+        )
+    with connect(config.train.device) as world:
+        check_config(config, world.size)
+        torch.set_num_threads(config.train.threads or threads_per_rank())
+        data = open_dataset(config.data, config.seed, world)
+        net = build_model(config.model, data.num_classes, data.image_shape, config.seed)
+        net.load_state_dict(load_export(file), strict=True)
+        net.to(world.device).eval()
+        accuracy = score(net, data.evaluate(), world, config.train.precision).accuracy
+        summary = _summary(config, net, data.image_shape, accuracy)
+        data.close()
+        if world.is_main:
+            print(json.dumps(summary) if as_json else closing_table(summary, run, 0.0), flush=True)
+        world.barrier()
+    return 0
+
+
+def _summary(config: RunConfig, net: torch.nn.Module, shape: tuple[int, int, int], accuracy: float) -> dict[str, Any]:
+    weights = prunable_weights(net, config.mask.dense_layers)
+    masks = {} if config.mask.method == "dense" else {name: w.detach() != 0 for name, w in weights.items()}
+    return {"accuracy": accuracy, **summarise(net, masks, shape), "config": to_dict(config)}

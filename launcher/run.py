@@ -1,0 +1,118 @@
+"""Wires a configuration into a run: data, network, mask method, and one trainer per phase."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from data_pipelines.open import open_dataset
+from engine.checkpoint import CheckpointStore, Saved
+from engine.data import DataPipeline
+from engine.metrics import MetricWriter
+from engine.position import Duration, Phase
+from engine.progress import Progress
+from engine.registry import resolve
+from engine.reporting import Reporter
+from engine.schedule import LearningRate
+from engine.trainer import Task, Trainer
+from engine.world import World
+from launcher.config import RunConfig
+from launcher.settings import to_dict
+from masks.method import FINETUNE, MaskMethod, Recipe
+from masks.registry import METHODS
+from models.build import build_model
+
+
+@dataclass
+class Run:
+    """The parts of one run on this rank. Built by `assemble`, driven by `execute`."""
+
+    config: RunConfig
+    world: World
+    data: DataPipeline
+    net: nn.Module
+    method: MaskMethod
+    phases: list[Phase]
+    store: CheckpointStore
+    reporter: Reporter
+
+    def execute(self, saved: Saved | None, *, train: bool = True) -> None:
+        """Collective: go through the phases from `saved` on (None: from the start); without `train`, only settle the
+        masks as if training ended at `saved`."""
+        if saved is None:
+            self.method.prepare()
+        names = [p.name for p in self.phases]
+        for phase in self.phases[names.index(saved.meta["phase"]) if saved else 0 :]:
+            trainer = self._trainer(phase)
+            if saved is not None and saved.meta["phase"] == phase.name:
+                trainer.resume(saved)
+            else:
+                self.method.begin(trainer)
+            if train:
+                trainer.fit()
+            self.method.leave(trainer)
+            trainer.close()
+
+    def masks(self) -> dict[str, Tensor]:
+        """Weight name -> bool tensor, equal on every rank; empty for a dense run."""
+        return dict(self.method.masks())
+
+    def close(self) -> None:
+        """Collective: finish the save under way, stop loaders and writers."""
+        self.store.close()
+        self.reporter.close()
+        self.data.close()
+
+    def _trainer(self, phase: Phase) -> Trainer:
+        setup = self.method.enter(phase)
+        task = Task(
+            phase, setup.model.to(self.world.device), setup.groups, learning_rate(self.config, phase), setup.hooks,
+            setup.passes, self.config.tost.label_smoothing, self.config.optim.clip,
+        )  # fmt: skip
+        meta = {"config": to_dict(self.config), "torch": torch.__version__}
+        return Trainer(
+            task, self.data, self.config.train, self.config.checkpoint, self.world, self.store, self.reporter, meta
+        )
+
+
+def assemble(config: RunConfig, folder: Path, world: World, store: CheckpointStore, saved: Saved | None) -> Run:
+    """Collective: open the data and build network and method; nothing is trained yet."""
+    torch.set_num_threads(config.train.threads or threads_per_rank())
+    data = open_dataset(config.data, config.seed, world)
+    net = build_model(config.model, data.num_classes, data.image_shape, config.seed).to(world.device)
+    recipe = Recipe(config.optim, config.finetune, config.train.epochs, config.seed)
+    method: MaskMethod = resolve(METHODS[config.mask.method])(config.mask, net, recipe, world)
+    phases = plan(method, data.steps_per_epoch)
+    writer = MetricWriter(folder, world, saved.step if saved else None)
+    reporter = Reporter(writer, Progress(world, phases[-1].end_step), world)
+    return Run(config, world, data, net, method, phases, store, reporter)
+
+
+def plan(method: MaskMethod, steps_per_epoch: int) -> list[Phase]:
+    """The method's phases, one after the other on the run's one count of epochs and steps."""
+    phases, first = [], 0
+    for name, epochs in method.phases():
+        phases.append(Phase(name, first, epochs, steps_per_epoch))
+        first += epochs
+    return phases
+
+
+def learning_rate(config: RunConfig, phase: Phase) -> LearningRate:
+    """The schedule of a phase: the main recipe's, or fine-tuning's; the warm-up belongs to the run's first steps."""
+    total = phase.epochs * phase.steps_per_epoch
+    if phase.name == FINETUNE:
+        return LearningRate(config.finetune.schedule, total)
+    optim = config.optim
+    warmup = Duration.parse(optim.warmup).steps(phase.steps_per_epoch) if phase.first_epoch == 0 else 0
+    milestones = tuple(m * phase.steps_per_epoch for m in optim.milestones)
+    return LearningRate(optim.schedule, total, warmup, milestones, optim.gamma)
+
+
+def threads_per_rank() -> int:
+    """Cores this process may use, divided among the ranks of this machine."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, len(os.sched_getaffinity(0)) // ranks)

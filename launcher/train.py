@@ -1,0 +1,115 @@
+"""ghostmask train: start a run or go on with it, then export the sparse network."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from engine.checkpoint import CheckpointError, CheckpointStore, Saved
+from engine.errors import InputError
+from engine.evaluation import Score, score
+from engine.world import World, connect, rank_from_environment
+from launcher.checks import check_config
+from launcher.config import RunConfig
+from launcher.export import write_export
+from launcher.run import Run, assemble
+from launcher.settings import differences, load_config, run_folder, to_dict, to_yaml
+from launcher.summary import closing_table
+
+WRITTEN = ("checkpoints", "tensorboard", "export", "metrics.jsonl", "config.yaml")
+"""What a run writes into its folder, and so what --restart removes."""
+
+
+def train(config: RunConfig, *, restart: bool = False) -> int:
+    """Train `config` in its run folder, from the newest intact checkpoint there if there is one; returns exit code 0.
+
+    restart: remove what is in the folder first. Raises InputError when the folder's configuration differs, and
+    RunStopped when the run ends early (docs/operations.md lists the exit codes).
+    """
+    _, size, _ = rank_from_environment()
+    check_config(config, size)
+    folder = run_folder(config)
+    if not restart:
+        _refuse_other_config(folder, config)
+    with connect(config.train.device) as world:
+        saved, store = open_folder(folder, config, world, restart=restart)
+        run = assemble(config, folder, world, store, saved)
+        try:
+            if saved is not None and world.is_main:
+                run.reporter.progress.message(f"resuming {folder} at step {saved.step}, phase {saved.meta['phase']}")
+            run.execute(saved)
+            finish(run, folder)
+        finally:
+            run.close()
+    return 0
+
+
+def finish(run: Run, folder: Path) -> None:
+    """Collective: evaluate the masked network, export it and print the closing table."""
+    masks = run.masks()
+    result = evaluate_masked(run)
+    if run.world.is_main:
+        shape = run.data.image_shape
+        summary = write_export(
+            folder / "export", run.net, masks, accuracy=result.accuracy, image_shape=shape, config=to_dict(run.config)
+        )
+        run.reporter.progress.close()
+        print(closing_table(summary, folder, run.reporter.mean_images_per_s), flush=True)
+    run.world.barrier()
+
+
+@torch.no_grad()
+def evaluate_masked(run: Run) -> Score:
+    """Collective: score of the plain network with its pruned weights set to zero (they stay so)."""
+    for name, mask in run.masks().items():
+        run.net.get_parameter(name).masked_fill_(~mask, 0.0)
+    run.net.eval()
+    return score(run.net, run.data.evaluate(), run.world, run.config.train.precision)
+
+
+def open_folder(
+    folder: Path, config: RunConfig, world: World, *, restart: bool = False
+) -> tuple[Saved | None, CheckpointStore]:
+    """Collective: the newest intact checkpoint of the run folder (None for a new run) and its store."""
+    if world.is_main:
+        if restart:
+            _remove_written(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(to_yaml(config))
+    world.barrier()
+    store = CheckpointStore(
+        folder / "checkpoints", world, config.checkpoint.keep, config.checkpoint.asynchronous, warn=_warn
+    )
+    try:
+        return store.latest(), store
+    except CheckpointError as error:
+        store.close()
+        raise InputError(f"{error}; run with --restart to start over (this removes the run's files)") from None
+
+
+def _refuse_other_config(folder: Path, config: RunConfig) -> None:
+    file = folder / "config.yaml"
+    if not file.exists():
+        return
+    changes = differences(load_config(str(file), []), config)
+    if changes:
+        raise InputError(
+            f"run = {str(folder)!r}: the run folder holds another configuration ({'; '.join(changes)}); "
+            "give another run=NAME, or --restart to start over"
+        )
+
+
+def _remove_written(folder: Path) -> None:
+    for name in WRITTEN:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _warn(text: str) -> None:
+    print(f"ghostmask: warning: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,49 @@
+"""magnitude: the largest |w| of a trained network stay, in one shot, and are fine-tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from engine.position import Phase
+from masks.masked_model import FixedMasks, MaskedModel
+from masks.method import FINETUNE, MaskMethod, Setup
+from masks.report import DensityReport
+from masks.allocation import kept_masks
+from masks.trained import load_trained
+
+
+class Magnitude(MaskMethod):
+    """One-shot magnitude pruning (PBW, Han et al. 2015): phase "train" (dense), then "finetune" under the mask.
+
+    With mask.path the dense training is left out and the network found there is pruned instead.
+    """
+
+    fixed: FixedMasks | None = None
+
+    def phases(self) -> tuple[tuple[str, int], ...]:
+        dense = () if self.config.path else (("train", self.recipe.epochs),)
+        return (*dense, (FINETUNE, self.recipe.finetune.epochs))
+
+    def prepare(self) -> None:
+        if self.config.path:
+            load_trained(self.net, self.config.path)
+
+    def enter(self, phase: Phase) -> Setup:
+        if phase.name != FINETUNE:
+            return Setup(self.net, [self.weight_group(phase)])
+        # On a resume these masks come from untrained weights; the checkpoint's take their place.
+        self.fixed = FixedMasks(magnitude_masks(self.weights, self.config.density, self.config.constraint))
+        model = MaskedModel(self.net, list(self.weights), self.fixed)
+        return Setup(model, [self.weight_group(phase)], [DensityReport(self.fixed)])
+
+    def masks(self) -> Mapping[str, Tensor]:
+        assert self.fixed is not None
+        return self.fixed.masks()
+
+
+def magnitude_masks(weights: Mapping[str, Tensor], density: float, constraint: str) -> dict[str, Tensor]:
+    """Masks of the largest |w|: exactly round(density n) of the network ("global") or of each layer ("layerwise")."""
+    scores = [w.detach().abs() for w in weights.values()]
+    return dict(zip(weights, kept_masks(scores, density, constraint), strict=True))
