@@ -1,0 +1,182 @@
+"""How one batch of images is decoded: FFCV operations whose randomness comes from a word that travels with the index.
+
+FFCV hands a compiled decoder the piece of the traversal order that makes a batch. Ours is a table (n, 2) of sample
+index and random word (see `order`), so the crop is a function of (seed, epoch, sample index) and nothing compiled has
+to know the epoch. The kernels are numba's, cached on disk: FFCV's own closures call C by address, cannot be cached, and
+compile for about 15 s in every process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import llvmlite.binding  # type: ignore[import-untyped]
+import numba
+import numpy as np
+from ffcv.fields.rgb_image import SimpleRGBImageDecoder
+from ffcv.libffcv import ctypes_imdecode, ctypes_resize, lib
+from ffcv.pipeline.allocation_query import AllocationQuery
+from numba import prange, types
+
+EVAL_CROP_SHARE = 224 / 256
+"""Side of the evaluation crop as a share of the image's shorter side."""
+_LOW_AREA, _LOG_ASPECT, _TRIES = 0.08, math.log(4 / 3), 10
+
+# int imdecode(source, bytes, height, width, out, crop_height, crop_width, x, y, scale_num, scale_denom, crop, flip)
+imdecode: Any = types.ExternalFunction(
+    "ghostmask_imdecode", types.int32(types.uintp, types.uint64, *[types.uint32] * 2, types.uintp, *[types.uint32] * 8)
+)
+# void resize(unused, source, rows, columns, first row, end row, first column, end column, out, out rows, out columns)
+resize: Any = types.ExternalFunction("ghostmask_resize", types.void(*[types.int64] * 11))
+
+
+def _next_word(state: Any) -> Any:
+    """(new state, uniform float in [0, 1)) of a SplitMix64 stream."""
+    state = state + np.uint64(0x9E3779B97F4A7C15)
+    word = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    word = word ^ (word >> np.uint64(31))
+    return state, np.float64(word >> np.uint64(11)) * 2.0**-53
+
+
+def _random_box(height: Any, width: Any, word: Any) -> Any:
+    """(top, left, height, width): torchvision's RandomResizedCrop.get_params with SplitMix64 from `word`."""
+    state = word
+    for _ in range(_TRIES):
+        state, u = next_word(state)
+        area = height * width * (_LOW_AREA + (1 - _LOW_AREA) * u)
+        state, u = next_word(state)
+        aspect = np.exp((2 * u - 1) * _LOG_ASPECT)
+        w, h = int(np.rint(np.sqrt(area * aspect))), int(np.rint(np.sqrt(area / aspect)))
+        if 0 < w <= width and 0 < h <= height:
+            state, u = next_word(state)
+            top = int(u * (height - h + 1))
+            state, u = next_word(state)
+            return top, int(u * (width - w + 1)), h, w
+    w = min(width, int(np.rint(height * (4 / 3))))
+    h = min(height, int(np.rint(width * (4 / 3))))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _copy_whole(rows: Any, storage: Any, pointers: Any, out: Any) -> None:
+    """out[k] = raw image rows[k, 0]; out: (n, bytes of an image) uint8."""
+    for k in prange(rows.shape[0]):
+        start = np.int64(pointers[np.int64(rows[k, 0])])
+        out[k, :] = storage[start : start + out.shape[1]]
+
+
+def _crop(  # noqa: PLR0917  # numba takes no keywords
+    rows: Any, storage: Any, pointers: Any, sizes: Any, heights: Any, widths: Any, jpeg: Any, share: float, out: Any,
+    damaged: Any,
+) -> None:  # fmt: skip
+    """out[k] = a crop of image rows[k, 0], resized. share: of a centre square's side; 0 = random. damaged: (n,) out."""
+    side_h, side_w = out.shape[1], out.shape[2]
+    for k in prange(rows.shape[0]):
+        i = np.int64(rows[k, 0])
+        height, width = np.int64(heights[i]), np.int64(widths[i])
+        start = np.int64(pointers[i])
+        data = storage[start : start + np.int64(sizes[i])]
+        if jpeg[i]:
+            pixels = np.empty(height * width * 3, np.uint8)
+            failed = imdecode(
+                data.ctypes.data, data.size, height, width, pixels.ctypes.data, height, width, 0, 0, 1, 1, 0, 0
+            )
+            damaged[k] = failed != 0
+            address = pixels.ctypes.data
+        else:
+            pixels = np.empty(0, np.uint8)
+            damaged[k] = False
+            address = data.ctypes.data
+        if share > 0:
+            h = w = max(1, int(share * min(height, width)))
+            top, left = (height - h) // 2, (width - w) // 2
+        else:
+            top, left, h, w = random_box(height, width, rows[k, 1])
+        resize(0, address, height, width, top, top + h, left, left + w, out[k].ctypes.data, side_h, side_w)
+        damaged[k] = damaged[k] or pixels.size < 0  # keeps `pixels` alive until here
+
+
+next_word = numba.njit(nogil=True, error_model="numpy")(_next_word)
+random_box = numba.njit(nogil=True, error_model="numpy")(_random_box)
+copy_whole = numba.njit(nogil=True, error_model="numpy", parallel=True)(_copy_whole)
+crop = numba.njit(nogil=True, error_model="numpy", parallel=True)(_crop)
+
+
+@functools.cache
+def load_kernels() -> None:
+    """Bind the kernels to FFCV's C functions, keep OpenCV from starting threads of its own, and cache compilations."""
+    for name, function in (("ghostmask_imdecode", ctypes_imdecode), ("ghostmask_resize", ctypes_resize)):
+        llvmlite.binding.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
+    # cv::setNumThreads(int): inside our loop over images, each resize would otherwise ask for all cores.
+    with contextlib.suppress(AttributeError):
+        lib._ZN2cv13setNumThreadsEi(0)
+    for kernel in (copy_whole, crop):
+        with contextlib.suppress(RuntimeError):  # no writable folder for the cache: compile in every process
+            kernel.enable_caching()
+
+
+class WholeImage(SimpleRGBImageDecoder):  # type: ignore[misc]  # FFCV has no types, and takes only its subclasses
+    """Raw images of one size, as they are: (n, H, W, 3) uint8."""
+
+    def declare_state_and_memory(self, previous_state: Any) -> Any:
+        """FFCV's question: what comes out, and which buffer is needed."""
+        shape = (int(self.metadata["height"][0]), int(self.metadata["width"][0]), 3)
+        return replace(previous_state, jit_mode=True, shape=shape, dtype=np.dtype("u1")), AllocationQuery(
+            shape, np.dtype("u1")
+        )
+
+    def generate_code(self) -> Callable[..., Any]:
+        """FFCV's question: the function that fills the buffer."""
+        load_kernels()
+        pointers = np.ascontiguousarray(self.metadata["data_ptr"])
+
+        def decode(rows: Any, destination: Any, metadata: Any, storage_state: Any) -> Any:
+            copy_whole(rows, storage_state[0], pointers, destination.reshape(len(destination), -1))
+            return destination
+
+        return decode
+
+
+class ResizedCrop(SimpleRGBImageDecoder):  # type: ignore[misc]  # FFCV has no types
+    """Images of any size, cropped at random (or at their centre) and resized to (n, size, size, 3) uint8."""
+
+    def __init__(self, size: int, random: bool) -> None:
+        super().__init__()
+        self.size, self.random = size, random
+
+    def declare_state_and_memory(self, previous_state: Any) -> Any:
+        """FFCV's question: what comes out, and which buffer is needed."""
+        shape = (self.size, self.size, 3)
+        return replace(previous_state, jit_mode=True, shape=shape, dtype=np.dtype("u1")), AllocationQuery(
+            shape, np.dtype("u1")
+        )
+
+    def generate_code(self) -> Callable[..., Any]:
+        """FFCV's question: the function that fills the buffer."""
+        load_kernels()
+        heights, widths = (np.ascontiguousarray(self.metadata[f]) for f in ("height", "width"))
+        pointers, jpeg = np.ascontiguousarray(self.metadata["data_ptr"]), self.metadata["mode"] == 0
+        share = 0.0 if self.random else EVAL_CROP_SHARE
+        sizes: list[Any] = []
+
+        def decode(rows: Any, destination: Any, metadata: Any, storage_state: Any) -> Any:
+            storage, starts, lengths = storage_state
+            if not sizes:
+                sizes.append(lengths[np.searchsorted(starts, pointers)])
+            damaged = np.empty(len(rows), dtype=np.bool_)
+            crop(rows, storage, pointers, sizes[0], heights, widths, jpeg, share, destination, damaged)
+            if damaged.any():
+                raise DamagedImage(int(rows[damaged.argmax(), 0]))
+            return destination
+
+        return decode
+
+
+class DamagedImage(Exception):
+    """The JPEG of this sample index cannot be decoded."""

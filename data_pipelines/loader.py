@@ -1,0 +1,139 @@
+"""How batches come out of one .beton file: FFCV's Loader, with the traps of its iterator closed.
+
+What FFCV 1.0.2 does otherwise: sets torch's thread number for the whole process, waits for ever when its thread fails,
+and never ends that thread when an epoch is left early.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import warnings
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from ffcv.loader import Loader
+from ffcv.loader.epoch_iterator import EpochIterator
+from ffcv.pipeline.compiler import Compiler
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data_pipelines.decode import DamagedImage
+from data_pipelines.order import Words
+from data_pipelines.threads import torch_threads_kept
+from engine.errors import InputError, bad_value
+
+BATCHES_AHEAD = 3
+JOIN_S = 0.02
+
+
+_DECODING = threading.Lock()
+"""Two loaders share numba's threads; one of numba's threading layers aborts when two threads use it at once."""
+
+
+class BetonLoader:
+    """Batches of one .beton file in any order. Opened once, used for every epoch."""
+
+    def __init__(self, path: Path, decoder: Any, batch_size: int, num_workers: int, num_classes: int) -> None:
+        """decoder: an operation of `decode`. Raises InputError if the file's labels are not in [0, num_classes)."""
+        self.path, self.batch_size = path, batch_size
+        # A compiled decoder needs nothing more from FFCV's compiler, whose wrapper cannot be cached.
+        with torch_threads_kept():
+            Compiler.set_enabled(False)
+            try:
+                self._loader = Loader(
+                    str(path), batch_size=batch_size, num_workers=usable_threads(num_workers), os_cache=True,
+                    drop_last=False, batches_ahead=BATCHES_AHEAD, pipelines={"image": [decoder], "label": None},
+                )  # fmt: skip
+            finally:
+                Compiler.set_enabled(True)
+        # Tables of Python sets that only FFCV's other cache uses: 1 GB for ImageNet, in every rank.
+        manager = self._loader.memory_manager
+        manager.sample_to_pages, manager.page_to_samples, manager.ptr_to_size = {}, {}, {}
+        self.labels: NDArray[np.int64] = np.ascontiguousarray(self._loader.reader.metadata["f1"])
+        if self.labels.min() < 0 or self.labels.max() >= num_classes:
+            raise InputError(f"{path}: labels {self.labels.min()}..{self.labels.max()} are not in [0, {num_classes})")
+        self._open: set[_Epoch] = set()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batches(self, rows: Words) -> Generator[tuple[Tensor, Words]]:
+        """(images (n, H, W, 3) uint8, the rows they belong to), batch_size at a time; rows: see `order`.
+
+        The images lie in a buffer of FFCV's (page-locked where there is CUDA) that is overwritten after the next batch
+        has been asked for. Raises InputError for an image that cannot be decoded.
+        """
+        if not len(rows):
+            return
+        with torch_threads_kept():
+            epoch = _Epoch(self._loader, rows)
+        self._open.add(epoch)
+        try:
+            for first, (images,) in zip(range(0, len(rows), self.batch_size), epoch, strict=False):
+                if first == 0:
+                    # FFCV's thread has set torch's thread number by now, which new threads of this process inherit.
+                    torch.set_num_threads(torch.get_num_threads())
+                yield torch.from_numpy(images), rows[first : first + self.batch_size]
+            if epoch.error is not None:
+                raise self._explained(epoch.error)
+        finally:
+            epoch.close()
+            self._open.discard(epoch)
+
+    def _explained(self, error: BaseException) -> BaseException:
+        if isinstance(error, DamagedImage):
+            return InputError(
+                f"{self.path} is damaged: image {error} cannot be decoded; delete it and prepare it again"
+            )
+        return error
+
+    def close(self) -> None:
+        """End the threads of epochs that were left early and unmap the file."""
+        for epoch in list(self._open):
+            epoch.close()
+        self._open.clear()
+        self._loader.memory_manager.context.mmap = None
+
+
+class _Epoch(EpochIterator):  # type: ignore[misc]  # FFCV has no types
+    """One pass over some rows, decoded by a thread."""
+
+    def __init__(self, loader: Any, rows: Words) -> None:
+        self.error: BaseException | None = None
+        super().__init__(loader, rows)
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except BaseException as error:
+            self.error = error
+            self.output_queue.put(None)
+
+    def run_pipeline(self, *args: Any) -> Any:
+        with _DECODING:
+            return super().run_pipeline(*args)
+
+    def close(self) -> None:
+        """End the thread: it may be decoding, or waiting for room in the queue."""
+        super().close()
+        self.iter_ixes: Iterator[Any] = iter(())
+        while self.is_alive() and threading.current_thread() is not self:
+            with contextlib.suppress(queue.Empty):
+                self.output_queue.get_nowait()
+            self.join(JOIN_S)
+
+
+def usable_threads(num_workers: int) -> int:
+    """num_workers, or as many as numba can start here, with a warning. Raises InputError below 1."""
+    if num_workers < 1:
+        raise bad_value("data.num_workers", num_workers, "give 1 or more")
+    most = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+    if num_workers > most:
+        warnings.warn(f"data.num_workers = {num_workers}: this machine has {most} cores, {most} are used", stacklevel=2)
+    return min(num_workers, most)

@@ -1,0 +1,173 @@
+"""How the rest of the system gets data: describe a dataset, prepare its .beton files, open them for one rank."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_pipelines.beton import Manifest, beton_path, peek_manifest, publish, read_manifest
+from data_pipelines.config import DataConfig
+from data_pipelines.registry import DATASETS
+from data_pipelines.source import SPLITS, Source
+from engine.errors import InputError, bad_value
+from engine.registry import resolve
+
+if TYPE_CHECKING:
+    from engine.data import DataPipeline
+    from engine.world import World
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What is known of a dataset without loading it."""
+
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    """(channels, height, width) of a training batch."""
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    """Per channel, of pixels in [0, 1]."""
+    needs_source: bool
+    """Whether data.root must hold source images (or a network to download them from) before `prepare`."""
+
+
+def describe(config: DataConfig) -> DatasetInfo:
+    """Reads no image and imports neither torch nor FFCV. Raises InputError if an image folder is absent."""
+    source = _source(config)
+    num_classes = source.num_classes
+    if num_classes == 0:
+        manifest = peek_manifest(beton_path(config.root, source.name, "train"))
+        if manifest is None:
+            raise bad_value(
+                "data.root", config.root, "no train/CLASS folders and no .beton there; give the image folder"
+            )
+        num_classes = manifest.num_classes
+    shape = (3, source.image_size, source.image_size)
+    return DatasetInfo(num_classes, shape, source.mean, source.std, source.files)
+
+
+def check_batch(config: DataConfig, world_size: int) -> None:
+    """Raises InputError unless the global batch splits evenly over world_size ranks. Needs no data."""
+    rest = config.batch_size % world_size
+    if rest:
+        below, above = config.batch_size - rest, config.batch_size - rest + world_size
+        near = f"{below} or {above}" if below else f"{above}"
+        raise bad_value("data.batch_size", config.batch_size, f"give a multiple of {world_size} ranks, such as {near}")
+
+
+def prepare(config: DataConfig, progress: bool = True) -> dict[str, Path]:
+    """Write the .beton files of splits train and eval that are not there, damaged, or older than their source.
+
+    One process of a run calls it; others wait. Two processes at once are safe: the second waits for the first, and
+    then finds the files. If the source is gone, valid files stay. Raises InputError if there is neither.
+    """
+    source = _source(config)
+    paths = {split: beton_path(config.root, source.name, split) for split in SPLITS}
+    if _outdated(source, paths):
+        try:
+            paths["train"].parent.mkdir(parents=True, exist_ok=True)
+            with _alone(paths["train"].parent / ".lock"):
+                for split in _outdated(source, paths):
+                    _write(source, split, paths[split], progress)
+        except OSError as error:
+            raise bad_value("data.root", config.root, f"the .beton files cannot be written there ({error})") from error
+    return paths
+
+
+def open_dataset(config: DataConfig, seed: int, world: World) -> DataPipeline:
+    """The batches of this rank. Every rank opens for itself; no communication.
+
+    Raises InputError if the .beton files are missing or damaged, or too small for the batch or the number of ranks.
+    """
+    check_batch(config, world.size)
+    source = _source(config)
+    paths = {split: beton_path(config.root, source.name, split) for split in SPLITS}
+    manifests = {split: _require_whole(config, path) for split, path in paths.items()}
+    num_classes = source.num_classes or manifests["train"].num_classes
+    for split, manifest in manifests.items():
+        if manifest.num_classes != num_classes:
+            fix = (
+                f"{paths[split]} has {manifest.num_classes} classes, not {num_classes}; run `ghostmask prepare CONFIG`"
+            )
+            raise bad_value("data.root", config.root, fix)
+    _check_sizes(config, manifests, world.size)
+    from data_pipelines.threads import torch_threads_kept
+
+    with torch_threads_kept():  # importing FFCV takes seconds: only what needs it does
+        from data_pipelines.pipeline import BetonPipeline
+
+    return BetonPipeline(config, source, paths, num_classes, seed=seed, world=world)
+
+
+def _source(config: DataConfig) -> Source:
+    source: Source = resolve(DATASETS[config.dataset])(config)
+    return source
+
+
+def _require_whole(config: DataConfig, path: Path) -> Manifest:
+    try:
+        return read_manifest(path)
+    except InputError as error:
+        raise bad_value("data.root", config.root, f"{error}; run `ghostmask prepare CONFIG`") from error
+
+
+def _check_sizes(config: DataConfig, manifests: dict[str, Manifest], num_ranks: int) -> None:
+    num_train, num_eval = manifests["train"].num_images, manifests["eval"].num_images
+    if config.batch_size > num_train:
+        raise bad_value("data.batch_size", config.batch_size, f"give at most the {num_train} training images")
+    if num_ranks > num_eval:
+        fix = f"{num_ranks} ranks are more than its {num_eval} evaluation images; use at most {num_eval} ranks"
+        raise bad_value("data.dataset", config.dataset, fix)
+
+
+def _outdated(source: Source, paths: dict[str, Path]) -> list[str]:
+    """The splits that must be written."""
+    fingerprint = source.fingerprint()
+    outdated = []
+    for split, path in paths.items():
+        try:
+            manifest = read_manifest(path)
+        except InputError:
+            outdated.append(split)
+            continue
+        if fingerprint is not None and manifest.fingerprint != fingerprint:
+            outdated.append(split)
+    return outdated
+
+
+def _write(source: Source, split: str, path: Path, progress: bool) -> None:
+    images = source.images(split)
+    fingerprint = source.fingerprint()
+    if fingerprint is None or not len(images):
+        raise InputError(f"data.dataset: {source.name} has no {split} images")
+    from data_pipelines.threads import torch_threads_kept
+
+    with torch_threads_kept():
+        from data_pipelines.write import write_images
+
+    num_workers = len(os.sched_getaffinity(0)) if source.augmentation.resized_crop else 1
+    partial = path.with_name(f".{path.stem}.partial")
+    try:
+        write_images(
+            images,
+            partial,
+            jpeg_fraction=source.jpeg_fraction,
+            num_workers=num_workers,
+            name=path.name if progress else None,
+        )
+        publish(partial, path, fingerprint, len(images), source.num_classes)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """One process at a time; a killed holder lets go by itself."""
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,96 @@
+"""What a dataset must say about itself: the contract between one dataset's file and the rest of this package."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipelines.config import DataConfig
+from engine.errors import bad_value
+
+SPLITS = ("train", "eval")
+
+
+class Images(Protocol):
+    """One split, indexable: (image (H, W, 3) uint8, label in [0, num_classes)). May be pickled or forked."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tuple[NDArray[np.uint8], int]: ...
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What happens to a training image; an evaluation image is only centre-cropped where sizes differ."""
+
+    pad: int = 0
+    """Zero pixels added on every side before a crop of the original size at a random place; 0 = no crop."""
+    flip: bool = False
+    """Mirror left and right with probability 1/2."""
+    resized_crop: bool = False
+    """Random resized crop while decoding (Szegedy et al. 2015: area 8-100 %, aspect 3/4-4/3): images differ in size."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset, as the function that `data_pipelines.registry` names for it returns it. Making one reads no image."""
+
+    name: str
+    """Stem of the .beton files: the dataset and every setting that changes what is written."""
+    num_classes: int
+    """0 = not known while the source is absent: then the .beton files say."""
+    image_size: int
+    """Side of a training image in pixels."""
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    """Per channel, of pixels scaled to [0, 1]."""
+    augmentation: Augmentation
+    images: Callable[[str], Images]
+    """images("train") or images("eval"), downloaded where that is possible. Raises InputError where it is not."""
+    fingerprint: Callable[[], str | None]
+    """Identity of the source's content; None = the source is absent."""
+    files: bool = True
+    """Whether data.root must hold (or receive) source files."""
+    jpeg_fraction: float = 0.0
+    """Share of the images that is stored as JPEG instead of raw."""
+
+
+def fingerprint_files(folder: Path, files: Iterable[Path]) -> str:
+    """Hash of the files' names, sizes and modification times. Reads no content."""
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        stat = path.stat()
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def fixed_size(config: DataConfig, size: int) -> int:
+    """size, the only one this dataset has. Raises InputError if data.image_size asks for another."""
+    if config.image_size not in (0, size):
+        raise bad_value(
+            "data.image_size", config.image_size, f"{config.dataset} has {size} x {size} images; use {size}"
+        )
+    return size
+
+
+def as_images(dataset: Any) -> Images:
+    """A torchvision dataset of (PIL image, label) as Images."""
+    return _Torchvision(dataset)
+
+
+class _Torchvision:
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int, /) -> tuple[NDArray[np.uint8], int]:
+        image, label = self.dataset[index]
+        return np.asarray(image.convert("RGB")), int(label)

@@ -1,0 +1,142 @@
+"""How a .beton file is written: FFCV's DatasetWriter, made to stop when a worker process fails.
+
+FFCV's own loop waits for ever for the samples of a worker that died (a damaged image, a full disk, no memory), draws
+which images become JPEG from an unseeded generator, and cannot be silenced.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing as mp
+import os
+import queue
+import signal
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ffcv.fields import IntField, RGBImageField
+from ffcv.memory_allocator import MemoryAllocator
+from ffcv.utils import chunks
+from ffcv.writer import DatasetWriter, handle_sample
+from tqdm import tqdm
+
+from data_pipelines import order
+from data_pipelines.source import Images
+from engine.errors import InputError
+
+CHUNK_IMAGES = 100
+POLL_S = 0.1
+DEATH_SIGNAL = 1
+"""PR_SET_PDEATHSIG of prctl(2)."""
+
+
+def write_images(images: Images, path: Path, *, jpeg_fraction: float, num_workers: int, name: str | None) -> None:
+    """Write fields image and label of all images to path; name: of the progress bar, None = no bar.
+
+    Raises InputError for an unreadable image or a full disk. Which images become JPEG (quality 90) depends on their index alone.
+    """
+    fields = {"image": RGBImageField(write_mode="raw"), "label": IntField()}
+    writer = _Writer(str(path), fields, num_workers=num_workers)
+    writer.write(images, jpeg_fraction, tqdm(total=len(images), desc=name, unit="img", disable=name is None))
+
+
+class _Writer(DatasetWriter):  # type: ignore[misc]  # FFCV has no types
+    def write(self, images: Images, jpeg_fraction: float, bar: Any) -> None:
+        """FFCV's _write_common with the workers watched."""
+        self.num_samples = len(images)
+        self.prepare()
+        context = mp.get_context("fork")  # the allocator holds locks made for it; images need not be picklable
+        work, allocations, errors = context.Queue(), context.Queue(), context.Queue()
+        for chunk in [*chunks(range(self.num_samples), CHUNK_IMAGES), *[None] * self.num_workers]:
+            work.put(chunk)
+        done = context.Value(ctypes.c_uint64, 0)
+        allocator = MemoryAllocator(self.fname, self.data_region_start, self.page_size)
+        shared = {"work": work, "allocator": allocator, "done": done, "allocations": allocations, "errors": errors}
+        workers = [
+            context.Process(
+                target=_write_share,
+                args=(self, images, jpeg_fraction),
+                kwargs=shared | {"parent": os.getpid()},
+                daemon=True,
+            )
+            for _ in range(self.num_workers)
+        ]
+        try:
+            for worker in workers:
+                worker.start()
+            allocated = _watch(workers, done, allocations, errors, bar)
+            self.finalize(allocated)
+        finally:
+            bar.close()
+            for worker in workers:
+                worker.kill()
+                worker.join()
+            work.cancel_join_thread()
+            self.metadata_sm.close()
+            self.metadata_sm.unlink()
+
+
+def _watch(workers: list[Any], done: Any, allocations: Any, errors: Any, bar: Any) -> list[Any]:
+    """All workers' allocations, once each has handed in its own. Raises InputError when one fails."""
+    lists: list[list[Any]] = []
+    while len(lists) < len(workers):
+        try:
+            lists.append(allocations.get(timeout=POLL_S))
+        except queue.Empty:
+            dead = [w.exitcode for w in workers if w.exitcode not in (None, 0)]
+            if dead:
+                raise InputError(_reason(errors, dead[0])) from None
+        if done.value > bar.n:
+            bar.update(done.value - bar.n)
+    return [allocation for one in lists for allocation in one]
+
+
+def _reason(errors: Any, exit_code: int) -> str:
+    try:
+        return str(errors.get(timeout=1.0))
+    except queue.Empty:
+        return f"data: a process that wrote the .beton died with exit code {exit_code} (-9 is often too little memory)"
+
+
+def _write_share(
+    writer: _Writer, images: Images, jpeg_fraction: float, *, work: Any, allocator: Any, done: Any, allocations: Any,
+    errors: Any, parent: int,
+) -> None:  # fmt: skip
+    """A worker: encode chunks of images until there are none left."""
+    _die_with(parent)
+    try:
+        metadata = np.frombuffer(writer.metadata_sm.buf, dtype=writer.metadata_type)
+        as_jpeg = order.sample_words(0, 0, np.arange(len(images)), order.STORAGE) < jpeg_fraction * 2.0**64
+        field = writer.fields["image"]
+        with allocator:
+            while (chunk := work.get()) is not None:
+                for index in chunk:
+                    image, label = images[index]
+                    # A raw image larger than FFCV's page could not be stored at all.
+                    field.write_mode = "jpg" if as_jpeg[index] or image.nbytes > writer.page_size else "raw"
+                    handle_sample((image, label), index, metadata.dtype.names, metadata, allocator, writer.fields)
+                with done.get_lock():
+                    done.value += len(chunk)
+        allocations.put(allocator.allocations)
+    except InputError as error:
+        errors.put(str(error))
+        raise SystemExit(1) from error
+    except OSError as error:
+        errors.put(f"data.root: {writer.fname} could not be written ({error})")
+        raise SystemExit(1) from error
+    except Exception as error:
+        errors.put(f"data: writing {writer.fname} failed: {traceback.format_exc()}")
+        raise SystemExit(1) from error
+
+
+def _die_with(parent: int) -> None:
+    """A worker whose parent was killed would wait for work for ever: let the kernel kill it too (Linux)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which kills its workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(DEATH_SIGNAL, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
