@@ -136,7 +136,7 @@ def _train(arguments: Namespace) -> int:
     config = settings.load_config(arguments.config, arguments.overrides)
     check_config(config, int(os.environ.get("WORLD_SIZE", "1")))
     prepare_environment(config.train.device)
-    from launcher.train import train  # noqa: PLC0415 (imports torch)
+    from launcher.train import train
 
     return train(config, restart=arguments.restart)
 
@@ -144,7 +144,7 @@ def _train(arguments: Namespace) -> int:
 def _evaluate(arguments: Namespace) -> int:
     run = locate.find_run(arguments.run)
     prepare_environment(_device_of(run))
-    from launcher.evaluate import evaluate  # noqa: PLC0415 (imports torch)
+    from launcher.evaluate import evaluate
 
     return evaluate(run, as_json=arguments.json)
 
@@ -152,14 +152,14 @@ def _evaluate(arguments: Namespace) -> int:
 def _export(arguments: Namespace) -> int:
     run = locate.find_run(arguments.run)
     prepare_environment(_device_of(run))
-    from launcher.export_run import export_run  # noqa: PLC0415 (imports torch)
+    from launcher.export_run import export_run
 
     return export_run(run)
 
 
 def _prepare(arguments: Namespace) -> int:
     config = settings.load_config(arguments.config, arguments.overrides)
-    from data_pipelines.open import prepare  # noqa: PLC0415 (imports torch)
+    from data_pipelines.open import prepare
 
     prepare(config.data)
     return 0

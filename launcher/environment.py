@@ -11,7 +11,7 @@ def prepare_environment(device: str) -> None:
     DeepSpeed looks for CUDA alone: it would move a run with train.device=cpu to a GPU that is there, and where there is
     none it prints a warning on stdout, in front of what `ghostmask evaluate --json` prints. Imports torch.
     """
-    import torch  # noqa: PLC0415 (slow)
+    import torch
 
     if device == "cpu" or not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -126,13 +126,13 @@ def _override(values: dict[str, Any], item: str, given: set[str]) -> None:
         raise InputError(f"{item}: {key} is given twice")
     given.add(key)
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
-    as_yaml = kind is not str or quoted
+    as_yaml = quoted or (kind is not str and text)
     *sections, name = key.split(".")
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise _is_section(section, values)
-    values[name] = read_yaml(text, item) if as_yaml else Plain(text) if text else ""
+    values[name] = read_yaml(text, item) if as_yaml else Plain(text) if text or kind is not str else ""
 
 
 def _build(cls: type[Section], values: Any, prefix: str) -> Section:
@@ -158,9 +158,9 @@ def _unknown_key(name: str) -> InputError:
     """Names the settings with the same last word, else the one spelled most alike, else the sections."""
     types = setting_types()
     keys = [key for key, kind in types.items() if not is_dataclass(kind)]
-    if name in types:
-        return InputError(f"{name} is not a key of a YAML file: write {name.replace('.', ': ', 1)} in two lines")
     last = name.rpartition(".")[2]
+    if name in types:
+        return InputError(f"{name} is not a key of a YAML file: write {last}: below {name.rpartition('.')[0]}:")
     near = [key for key in keys if key.rpartition(".")[2] == last] or difflib.get_close_matches(name, keys, n=1)
     if not near:
         words = {key.rpartition(".")[2]: key for key in keys}

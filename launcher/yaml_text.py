@@ -15,19 +15,20 @@ class Plain(str):
     __slots__ = ()
 
     def __repr__(self) -> str:
-        return str(self)
+        return str(self) or "(nothing)"
 
 
 def read_yaml(text: str, source: str) -> Any:
     """The text's mappings as dict, sequences as list, quoted scalars as str and all others as Plain; {} when empty.
 
     Raises InputError "SOURCE:LINE: problem" for text that is not YAML and for a key that stands twice in a mapping.
+    A text without a line end gets no LINE.
     """
     try:
         value = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        line = f":{mark.line + 1}" if mark else ""
+        line = f":{mark.line + 1}" if mark and "\n" in text else ""
         raise InputError(f"{source}{line}: {error.problem or 'not YAML'}".replace("\n", " ")) from None
     except yaml.YAMLError as error:
         raise InputError(f"{source}: {str(error).splitlines()[0]}") from None
