@@ -1,0 +1,56 @@
+"""How is compiled CPU work loaded, and split over torch's number of threads?"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+_POOLS: dict[tuple[int, int], ThreadPoolExecutor] = {}
+
+
+@cache
+def load_kernels(module: str) -> Any:
+    """The module of numba kernels by that name, compiled and tried by its `compile_all()`; None where numba fails.
+
+    A failure is a warning, once per process: every kernel has a slower form in torch, which gives the same numbers.
+    """
+    try:
+        kernels = importlib.import_module(module)
+        kernels.compile_all()
+    except Exception as error:
+        warnings.warn(f"{module} could not be compiled, slower torch code is used: {error!r}", stacklevel=2)
+        return None
+    return kernels
+
+
+def split_over_threads(work: Callable[[int, int], Result], units: int, smallest: int = 1) -> list[Result]:
+    """[work(first, end), ...] over ranges that cover [0, units), one range per torch thread, in order.
+
+    No range is shorter than `smallest` unless it is the only one. Not numba's parallel=True: FFCV's loader threads run
+    numba code in the same process, and numba's workqueue layer stops the process when two threads enter it.
+    """
+    threads = max(1, min(torch.get_num_threads(), units // max(smallest, 1)))
+    if threads == 1:
+        return [work(0, units)]
+    edges = [units * i // threads for i in range(threads + 1)]
+    # The calling thread does the last range itself.
+    others = [_pool(threads).submit(work, edges[i], edges[i + 1]) for i in range(threads - 1)]
+    last = work(edges[-2], edges[-1])
+    return [*(other.result() for other in others), last]
+
+
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """The pool of this process: threads do not survive a fork."""
+    key = (os.getpid(), threads)
+    if key not in _POOLS:
+        _POOLS[key] = ThreadPoolExecutor(threads - 1, thread_name_prefix="masks")
+    return _POOLS[key]

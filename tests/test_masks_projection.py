@@ -1,0 +1,277 @@
+"""Is the sharded projection exact, the same on every rank and for every world size, in at most four collectives?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from engine.errors import EXIT_NON_FINITE, RunStopped
+from engine.spawn import run_distributed
+from engine.world import World, single
+from masks import projection
+from masks.projection import find_threshold, project_, project_layers_
+
+RESNET50 = 25_502_912
+"""Prunable weights of ResNet-50."""
+SIZES = (1, 2, 3, 4)
+
+
+@dataclass(frozen=True)
+class CountingWorld(World):
+    """A world that counts its all-reduces."""
+
+    calls: list[torch.Size] = field(default_factory=list)
+
+    def all_reduce(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.calls.append(tensor.shape)
+        return super().all_reduce(tensor, *args, **kwargs)
+
+
+def counting(world: World) -> CountingWorld:
+    return CountingWorld(world.rank, world.size, world.local_rank, world.device, world.group)
+
+
+def reference(z: Tensor, budget: float) -> tuple[np.ndarray, float]:
+    """(projection, v) in float64: exact between the two sorted breakpoints around the root."""
+    x = z.double().numpy()
+    value = lambda v: float(np.clip(x - v, 0, 1).sum())  # noqa: E731
+    if value(0.0) <= budget:
+        return np.clip(x, 0, 1), 0.0
+    points = np.unique(np.concatenate([x, x - 1, [0.0]]))
+    points = points[points >= 0]
+    low, high = 0, len(points) - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if value(points[middle]) > budget else (low, middle)
+    a, b = points[low], points[high]
+    slope = (value(a) - value(b)) / (b - a)
+    v = float(b - (budget - value(b)) / slope)
+    return np.clip(x - v, 0, 1), v
+
+
+def cases() -> dict[str, tuple[Tensor, float]]:
+    """name -> (z, budget)."""
+    g = torch.Generator().manual_seed(5)
+    n = 4001
+    uniform, normal = torch.rand(n, generator=g), torch.randn(n, generator=g)
+    made = {
+        "uniform": (uniform, 0.1 * n),
+        "uniform, k = 0.9": (uniform + 0.5, 0.9 * n),
+        "constant": (torch.full((n,), 0.7), 0.05 * n),
+        "all one": (torch.ones(n), 0.9 * n),
+        "all one, tiny K": (torch.ones(n), 1e-3),
+        "all zero": (torch.zeros(n), 0.1 * n),
+        "two values": ((uniform > 0.5) * 0.3 + 0.6, 0.3 * n),
+        "two values, far apart": ((uniform > 0.98) * 0.999 + 0.001, 0.05 * n),
+        "feasible": (uniform, 0.8 * n),
+        "K = n": (uniform + 1, float(n)),
+        "K = n - 1": (uniform + 1, n - 1.0),
+        "K = 0": (uniform, 0.0),
+        "K = 0.5": (normal, 0.5),
+        "outside [0, 1]": (3 * normal + 1, 0.2 * n),
+        "far outside": (1000 * normal, 0.2 * n),
+        "outliers": (torch.where(uniform > 0.999, 1e30, normal), 0.1 * n),
+        "negative": (-uniform, 0.1 * n),
+        "subnormal": (uniform * 1e-42, 0.0),
+        "one element": (torch.tensor([0.9]), 0.25),
+    }
+    for seed in range(20):
+        scale, shift = 10 ** float(torch.rand((), generator=g) * 4 - 2), float(torch.randn((), generator=g))
+        z = (torch.randn(100 + 37 * seed, generator=g) * scale + shift).round(decimals=seed % 6)
+        made[f"sweep {seed}"] = (z, float(torch.rand((), generator=g)) * len(z))
+    return {name: (z.clone(), budget) for name, (z, budget) in made.items()}
+
+
+def my_part(z: Tensor, world: World) -> tuple[Tensor, int]:
+    """(shard as ZeRO cuts it: equal lengths, zeros after the last element, index of its first element)."""
+    length = -(-len(z) // world.size) + 2
+    padded = torch.cat([z, torch.zeros(length * world.size - len(z))])
+    return padded[world.rank * length : (world.rank + 1) * length].clone(), world.rank * length
+
+
+Result = tuple[Any, np.ndarray, int]
+"""(v or those of all layers, this rank's projected shard, number of all-reduces)"""
+
+
+def run_all_cases(world: World) -> dict[str, Result]:
+    """name -> result of each case; one spawn of ranks does them all."""
+    results: dict[str, Result] = {}
+    for name, (z, budget) in cases().items():
+        counted, (shard, first) = counting(world), my_part(z, world)
+        v = project_(shard, budget, len(z), first, counted)
+        results[name] = (v, shard.numpy(), len(counted.calls))
+    results["large constant"] = large_constant(world)
+    results["replicated"] = project_replicated(world)
+    results["layers"] = project_my_layers(world)
+    shard = torch.full((5,), 0.5)
+    if world.rank == world.size - 1:
+        shard[2] = float("nan")
+    with pytest.raises(RunStopped, match=f"1 of {5 * world.size} probabilities are not finite"):
+        project_(shard, 1.0, 5 * world.size, 5 * world.rank, world)
+    return results
+
+
+def large_constant(world: World) -> Result:
+    """ProbMask's real start: all probabilities equal, at ResNet-50's size; the shard is replaced by its float64 sum."""
+    z, first = my_part(torch.full((RESNET50 if world.size == 2 else 10_007,), 0.9937), world)
+    counted, n = counting(world), RESNET50 if world.size == 2 else 10_007
+    v = project_(z, 0.0123 * n, n, first, counted)
+    return v, z.double().sum().numpy(), len(counted.calls)
+
+
+def project_replicated(world: World) -> Result:
+    counted, (z, budget) = counting(world), cases()["uniform"]
+    return project_(z, budget, len(z), 0, counted, replicated=True), z.numpy(), len(counted.calls)
+
+
+LAYERS = (1000, 1, 37, 5000, 260)
+LAYER_BUDGETS = (100.0, 0.5, 37.0, 50.0, 0.0)
+
+
+def layered() -> list[Tensor]:
+    g = torch.Generator().manual_seed(9)
+    return [torch.rand(n, generator=g) + 0.3 * i for i, n in enumerate(LAYERS)]
+
+
+def project_my_layers(world: World) -> Result:
+    counted, (shard, first) = counting(world), my_part(torch.cat(layered()), world)
+    segments, offset = [], 0
+    for layer, count in enumerate(LAYERS):
+        start, end = max(offset - first, 0), min(offset + count - first, len(shard))
+        if start < end:
+            segments.append((start, end - start, layer))
+        offset += count
+    thresholds = project_layers_(shard, segments, list(LAYER_BUDGETS), list(LAYERS), first, counted)
+    return thresholds, shard.numpy(), len(counted.calls)
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict[int, list[dict[str, Result]]]:
+    """world size -> every rank's results."""
+    return {1: [run_all_cases(single())]} | {n: run_distributed(run_all_cases, n) for n in SIZES[1:]}
+
+
+def join(ranks: list[dict[str, Result]], name: str) -> Tensor:
+    return torch.from_numpy(np.concatenate([rank[name][1] for rank in ranks]))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_projection_equals_the_float64_reference_on_any_number_of_ranks(runs: Any, size: int) -> None:
+    for name, (z, budget) in cases().items():
+        joined = join(runs[size], name)
+        expected, v = reference(z, budget)
+        assert np.abs(joined[: len(z)].double().numpy() - expected).max() <= 1e-6, name
+        assert joined[len(z) :].abs().sum() == 0, f"{name}: padding moved"
+        assert runs[size][0][name][0] == pytest.approx(v, rel=1e-9, abs=1e-9), name
+        if v > 0:
+            assert abs(float(joined.double().sum()) - budget) <= 1e-3, name
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_result_is_bit_identical_on_every_rank_and_world_size(runs: Any, size: int) -> None:
+    for name, (z, _) in cases().items():
+        v, alone, _calls = runs[1][0][name]
+        assert {rank[name][0] for rank in runs[size]} == {v}, name
+        joined = join(runs[size], name)
+        assert np.array_equal(joined[: len(z)], alone[: len(z)]), name
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_projection_takes_at_most_four_collectives_and_one_if_feasible(runs: Any, size: int) -> None:
+    for rank in runs[size]:
+        assert {rank[name][2] for name in [*cases(), "large constant"]} == {1, 4}
+        assert rank["feasible"][2] == rank["K = n"][2] == 1
+
+
+def test_equal_probabilities_of_resnet50_hit_the_budget(runs: Any) -> None:
+    total = sum(float(rank["large constant"][1]) for rank in runs[2])
+    assert abs(total - 0.0123 * RESNET50) <= 1e-3
+    assert runs[2][0]["large constant"][0] == pytest.approx(float(torch.tensor(0.9937)) - 0.0123, abs=1e-12)
+
+
+def test_threshold_does_not_depend_on_the_order_of_the_elements() -> None:
+    for name, (z, budget) in cases().items():
+        shuffled = z[torch.randperm(len(z), generator=torch.Generator().manual_seed(1))]
+        assert find_threshold(z, budget, len(z), single()) == find_threshold(shuffled, budget, len(z), single()), name
+
+
+def test_projecting_twice_changes_nothing_beyond_rounding() -> None:
+    for name, (z, budget) in cases().items():
+        once = z.clone()
+        project_(once, budget, len(z), 0, single())
+        twice = once.clone()
+        project_(twice, budget, len(z), 0, single())
+        assert (twice - once).abs().max() <= 1.2e-7, name
+
+
+def test_torch_form_gives_the_bits_of_the_compiled_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = {name: z for name, (z, _) in cases().items()}
+    values = {name: project_(compiled[name], budget, len(z), 7, single()) for name, (z, budget) in cases().items()}
+    monkeypatch.setattr(projection, "load_kernels", lambda module: None)
+    monkeypatch.setattr(projection, "CHUNK", 1000)
+    for name, (z, budget) in cases().items():
+        assert project_(z, budget, len(z), 7, single()) == values[name], name
+        assert torch.equal(z, compiled[name]), name
+
+
+def test_threads_share_the_work_without_changing_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(projection, "SMALLEST_RANGE", 100)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        z, budget = cases()["outside [0, 1]"]
+        results.append((project_(z, budget, len(z), 0, single()), z))
+    torch.set_num_threads(before)
+    assert results[0][0] == results[1][0]
+    assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("kind", ["normal", "two values"])
+def test_budget_is_hit_within_a_thousandth_at_the_size_of_resnet50(kind: str) -> None:
+    g = torch.Generator().manual_seed(2)
+    z = torch.rand(RESNET50, generator=g)
+    if kind == "two values":
+        z = (z > 0.3) * 0.25 + 0.6123
+    budget, before = 0.1 * RESNET50, z.clone()
+    v = project_(z, budget, RESNET50, 0, single())
+    exact = (before.double() - v).clamp_(0, 1)
+    assert abs(float(exact.sum()) - budget) <= 1e-6  # so v is the root: f falls by at least 1 per unit of v
+    assert float((exact - z).abs().max()) <= 6e-8
+    assert abs(float(z.double().sum()) - budget) <= 1e-3
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_layer_meets_its_own_budget_in_the_same_four_collectives(runs: Any, size: int) -> None:
+    joined = join(runs[size], "layers")[: sum(LAYERS)]
+    assert torch.equal(joined, join(runs[1], "layers")[: sum(LAYERS)])
+    assert all(rank["layers"][0] == runs[1][0]["layers"][0] and rank["layers"][2] == 4 for rank in runs[size])
+    for part, z, budget in zip(torch.split(joined, list(LAYERS)), layered(), LAYER_BUDGETS, strict=True):
+        assert np.abs(part.double().numpy() - reference(z, budget)[0]).max() <= 1e-6
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_replicated_probabilities_are_not_summed_over_ranks(runs: Any, size: int) -> None:
+    for rank in runs[size]:
+        v, z, calls = rank["replicated"]
+        assert v == runs[1][0]["uniform"][0]
+        assert np.array_equal(z, runs[1][0]["uniform"][1][: len(z)])
+        assert calls == 0
+
+
+def test_an_infinite_probability_stops_the_run() -> None:
+    with pytest.raises(RunStopped, match="1 of 2 probabilities are not finite") as stopped:
+        find_threshold(torch.tensor([0.5, float("-inf")]), 1.0, 2, single())
+    assert stopped.value.exit_code == EXIT_NON_FINITE
+
+
+def test_what_is_no_float32_vector_or_no_budget_is_refused() -> None:
+    with pytest.raises(ValueError, match="give contiguous float32"):
+        project_(torch.zeros(3, dtype=torch.float64), 1.0, 3, 0, single())
+    with pytest.raises(ValueError, match="give a finite budget"):
+        project_(torch.zeros(3), -1.0, 3, 0, single())
