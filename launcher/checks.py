@@ -86,27 +86,32 @@ def _check_supermask(config: RunConfig) -> None:
 
 
 def _check_lengths(config: RunConfig) -> None:
-    method, main = config.mask.method, config.train.epochs
+    method, epochs, optim = config.mask.method, config.train.epochs, config.optim
     require(
-        main > 0 or method not in SEARCHING,
-        "train.epochs", main, f"mask.method={method} finds its mask while it trains; give 1 or more",
+        epochs > 0 or method not in SEARCHING,
+        "train.epochs", epochs, f"mask.method={method} finds its mask while it trains; give 1 or more",
     )  # fmt: skip
     if config.mask.path:
-        require(
-            main == 0 or "epochs" not in _given(config.train),
-            "train.epochs", main, "mask.path replaces the dense training; set train.epochs=0",
-        )  # fmt: skip
-        main = 0
-    warmup, first = Duration.parse(config.optim.warmup, "optim.warmup"), main or config.finetune.epochs
+        _check_without_main_phase(config)
+    late = [milestone for milestone in optim.milestones if milestone >= epochs]
     require(
-        warmup.unit != "ep" or warmup.amount <= first,
-        "optim.warmup", config.optim.warmup, f"the run's first phase has {first} epochs; give at most that",
+        not late or optim.schedule != "step",
+        "optim.milestones", list(optim.milestones), f"train.epochs = {epochs} ends before {late}; leave that out",
     )  # fmt: skip
-    late = [milestone for milestone in config.optim.milestones if milestone >= main]
+    warmup = Duration.parse(optim.warmup, "optim.warmup")
     require(
-        not late,
-        "optim.milestones", list(config.optim.milestones), f"train.epochs = {main} ends before {late}; leave that out",
+        warmup.amount == 0 or (epochs > 0 and (warmup.unit != "ep" or warmup.amount <= epochs)),
+        "optim.warmup", optim.warmup, f"is longer than train.epochs = {epochs}; give at most that",
     )  # fmt: skip
+
+
+def _check_without_main_phase(config: RunConfig) -> None:
+    require(
+        config.train.epochs == 0 or "epochs" not in _given(config.train),
+        "train.epochs", config.train.epochs, "mask.path replaces the dense training; set train.epochs=0",
+    )  # fmt: skip
+    for name in sorted(_given(config.optim) & {"lr", "schedule", "warmup", "milestones", "gamma"}):
+        raise _not_read("optim", config.optim, name, f"mask.path={config.mask.path}", "finetune.lr, finetune.schedule")
 
 
 def _check_schedule(config: RunConfig) -> None:

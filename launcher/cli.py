@@ -159,10 +159,10 @@ def _export(arguments: Namespace) -> int:
 
 def _prepare(arguments: Namespace) -> int:
     config = settings.load_config(arguments.config, arguments.overrides)
+    check_config(config, world_size=1)
     from data_pipelines.open import prepare
 
-    prepare(config.data)
-    return 0
+    return _print("\n".join(f"{split}: {path}" for split, path in prepare(config.data).items()))
 
 
 def _show_config(arguments: Namespace) -> int:

@@ -174,6 +174,14 @@ def test_show_lists_every_name_with_a_line_from_its_source(table: str, names: di
     assert all(len(line.split()) > 2 for line in lines)
 
 
+def test_prepare_writes_the_beton_files_and_says_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ("data.dataset=synthetic", "data.num_train=32", "data.num_eval=8", f"data.root={tmp_path}")
+    assert run_command(["prepare", "digits_magnitude", *settings, "data.batch_size=8"]) == 0
+    paths = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
+    assert list(paths) == ["train", "eval"]
+    assert all(Path(path).is_file() and Path(path).is_relative_to(tmp_path) for path in paths.values())
+
+
 def test_version_names_what_a_bug_report_needs(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(["--version"]) == 0
     assert re.fullmatch(r"ghostmask \S+ \(torch \S+, deepspeed \S+, ffcv \S+, python \S+\)\n", capsys.readouterr().out)
