@@ -37,7 +37,7 @@ class BetonPipeline:
         self.batch_size = config.batch_size
         self._seed, self._world = seed, world
         self._augmentation = source.augmentation if config.augment else Augmentation()
-        self._normalise = Normalisation.of(source.mean, source.std, world.device)
+        self._normalise = Normalisation.of(source.mean, source.std, source.image_size, world.device)
         share = config.batch_size // world.size
         crops = {"train": source.augmentation.resized_crop and config.augment, "eval": False}
         self._loaders = {

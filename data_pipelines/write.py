@@ -35,7 +35,8 @@ DEATH_SIGNAL = 1
 def write_images(images: Images, path: Path, *, jpeg_fraction: float, num_workers: int, name: str | None) -> None:
     """Write fields image and label of all images to path; name: of the progress bar, None = no bar.
 
-    Raises InputError for an unreadable image or a full disk. Which images become JPEG (quality 90) depends on their index alone.
+    Which images become JPEG (quality 90) depends on their index alone. Raises InputError for an unreadable image or a
+    full disk.
     """
     fields = {"image": RGBImageField(write_mode="raw"), "label": IntField()}
     writer = _Writer(str(path), fields, num_workers=num_workers)

@@ -36,7 +36,7 @@ def average_buffers(model: nn.Module, world: World) -> None:
         return
     flat = torch.cat([b.reshape(-1) for b in buffers])
     world.all_reduce(flat).div_(world.size)
-    for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+    for buffer, mean in zip(buffers, torch.split(flat, [b.numel() for b in buffers]), strict=True):
         buffer.copy_(mean.view_as(buffer))
 
 
@@ -66,18 +66,14 @@ def reestimate(model: nn.Module, batches: Iterable[Batch], world: World) -> None
 @contextmanager
 def batch_statistics(model: nn.Module) -> Iterator[None]:
     """Within, batch norm uses each batch's own statistics and its running ones stay as they are."""
-    layers = batch_norms(model)
-    momentum = {name: layer.momentum for name, layer in layers.items()}
-    counts = {name: layer.num_batches_tracked.clone() for name, layer in layers.items() if layer.num_batches_tracked is not None}
-    training = {name: layer.training for name, layer in layers.items()}
-    for layer in layers.values():
+    layers = batch_norms(model).values()
+    before = [(layer.training, layer.track_running_stats) for layer in layers]
+    for layer in layers:
         layer.train()
-        layer.momentum = 0.0
+        layer.track_running_stats = False
     try:
         yield
     finally:
-        for name, layer in layers.items():
-            layer.momentum = momentum[name]
-            layer.train(training[name])
-            if name in counts and layer.num_batches_tracked is not None:
-                layer.num_batches_tracked.copy_(counts[name])
+        for layer, (training, tracking) in zip(layers, before, strict=True):
+            layer.train(training)
+            layer.track_running_stats = tracking

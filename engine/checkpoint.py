@@ -8,6 +8,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -197,8 +198,7 @@ class CheckpointStore:
             self._on_main(lambda: self._publish(writing, step, meta, files))
         except Exception as error:
             self._failure = error
-            if writing is not None and self._peers.is_main:
-                shutil.rmtree(writing, ignore_errors=True)
+            self._abandon(writing, agreed=isinstance(error, CheckpointError))
             if not isinstance(error, PlanError):
                 self._report(f"the checkpoint of step {step} could not be saved in {self.folder}: {reason(error)}")
         finally:
@@ -217,6 +217,14 @@ class CheckpointStore:
             retire(newest, self._keep, self._damaged)
         except OSError as error:
             self._report(f"an old checkpoint in {self.folder} could not be deleted: {error}")
+
+    def _abandon(self, writing: Path | None, agreed: bool) -> None:
+        """Remove the hidden folder; where all ranks know of the failure, none goes on before it is gone."""
+        if writing is not None and self._peers.is_main:
+            shutil.rmtree(writing, ignore_errors=True)
+        if agreed:
+            with suppress(RuntimeError):  # a peer that died meanwhile
+                self._peers.barrier()
 
     def _examine(self, path: Path) -> tuple[Saved | None, str]:
         """Collective: (the checkpoint, "") or (None, what is wrong with it)."""

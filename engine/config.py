@@ -28,8 +28,9 @@ def require(ok: bool, name: str, value: object, fix: str) -> None:
 def require_number(name: str, value: float, low: float, high: float = math.inf, *, above: bool = False) -> None:
     """Raise unless low <= value <= high (low < value with `above`); nan and inf never pass."""
     ok = math.isfinite(value) and (value > low if above else value >= low) and value <= high
-    bound = f"{'(' if above else '['}{low:g}, {high:g}]" if high < math.inf else f"{'above' if above else 'at least'} {low:g}"
-    require(ok, name, value, f"give a number {'in ' if high < math.inf else ''}{bound}")
+    if high < math.inf:
+        require(ok, name, value, f"give a number in {'(' if above else '['}{low:g}, {high:g}]")
+    require(ok, name, value, f"give a number {'above' if above else 'of at least'} {low:g}")
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class DataPipeline(Protocol):
     """num_train // batch_size: the last incomplete global batch is left out."""
 
     def train(self, epoch: int, first_step: int = 0) -> Generator[Batch, None, None]:
-        """Batches first_step, first_step + 1, ... of epoch: rank r gets samples r, r + size, ... of each global batch."""
+        """Batches first_step, first_step + 1, ... of epoch; rank r gets samples r, r + size, ... of a global batch."""
         ...
 
     def evaluate(self) -> Iterator[Batch]:

@@ -33,7 +33,7 @@ class ShardedEngine:
         Only under ZeRO, where the shard is one parameter of the optimizer.
         """
         (flat,) = self.optimizer.param_groups[group_index]["params"]
-        return {name: self.optimizer.state[flat][name] for name in self.optimizer.param_groups[group_index]["rule"].state_names}
+        return dict(self.optimizer.state[flat])
 
     def publish(self) -> None:
         """Collective: after the shards were changed by hand (a resume), give every rank the whole parameters."""

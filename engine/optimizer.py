@@ -42,7 +42,7 @@ class Sgd:
         buffers: list[Tensor | None] = [s["momentum"] for s in state]
         sgd(
             params, grads, buffers, weight_decay=self.weight_decay, momentum=self.momentum, lr=lr, dampening=0.0,
-            nesterov=self.nesterov and self.momentum > 0, maximize=False, has_sparse_grad=False, foreach=len(params) > 1,
+            nesterov=self.nesterov, maximize=False, has_sparse_grad=False, foreach=len(params) > 1,
         )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What a run shows while it trains: progress, TensorBoard and metrics.jsonl, from the loop's own numbers and the hooks'."""
+"""What a run shows while it trains: the loop's numbers and the hooks', as progress, TensorBoard and metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -90,9 +90,8 @@ class Reporter:
         if values:
             self.writer.scalars(position.step, values, phase=position.phase, epoch=epoch, samples=position.samples)
         if evaluation is not None:
-            self.progress.message(
-                f"{position.phase} epoch {epoch}: test accuracy {evaluation.accuracy:.2%}, test loss {evaluation.loss:.4f}"
-            )
+            scored = f"test accuracy {evaluation.accuracy:.2%}, test loss {evaluation.loss:.4f}"
+            self.progress.message(f"{position.phase} epoch {epoch}: {scored}")
         self.writer.flush()
         self.restart_clock()
 

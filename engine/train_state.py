@@ -1,15 +1,15 @@
 """Exactly what a resume needs: the tensors of a trainer under names that depend on no rank count and no ZeRO stage.
 
-    weight/layer1.0.conv1.weight             a parameter, flattened; each rank writes the piece that it owns
-    weight.momentum/layer1.0.conv1.weight    optimizer state of the same piece
-    frozen/conv1.weight                      a parameter that is not trained
-    buffer/mask.conv1.weight                 a buffer equal on all ranks
-    local/bn1.running_mean                   a buffer of each rank's own: (ranks * numel,), rank after rank
+weight/layer1.0.conv1.weight             a parameter, flattened; each rank writes the piece that it owns
+weight.momentum/layer1.0.conv1.weight    optimizer state of the same piece
+frozen/conv1.weight                      a parameter that is not trained
+buffer/mask.conv1.weight                 a buffer equal on all ranks
+local/bn1.running_mean                   a buffer of each rank's own: (ranks * numel,), rank after rank
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,9 +25,7 @@ from engine.world import World
 Entries = dict[str, Tensor | Piece]
 
 
-def checkpoint_entries(
-    model: nn.Module, groups: list[ParameterGroup], sharded: ShardedEngine, world: World
-) -> Entries:
+def checkpoint_entries(model: nn.Module, groups: list[ParameterGroup], sharded: ShardedEngine, world: World) -> Entries:
     """Everything to save, as views of the live tensors."""
     entries = _trained(groups, sharded)
     entries.update(_replicated(model, groups))
@@ -37,8 +35,9 @@ def checkpoint_entries(
 
 
 def restore(
-    model: nn.Module, groups: list[ParameterGroup], sharded: ShardedEngine, world: World, meta: Mapping[str, Any], load: Any
-) -> None:
+    model: nn.Module, groups: list[ParameterGroup], sharded: ShardedEngine, world: World, meta: Mapping[str, Any],
+    load: Callable[[Entries], None],
+) -> None:  # fmt: skip
     """Collective: fill the trainer's tensors from a checkpoint; load(entries) reads them in place.
 
     Batch norm's statistics come back rank by rank on the same number of ranks; on another number every rank gets

@@ -93,6 +93,7 @@ class Trainer:
             with StopSignals() as signals:
                 for hook in self.task.hooks:
                     hook.on_start(self)
+                self.reporter.restart_clock()
                 while self.position.step < self.phase.end_step:
                     self._run_epoch(signals)
         finally:
@@ -112,6 +113,7 @@ class Trainer:
         }
         entries = checkpoint_entries(self.model, self.task.groups, self.sharded, self.world)
         start = perf_counter()
+        self.reporter.writer.flush()  # what is logged up to a step is on disk before the step's checkpoint is
         self.store.save(self.position.step, entries, meta)
         self.reporter.checkpoint_stall_s += perf_counter() - start
         self._saved_step, self._saved_at = self.position.step, perf_counter()
@@ -205,7 +207,7 @@ class Trainer:
             return votes, None
         host = torch.empty(votes.shape, pin_memory=True)
         host.copy_(votes, non_blocking=True)
-        done = torch.cuda.Event()
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
         return host, done
 

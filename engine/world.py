@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import FileStore
 
 from engine.errors import bad_value
 
@@ -88,12 +89,13 @@ def connect(device: str = "auto", timeout_s: float = 1800.0) -> Iterator[World]:
     """
     rank, size, local_rank = rank_from_environment()
     place = _device(device, local_rank)
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))  # DeepSpeed insists on it, without a launcher too
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     with tempfile.TemporaryDirectory() as folder:
         if "MASTER_ADDR" in os.environ:
             dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
         else:
-            store = dist.FileStore(os.path.join(folder, "store"), 1)
+            store = FileStore(os.path.join(folder, "store"), 1)
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
         try:
             yield World(rank, size, local_rank, place, dist.group.WORLD)

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 
-from data_pipelines.open import open_dataset
 from engine.errors import InputError
 from engine.evaluation import score
 from engine.world import connect
 from launcher.checks import check_config
 from launcher.config import RunConfig
 from launcher.export import load_export, summarise
-from launcher.run import threads_per_rank
+from launcher.run import open_data
 from launcher.settings import load_config, to_dict
 from launcher.summary import closing_table
 from masks.prunable import prunable_weights
@@ -32,8 +31,7 @@ def evaluate(run: Path, *, as_json: bool = False) -> int:
         )
     with connect(config.train.device) as world:
         check_config(config, world.size)
-        torch.set_num_threads(config.train.threads or threads_per_rank())
-        data = open_dataset(config.data, config.seed, world)
+        data = open_data(config, world)
         net = build_model(config.model, data.num_classes, data.image_shape, config.seed)
         net.load_state_dict(load_export(file), strict=True)
         net.to(world.device).eval()

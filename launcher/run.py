@@ -79,10 +79,16 @@ class Run:
         )
 
 
-def assemble(config: RunConfig, folder: Path, world: World, store: CheckpointStore, saved: Saved | None) -> Run:
-    """Collective: open the data and build network and method; nothing is trained yet."""
+def open_data(config: RunConfig, world: World) -> DataPipeline:
+    """Collective: the run's data on this rank, whose torch threads are set on the way."""
     torch.set_num_threads(config.train.threads or threads_per_rank())
-    data = open_dataset(config.data, config.seed, world)
+    return open_dataset(config.data, config.seed, world)
+
+
+def assemble(
+    config: RunConfig, folder: Path, world: World, data: DataPipeline, store: CheckpointStore, saved: Saved | None
+) -> Run:
+    """Collective: build network and method around the data; nothing is trained yet."""
     net = build_model(config.model, data.num_classes, data.image_shape, config.seed).to(world.device)
     recipe = Recipe(config.optim, config.finetune, config.train.epochs, config.seed)
     method: MaskMethod = resolve(METHODS[config.mask.method])(config.mask, net, recipe, world)

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def closing_table(summary: Mapping[str, Any], folder: Path, images_per_s: float) -> str:
-    """Two columns, ready to print. summary: as launcher.export writes it; images_per_s: mean while training, 0 if none."""
+    """Two columns to print. summary: as launcher.export writes it; images_per_s: mean while training, 0 if none."""
     rows = [
         ("dense parameters (prunable)", f"{summary['prunable']:,}"),
         ("weights kept", f"{summary['kept']:,}"),

@@ -15,7 +15,7 @@ from engine.world import World, connect, rank_from_environment
 from launcher.checks import check_config
 from launcher.config import RunConfig
 from launcher.export import write_export
-from launcher.run import Run, assemble
+from launcher.run import Run, assemble, open_data
 from launcher.settings import differences, load_config, run_folder, to_dict, to_yaml
 from launcher.summary import closing_table
 
@@ -35,8 +35,9 @@ def train(config: RunConfig, *, restart: bool = False) -> int:
     if not restart:
         _refuse_other_config(folder, config)
     with connect(config.train.device) as world:
+        data = open_data(config, world)
         saved, store = open_folder(folder, config, world, restart=restart)
-        run = assemble(config, folder, world, store, saved)
+        run = assemble(config, folder, world, data, store, saved)
         try:
             if saved is not None and world.is_main:
                 run.reporter.progress.message(f"resuming {folder} at step {saved.step}, phase {saved.meta['phase']}")

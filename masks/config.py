@@ -20,7 +20,7 @@ class MaskConfig:
     path: str = ""
     """A trained network to start from: a run folder, or a .safetensors or .pt file with a state dict."""
     dense_layers: tuple[str, ...] = ()
-    """Patterns (fnmatch) of weights that are never pruned, such as ["fc.weight"]; all convolutions and linear layers are prunable otherwise."""
+    """Patterns (fnmatch) of weights never pruned, e.g. ["fc.weight"]; all convolutions and linear layers otherwise."""
     constraint: str = "global"
     """probmask: global (one budget for the network) or layerwise (the same density in every layer)."""
     lr: float = 6e-3

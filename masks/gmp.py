@@ -38,7 +38,7 @@ class GradualMagnitude(MaskMethod):
 
 
 class _Shrink(Hook):
-    """Chooses the masks anew when the schedule says so; a pruned weight is compared by its last value, so it may return."""
+    """Chooses the masks anew when the schedule says so; a pruned weight keeps its last value, so it may return."""
 
     def __init__(self, method: GradualMagnitude, fixed: FixedMasks) -> None:
         self.method, self.fixed = method, fixed

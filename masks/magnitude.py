@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from engine.position import Phase
+from masks.allocation import kept_masks
 from masks.masked_model import FixedMasks, MaskedModel
 from masks.method import FINETUNE, MaskMethod, Setup
 from masks.report import DensityReport
-from masks.allocation import kept_masks
 from masks.trained import load_trained
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def bernoulli_masks(probabilities: Mapping[str, Tensor], seed: int, candidate: int) -> dict[str, Tensor]:
-    """Boolean masks, each weight kept with its probability; a function of (seed, candidate, name), equal on every rank."""
+    """Boolean masks, each weight kept with its probability: a function of (seed, candidate, name), as on all ranks."""
     return {name: _draw(s, seed, candidate, name) for name, s in probabilities.items()}
 
 

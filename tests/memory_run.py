@@ -1,0 +1,57 @@
+"""A whole ghostmask run, phases and checkpoints and all, on images in memory instead of FFCV's."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from memory_data import MemoryData
+
+from engine.checkpoint import CheckpointStore
+from engine.config import CheckpointConfig, FinetuneConfig, OptimConfig, TrainConfig
+from engine.hooks import Hook
+from engine.trainer import Trainer
+from engine.world import World
+from launcher.config import RunConfig
+from launcher.run import Run, assemble
+from masks.config import MaskConfig
+from models.config import ModelConfig
+
+CONFIG = RunConfig(
+    seed=3,
+    model=ModelConfig(name="conv4"),
+    mask=MaskConfig(density=0.1, noise="shared", lr=0.03, samples=2, start_fraction=0.0, end_fraction=0.7),
+    optim=OptimConfig(lr=0.02, clip=3.0),
+    train=TrainConfig(epochs=3, log_every=1, threads=1),
+    finetune=FinetuneConfig(epochs=2, lr=0.01),
+    checkpoint=CheckpointConfig(every_steps=3, every_minutes=0, keep=3),
+)
+"""Search over 3 epochs of 4 steps, then 2 epochs of fine-tuning; a checkpoint every 3 steps and at the end of epochs."""
+
+
+def configured(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
+    """`config` with fields of its sections replaced: configured(CONFIG, train={"zero_stage": 2})."""
+    return replace(config, **{name: replace(getattr(config, name), **values) for name, values in sections.items()})
+
+
+def memory_run(world: World, folder: Path, config: RunConfig, data: MemoryData | None = None) -> tuple[Run, Any]:
+    """The run in `folder`, new or resumed, and the checkpoint it goes on from (None for a new one)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    saving = config.checkpoint
+    store = CheckpointStore(folder / "checkpoints", world, saving.keep, saving.asynchronous)
+    saved = store.latest()
+    return assemble(config, folder, world, data or MemoryData(world), store, saved), saved
+
+
+class KillAt(Hook):
+    """Kills this process, as the kernel would, when `step` optimizer steps of the run are done."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        if trainer.position.step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
