@@ -20,6 +20,7 @@ RUN_HELP = "a run's name (folder runs/NAME) or its folder"
 
 EXAMPLES = {
     "": """examples:
+  ghostmask prepare digits_probmask                             writes its images to data/beton/
   ghostmask train digits_probmask                               a small run for a first try
   torchrun --nproc-per-node 4 -m launcher train imagenet_resnet50_probmask data.root=/data/imagenet
   ghostmask evaluate digits_probmask --json
