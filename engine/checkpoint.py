@@ -106,7 +106,8 @@ class CheckpointStore:
         self.wait()
         state = self._stage(tensors)
         self._failure = None
-        self._thread = threading.Thread(target=self._save, args=(step, state, text), name="checkpoint", daemon=True)
+        # Not a daemon: an interpreter that ends under a thread inside C++ aborts; so it waits for the save instead.
+        self._thread = threading.Thread(target=self._save, args=(step, state, text), name="checkpoint")
         self._thread.start()
         if not self._asynchronous:
             self.wait()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
+import torch
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
@@ -40,9 +41,17 @@ class ShardedEngine:
         if self.zero_stage > 0:
             self.engine.optimizer.update_lp_params()
 
-    def skipped_step(self) -> bool:
-        """True when DeepSpeed refused the last update because a gradient was not finite."""
-        return bool(getattr(self.engine.optimizer, "overflow", False))
+    def step(self) -> bool:
+        """Collective: the last microstep's end; False, with nothing updated, when a gradient is not finite.
+
+        ZeRO looks at the gradients itself; the plain optimizer of stage 0 would apply them.
+        """
+        if self.zero_stage == 0:
+            grads = [p.grad for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
+            if not bool(torch.nn.utils.get_total_norm(grads).isfinite()):
+                return False
+        self.engine.step()
+        return not getattr(self.engine.optimizer, "overflow", False)
 
     def destroy(self) -> None:
         """Release DeepSpeed's hooks and buffers, so that another engine can be made for the same parameters."""

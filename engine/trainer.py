@@ -182,8 +182,7 @@ class Trainer:
                 self.sharded.engine.step()
         assert vote is not None
         asked, due, loss_value, correct_count = self._decide(*vote)
-        self.sharded.engine.step()
-        if self.sharded.skipped_step():
+        if not self.sharded.step():
             raise self._not_finite("gradient")
         self.position = replace(self.position, step=self.position.step + 1)
         for hook in self.task.hooks:

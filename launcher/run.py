@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from data_pipelines.open import open_dataset
 from engine.checkpoint import CheckpointStore, Saved
 from engine.data import DataPipeline
+from engine.hooks import Hook
 from engine.metrics import MetricWriter
 from engine.position import Duration, Phase
 from engine.progress import Progress
@@ -39,6 +40,8 @@ class Run:
     phases: list[Phase]
     store: CheckpointStore
     reporter: Reporter
+    hooks: tuple[Hook, ...] = ()
+    """More hooks for every phase, after the method's own."""
 
     def execute(self, saved: Saved | None, *, train: bool = True) -> None:
         """Collective: go through the phases from `saved` on (None: from the start); without `train`, only settle the
@@ -70,8 +73,8 @@ class Run:
     def _trainer(self, phase: Phase) -> Trainer:
         setup = self.method.enter(phase)
         task = Task(
-            phase, setup.model.to(self.world.device), setup.groups, learning_rate(self.config, phase), setup.hooks,
-            setup.passes, self.config.tost.label_smoothing, self.config.optim.clip,
+            phase, setup.model.to(self.world.device), setup.groups, learning_rate(self.config, phase),
+            (*setup.hooks, *self.hooks), setup.passes, self.config.tost.label_smoothing, self.config.optim.clip,
         )  # fmt: skip
         meta = {"config": to_dict(self.config), "torch": torch.__version__}
         return Trainer(
