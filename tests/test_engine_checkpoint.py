@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing as mp
 import threading
 import warnings
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from engine.checkpoint import CheckpointError, CheckpointStore, Piece, PlanError, Saved
 from engine.checkpoint_files import FolderLock, checkpoints
-from engine.spawn import run_distributed
+from engine.spawn import PRELOAD, run_distributed
 from engine.world import World, single
 
 CUTS = {1: [0, 101], 2: [0, 1, 101], 3: [0, 37, 37, 101], 4: [0, 0, 64, 100, 101]}
@@ -189,6 +190,21 @@ def test_close_finishes_the_save_and_leaves_no_thread(tmp_path: Path) -> None:
     store.close()
     assert (tmp_path / "latest").read_text() == "step-00000007\n"
     assert "checkpoint" not in [thread.name for thread in threading.enumerate()]
+
+
+def leave(folder: Path) -> None:
+    """End the process with a save under way."""
+    CheckpointStore(folder, single()).save(1, {"w": torch.ones(20_000_000)}, {})
+
+
+def test_a_process_that_ends_without_close_still_finishes_its_save(tmp_path: Path) -> None:
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    process = context.Process(target=leave, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert (tmp_path / "latest").read_text() == "step-00000001\n"
 
 
 def test_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
