@@ -22,6 +22,9 @@ cores_per_rank=$(($(nproc) / RANKS))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores_per_rank > 0 ? cores_per_rank : 1))}
 export PYTHONUNBUFFERED=1
 
-command=(torchrun --standalone --nproc_per_node="$RANKS" -m launcher train configs/digits_probmask.yaml --restart)
-echo "smoke: ${command[*]}"
-exec .venv/bin/python -m torch.distributed.run "${command[@]:1}"
+config=configs/digits_probmask.yaml
+torchrun=(torchrun --standalone --nproc_per_node="$RANKS" -m launcher train "$config" --restart)
+echo "smoke: ghostmask prepare $config"
+.venv/bin/python -m launcher prepare "$config"
+echo "smoke: ${torchrun[*]}"
+exec .venv/bin/python -m torch.distributed.run "${torchrun[@]:1}"
