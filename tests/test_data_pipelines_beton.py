@@ -1,0 +1,197 @@
+"""Are .beton files whole or absent: atomic writing, skipping what is there, one clear error for a damaged one?"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from data_pipelines.beton import beton_path, manifest_path, publish, read_manifest
+from data_pipelines.config import DataConfig
+from data_pipelines.open import open_dataset, prepare
+from engine.errors import InputError
+from engine.world import single
+
+
+def _config(root: Path, **settings: object) -> DataConfig:
+    base = {"dataset": "synthetic", "num_train": 40, "num_eval": 8, "image_size": 8, "batch_size": 8, "num_workers": 1}
+    return DataConfig(root=str(root), **{**base, **settings})  # type: ignore[arg-type]
+
+
+def _folder_of_images(root: Path, last: int = 3) -> DataConfig:
+    for split in ("train", "val"):
+        for label in ("cat", "dog"):
+            (root / split / label).mkdir(parents=True)
+            for k in range(last):
+                Image.new("RGB", (20 + k, 24), (40 * k, 9, 200)).save(root / split / label / f"{k}.png")
+    return DataConfig(dataset="imagefolder", root=str(root), batch_size=2, num_workers=1, image_size=16)
+
+
+def test_what_is_there_is_not_written_again(tmp_path: Path) -> None:
+    paths = prepare(_config(tmp_path), progress=False)
+    before = {split: path.stat().st_mtime_ns for split, path in paths.items()}
+    assert prepare(_config(tmp_path), progress=False) == paths
+    assert before == {split: path.stat().st_mtime_ns for split, path in paths.items()}
+    leftovers = {p.name for p in (tmp_path / "beton").iterdir()} - {".lock"}
+    assert leftovers == {p.name for path in paths.values() for p in (path, manifest_path(path))}
+
+
+def test_other_settings_get_other_files(tmp_path: Path) -> None:
+    assert not set(prepare(_config(tmp_path), False).values()) & set(
+        prepare(_config(tmp_path, num_eval=9), False).values()
+    )
+
+
+def test_a_changed_source_is_written_again_and_an_absent_one_keeps_the_files(tmp_path: Path) -> None:
+    config = _folder_of_images(tmp_path)
+    paths = prepare(config, progress=False)
+    assert read_manifest(paths["train"]).num_images == 6
+    Image.new("RGB", (30, 30)).save(tmp_path / "train" / "dog" / "new.png")
+    assert read_manifest(prepare(config, progress=False)["train"]).num_images == 7
+    (tmp_path / "train").rename(tmp_path / "elsewhere")
+    assert read_manifest(prepare(config, progress=False)["train"]).num_images == 7
+    assert open_dataset(config, 0, single()).num_classes == 2
+
+
+def _prepare_quietly(config: DataConfig) -> None:
+    os.setsid()
+    prepare(config, progress=False)
+
+
+def test_a_killed_writer_leaves_no_beton_and_no_process_and_the_next_one_recovers(tmp_path: Path) -> None:
+    config = _config(tmp_path, num_train=400, image_size=256)
+    prepare(_config(tmp_path), progress=False)  # FFCV is imported before the fork
+    writer = mp.get_context("fork").Process(target=_prepare_quietly, args=(config,))
+    writer.start()
+    path = beton_path(tmp_path, "synthetic-n400-e8-c10-s256", "train")
+    partial = path.with_name(f".{path.stem}.partial")
+    _wait_until(lambda: partial.exists() and partial.stat().st_size > 1 << 23)
+    children = Path(f"/proc/{writer.pid}/task/{writer.pid}/children").read_text().split()
+    assert writer.pid is not None
+    os.kill(writer.pid, signal.SIGKILL)
+    writer.join()
+    assert partial.exists(), "killed too late to test anything"
+    assert not path.exists()
+    assert children
+    _wait_until(lambda: not any(_runs(int(child)) for child in children))
+    with pytest.raises(InputError, match=r"there is no .*s256-train\.beton; run `ghostmask prepare CONFIG`"):
+        open_dataset(config, 0, single())
+    assert read_manifest(prepare(config, progress=False)["train"]).num_images == 400
+    assert not partial.exists()
+
+
+def _wait_until(condition: object, timeout_s: float = 60.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.002)
+
+
+def _runs(pid: int) -> bool:
+    """Whether the process exists and is not a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_an_unreadable_image_stops_the_writer_and_is_named(tmp_path: Path) -> None:
+    config = _folder_of_images(tmp_path)
+    (tmp_path / "train" / "cat" / "1.png").write_bytes(b"\x89PNG but broken")
+    with pytest.raises(InputError, match=r"cat/1\.png is not a readable image"):
+        prepare(config, progress=False)
+    assert not list((tmp_path / "beton").glob("*.beton"))
+    assert not list((tmp_path / "beton").glob(".*.partial"))
+
+
+def test_missing_files_name_the_fix(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"data\.root = .*there is no .*; run `ghostmask prepare CONFIG`"):
+        open_dataset(_config(tmp_path), 0, single())
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> tuple[DataConfig, Path, bytes]:
+    """Settings, the training .beton and its content."""
+    config = _config(tmp_path_factory.mktemp("sound"))
+    path = prepare(config, progress=False)["train"]
+    return config, path, path.read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "header", "garbage", "one bit"])
+def test_a_damaged_file_is_one_clear_error(sound: tuple[DataConfig, Path, bytes], damage: str) -> None:
+    config, path, content = sound
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    wrong = {
+        "empty": b"",
+        "truncated": content[:-100],
+        "header": b"\xff" * 64 + content[64:],
+        "garbage": os.urandom(len(content)),
+        "one bit": bytes(flipped),
+    }
+    path.write_bytes(wrong[damage])
+    with pytest.raises(InputError, match=r"^data\.root = .*is damaged: .*; run `ghostmask prepare CONFIG`$"):
+        open_dataset(config, 0, single())
+
+
+def test_damaged_and_unfinished_files_are_written_again(tmp_path: Path) -> None:
+    config = _config(tmp_path)
+    paths = prepare(config, progress=False)
+    manifest_path(paths["train"]).unlink()
+    paths["eval"].write_bytes(paths["eval"].read_bytes()[:1000])
+    with pytest.raises(InputError, match="was not written to its end"):
+        open_dataset(config, 0, single())
+    prepare(config, progress=False)
+    pipeline = open_dataset(config, 0, single())
+    assert len(list(pipeline.train(0))) == 5
+    pipeline.close()
+
+
+def test_a_jpeg_damaged_after_its_check_stops_the_epoch_with_its_index(tmp_path: Path) -> None:
+    from ffcv.reader import Reader
+
+    config = DataConfig(**{**_folder_of_images(tmp_path).__dict__, "jpeg_fraction": 1.0})
+    path = prepare(config, progress=False)["eval"]
+    start = int(Reader(str(path)).metadata["f0"]["data_ptr"][4])
+    content = bytearray(path.read_bytes())
+    content[start : start + 64] = bytes(64)
+    path.write_bytes(content)
+    manifest = read_manifest_unchecked(path)
+    publish(_copy(path), path, manifest, 6, 2)
+    pipeline = open_dataset(config, 0, single())
+    with pytest.raises(InputError, match="is damaged: image 4 cannot be decoded"):
+        list(pipeline.evaluate())
+    assert len(list(pipeline.train(0))) == 3
+    pipeline.close()
+
+
+def read_manifest_unchecked(path: Path) -> str:
+    from data_pipelines.beton import peek_manifest
+
+    manifest = peek_manifest(path)
+    assert manifest is not None
+    return manifest.fingerprint
+
+
+def _copy(path: Path) -> Path:
+    copy = path.with_suffix(".copy")
+    copy.write_bytes(path.read_bytes())
+    return copy
+
+
+def test_a_folder_that_cannot_be_written_is_an_input_error(tmp_path: Path) -> None:
+    (tmp_path / "beton").write_text("a file where a folder must be")
+    with pytest.raises(InputError, match=r"data\.root"):
+        prepare(_config(tmp_path), progress=False)
+
+
+def test_torchs_threads_are_left_alone_by_writing(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    prepare(_config(tmp_path), progress=False)
+    assert torch.get_num_threads() == before

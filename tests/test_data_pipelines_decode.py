@@ -1,0 +1,157 @@
+"""Are images of any size cropped as said: at random from (seed, epoch, index) for training, at the centre otherwise?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_pipelines import order
+from data_pipelines.config import DataConfig
+from data_pipelines.open import open_dataset, prepare
+from engine.world import World
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+SIDE, NUM_TRAIN = 32, 24
+
+
+def _photo(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """A smooth picture, so that JPEG changes it little."""
+    return cv2.resize(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8), (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """JPEGs of many shapes in three classes, some gray, one tiny, one very wide."""
+    root = tmp_path_factory.mktemp("folder")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", NUM_TRAIN), ("val", 9)):
+        for k in range(count):
+            folder = root / split / f"class{k % 3}"
+            folder.mkdir(parents=True, exist_ok=True)
+            shape = {0: (12, 9), 1: (40, 400)}.get(k, (int(rng.integers(30, 120)), int(rng.integers(30, 120))))
+            image = Image.fromarray(_photo(rng, *shape))
+            (image.convert("L") if k % 5 == 4 else image).save(folder / f"{k:03}.jpg", quality=95)
+    return root
+
+
+def _config(root: Path, jpeg_fraction: float, **settings: object) -> DataConfig:
+    base = {"dataset": "imagefolder", "root": str(root), "batch_size": 12, "num_workers": 1, "image_size": SIDE}
+    return DataConfig(jpeg_fraction=jpeg_fraction, max_resolution=64, **{**base, **settings})  # type: ignore[arg-type]
+
+
+def _gray_levels(images: torch.Tensor) -> np.ndarray:
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return ((images.permute(0, 2, 3, 1) * std + mean) * 255).round().numpy().astype(np.int64)
+
+
+def _open(config: DataConfig, rank: int = 0, size: int = 1):  # type: ignore[no-untyped-def]
+    prepare(config, progress=False)
+    return open_dataset(config, 0, World(rank, size, rank, torch.device("cpu")))
+
+
+def _stored(root: Path) -> list[np.ndarray]:
+    """What the .beton holds when nothing is JPEG: the images in class order, shorter side at most 64."""
+    from data_pipelines.imagefolder import imagefolder
+
+    images = imagefolder(_config(root, 0.0)).images("train")
+    return [images[i][0] for i in range(len(images))]
+
+
+def test_training_crops_are_the_derived_boxes_resized(root: Path) -> None:
+    from data_pipelines.decode import random_box
+
+    pipeline = _open(_config(root, 0.0))
+    stored = _stored(root)
+    rows = order.train_rows(0, 2, num_train=NUM_TRAIN, batch_size=12, rank=0, num_ranks=1)
+    images = np.concatenate([_gray_levels(b.images) for b in pipeline.train(2)])
+    for (index, word), image in zip(rows, images, strict=True):
+        source = stored[int(index)]
+        top, left, height, width = random_box(*source.shape[:2], word)
+        crop = source[top : top + height, left : left + width]
+        expected = cv2.resize(crop, (SIDE, SIDE), interpolation=cv2.INTER_AREA).astype(np.int64)
+        expected = expected[:, ::-1] if word & np.uint64(1) else expected
+        assert abs(image - expected).max() <= 1
+    pipeline.close()
+
+
+def test_evaluation_takes_the_centre_square(root: Path) -> None:
+    pipeline = _open(_config(root, 0.0))
+    unaugmented = _open(_config(root, 0.0, augment=False))
+    rows = order.train_rows(0, 0, num_train=NUM_TRAIN, batch_size=12, rank=0, num_ranks=1)
+    stored = _stored(root)
+    images = np.concatenate([_gray_levels(b.images) for b in unaugmented.train(0)])
+    for index, image in zip(rows[:, 0], images, strict=True):
+        height, width = stored[int(index)].shape[:2]
+        side = int(0.875 * min(height, width))
+        top, left = (height - side) // 2, (width - side) // 2
+        crop = stored[int(index)][top : top + side, left : left + side]
+        assert abs(image - cv2.resize(crop, (SIDE, SIDE), interpolation=cv2.INTER_AREA).astype(np.int64)).max() <= 1
+    assert sum(len(b.labels) for b in pipeline.evaluate()) == 9
+    pipeline.close()
+    unaugmented.close()
+
+
+def test_jpeg_and_raw_images_look_alike_and_gray_ones_have_three_equal_channels(root: Path) -> None:
+    raw, jpeg = _open(_config(root, 0.0)), _open(_config(root, 1.0))
+    for a, b in zip(raw.evaluate(), jpeg.evaluate(), strict=True):
+        x, y = _gray_levels(a.images), _gray_levels(b.images)
+        assert abs(x - y).mean() < 4
+        assert torch.equal(a.labels, b.labels)
+    gray = (x == x[..., :1]).all(axis=(1, 2, 3))
+    assert gray.sum() == 1  # image 4 of 9
+    raw.close()
+    jpeg.close()
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_crops_do_not_depend_on_ranks_or_threads(root: Path, num_workers: int) -> None:
+    whole = list(_open(_config(root, 0.5)).train(7))
+    for rank in range(3):
+        share = list(_open(_config(root, 0.5, num_workers=num_workers), rank, 3).train(7, first_step=1))
+        assert torch.equal(whole[1].images[rank::3], share[0].images)
+        assert len(share) == 1
+
+
+def test_random_boxes_lie_inside_and_are_distributed_like_torchvisions() -> None:
+    from torchvision.transforms import RandomResizedCrop
+
+    from data_pipelines.decode import random_box
+
+    ours = np.array([random_box(300, 400, word) for word in order.sample_words(0, 0, np.arange(4000))])
+    torch.manual_seed(0)
+    image = torch.zeros(3, 300, 400)
+    theirs = np.array([RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)])
+    assert (ours >= 0).all()
+    assert (ours[:, 0] + ours[:, 2] <= 300).all()
+    assert (ours[:, 1] + ours[:, 3] <= 400).all()
+
+    def quantities(boxes: np.ndarray) -> np.ndarray:
+        area, aspect = boxes[:, 2] * boxes[:, 3] / 120_000, boxes[:, 3] / boxes[:, 2]
+        return np.c_[boxes, area, area**2, aspect, aspect**2, boxes[:, 0] * boxes[:, 1]]
+
+    a, b = quantities(ours), quantities(theirs)
+    standard_error = np.sqrt((a.var(0) + b.var(0)) / 4000)
+    assert (abs(a.mean(0) - b.mean(0)) < 4.5 * standard_error).all()
+
+
+def test_shared_photographs_load(tmp_path: Path) -> None:
+    source = SHARED / "data" / "imagenet_fullres"
+    if not source.is_dir():
+        pytest.skip("no photographs on this machine")
+    for split in ("train", "val"):
+        for folder in sorted(source.iterdir())[:6]:
+            (tmp_path / split).mkdir(exist_ok=True)
+            (tmp_path / split / folder.name).symlink_to(folder)
+    pipeline = _open(
+        DataConfig(dataset="imagefolder", root=str(tmp_path), batch_size=6, num_workers=1, max_resolution=256)
+    )
+    (batch,) = pipeline.train(0)
+    assert batch.images.shape == (6, 3, 224, 224)
+    assert 0.3 < batch.images.std() < 3
+    assert sorted(batch.labels.tolist()) == list(range(6))
+    pipeline.close()

@@ -1,0 +1,165 @@
+"""Are the datasets what they say: digits' split, synthetic's patterns, CIFAR's pixels, folders of odd images?"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipelines.cifar import cifar10, cifar100
+from data_pipelines.config import DataConfig
+from data_pipelines.digits import digits, split_indices
+from data_pipelines.imagefolder import imagefolder, load_rgb
+from data_pipelines.open import describe
+from data_pipelines.registry import DATASETS
+from data_pipelines.source import Images
+from data_pipelines.synthetic import synthetic
+from engine.errors import InputError
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def _arrays(images: Images) -> tuple[np.ndarray, np.ndarray]:
+    pairs = [images[i] for i in range(len(images))]
+    return np.stack([p for p, _ in pairs]), np.array([label for _, label in pairs])
+
+
+def test_digits_split_is_stratified_and_stable() -> None:
+    datasets = pytest.importorskip("sklearn.datasets")
+    labels = datasets.load_digits().target.astype(np.int64)
+    train, evaluation = split_indices(labels)
+    assert (len(train), len(evaluation)) == (1438, 359)
+    assert sorted([*train, *evaluation]) == list(range(1797))
+    for label in range(10):
+        share = (labels[evaluation] == label).sum() / (labels == label).sum()
+        assert abs(share - 0.2) < 0.004
+    assert evaluation[:8].tolist() == [9, 13, 34, 36, 38, 48, 49, 55]
+
+
+def test_digits_are_gray_and_match_their_mean_and_std() -> None:
+    pytest.importorskip("sklearn")
+    source = digits(DataConfig(dataset="digits"))
+    pixels, _ = _arrays(source.images("train"))
+    assert pixels.shape == (1438, 8, 8, 3)
+    assert (pixels[..., 0] == pixels[..., 2]).all()
+    assert pixels.max() == 255
+    assert abs(pixels.mean() / 255 - source.mean[0]) < 1e-3
+    assert abs(pixels.std() / 255 - source.std[0]) < 1e-3
+
+
+def test_synthetic_images_are_learnable_by_a_linear_classifier() -> None:
+    source = synthetic(DataConfig(dataset="synthetic", num_train=1024, num_eval=256))
+    (x, y), (x_eval, y_eval) = _arrays(source.images("train")), _arrays(source.images("eval"))
+    assert np.bincount(y, minlength=10).min() >= 102
+    features, features_eval = (np.c_[a.reshape(len(a), -1) / 255.0 - 0.5, np.ones(len(a))] for a in (x, x_eval))
+    ridge = features @ features.T + 100.0 * np.eye(len(features))
+    weights = features.T @ np.linalg.solve(ridge, np.eye(10)[y])
+    assert ((features_eval @ weights).argmax(1) == y_eval).mean() > 0.95
+    one_pixel = (features[:, :1] @ np.ones((1, 1))).std()
+    assert one_pixel > 0.1, "there must be noise"
+
+
+def test_synthetic_images_are_the_same_every_time_and_differ_between_splits() -> None:
+    source = synthetic(DataConfig(dataset="synthetic", image_size=8))
+    train, evaluation = source.images("train"), source.images("eval")
+    np.testing.assert_array_equal(train[5][0], source.images("train")[5][0])
+    assert (train[5][0] != evaluation[5][0]).any()
+    assert int(train[5][0].astype(np.int64).sum()) == 22230
+
+
+def test_image_folder_reads_gray_and_palette_images_and_shrinks_the_shorter_side(tmp_path: Path) -> None:
+    Image.new("L", (40, 30), 99).save(tmp_path / "gray.jpg")
+    Image.new("P", (300, 100)).save(tmp_path / "palette.png")
+    assert np.asarray(load_rgb(str(tmp_path / "gray.jpg"), 512)).shape == (30, 40, 3)
+    assert np.asarray(load_rgb(str(tmp_path / "palette.png"), 50)).shape == (50, 150, 3)
+
+
+def test_unreadable_image_is_named(tmp_path: Path) -> None:
+    (tmp_path / "broken.jpg").write_bytes(b"not an image")
+    with pytest.raises(InputError, match=r"broken\.jpg"):
+        load_rgb(str(tmp_path / "broken.jpg"), 512)
+
+
+def test_image_folder_without_val_or_with_other_classes_is_an_input_error(tmp_path: Path) -> None:
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "train" / "cat" / "a.png")
+    source = imagefolder(DataConfig(dataset="imagefolder", root=str(tmp_path)))
+    with pytest.raises(InputError, match=r"data\.root"):
+        source.images("eval")
+    (tmp_path / "val" / "dog").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "val" / "dog" / "a.png")
+    with pytest.raises(InputError, match=r"differ in \['cat', 'dog'\]"):
+        source.images("eval")
+
+
+def test_absent_cifar_that_cannot_be_downloaded_is_an_input_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "https_proxy"):  # nobody listens there: as on a machine without a network
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    source = cifar10(DataConfig(root=str(tmp_path)))
+    assert source.fingerprint() is None
+    with pytest.raises(InputError, match=r"data\.root = .*cifar-10-batches-py is absent"):
+        source.images("train")
+
+
+def test_fixed_size_datasets_refuse_another_size() -> None:
+    with pytest.raises(InputError, match=r"data\.image_size = 64"):
+        cifar10(DataConfig(image_size=64))
+
+
+@pytest.mark.parametrize("name", [n for n in DATASETS if n != "imagefolder"])
+def test_every_dataset_can_be_described_without_its_files(name: str, tmp_path: Path) -> None:
+    info = describe(DataConfig(dataset=name, root=str(tmp_path)))
+    assert info.num_classes == (100 if name == "cifar100" else 10)
+    assert info.image_shape == ((3, 8, 8) if name == "digits" else (3, 32, 32))
+    assert info.needs_source == name.startswith("cifar")
+
+
+def test_describing_an_absent_image_folder_is_an_input_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"data\.root"):
+        describe(DataConfig(dataset="imagefolder", root=str(tmp_path / "absent")))
+
+
+@pytest.fixture(scope="module")
+def cifar100_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not (SHARED / "data" / "cifar100").is_dir():
+        pytest.skip("no CIFAR-100 on this machine")
+    root = tmp_path_factory.mktemp("cifar100")
+    subprocess.run([sys.executable, str(SHARED / "tools" / "unpack_cifar100.py"), str(root)], check=True)
+    return root
+
+
+def test_cifar100_comes_out_of_ffcv_pixel_by_pixel(cifar100_root: Path, tmp_path: Path) -> None:
+    import torchvision
+
+    from data_pipelines.decode import WholeImage
+    from data_pipelines.loader import BetonLoader
+    from data_pipelines.order import eval_rows
+    from data_pipelines.write import write_images
+
+    source = cifar100(DataConfig(dataset="cifar100", root=str(cifar100_root)))
+    assert source.fingerprint() == source.fingerprint()
+    images = _First(source.images("eval"), 300)
+    write_images(images, tmp_path / "x.beton", jpeg_fraction=0.0, num_workers=1, name=None)
+    loader = BetonLoader(tmp_path / "x.beton", WholeImage(), 128, 1, 100)
+    pixels = np.concatenate([batch.numpy().copy() for batch, _ in loader.batches(eval_rows(300, 0, 1))])
+    loader.close()
+    official = torchvision.datasets.CIFAR100(cifar100_root, train=False)
+    np.testing.assert_array_equal(pixels, official.data[:300])
+    assert loader.labels.tolist() == official.targets[:300]
+
+
+class _First:
+    def __init__(self, images: Images, count: int) -> None:
+        self.images, self.count = images, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int, /) -> tuple[np.ndarray, int]:
+        return self.images[index]
