@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import pickle
 import queue
 import socket
 import traceback
@@ -43,7 +44,7 @@ def run_distributed(function: Callable[..., Any], size: int, *args: Any, timeout
             rank, value, error = _next(results, ranks, timeout_s)
             if error:
                 raise RuntimeError(f"rank {rank} of {size} failed:\n{error}")
-            values[rank] = value
+            values[rank] = pickle.loads(value)
     except BaseException:
         for process in ranks:
             process.kill()
@@ -88,7 +89,8 @@ def _rank(function: Callable[..., Any], rank: int, size: int, port: int, args: t
     try:
         dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(seconds=120))
         world = World(rank, size, rank, torch.device("cpu"), dist.group.WORLD)
-        results.put((rank, function(world, *args), None))
+        # Bytes, not tensors: those would be handed over as shared memory that ends with this process.
+        results.put((rank, pickle.dumps(function(world, *args)), None))
         dist.barrier()
         dist.destroy_process_group()
     except BaseException:

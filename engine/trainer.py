@@ -145,8 +145,11 @@ class Trainer:
             if asked or due or self._epoch_save_due():
                 self.save()
             if asked:
-                self.store.wait()
-                raise RunStopped(f"stopped by a signal; saved at step {self.position.step}", EXIT_INTERRUPTED)
+                saved = self.store.wait()
+                what = (
+                    f"saved at step {self.position.step}" if saved else "the save FAILED, an older checkpoint is left"
+                )
+                raise RunStopped(f"stopped by a signal; {what}", EXIT_INTERRUPTED)
 
     def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         while True:

@@ -18,8 +18,8 @@ from engine.trainer import Trainer
 from masks.allocation import kept_masks
 from masks.masked_model import FixedMasks, MaskedModel
 from masks.method import FINETUNE, MaskMethod, Setup, check_agreement
+from masks.noise import NoiseKey
 from masks.projection import project_, project_layers_
-from masks.relaxed_mask import NoiseKey
 from masks.relaxed_model import RelaxedMasks
 from masks.report import DensityReport
 from masks.sampling import bernoulli_masks
@@ -112,12 +112,12 @@ class _Search(Hook):
     def on_epoch_start(self, trainer: Trainer) -> None:
         epoch, total = trainer.position.epoch - trainer.phase.first_epoch, trainer.phase.epochs
         start, end = self.config.start_fraction * total, self.config.end_fraction * total
-        self.relaxed.temperature = linear_temperature(epoch, total, self.config.temperature_end)
+        self.relaxed.set_temperature(linear_temperature(epoch, total, self.config.temperature_end))
         self.relaxed.density = cubic_density(epoch, start, end, self.config.density)
 
     def on_forward(self, trainer: Trainer, microstep: int) -> None:
         rank = self.world.rank if self.config.noise == "per_rank" else 0
-        self.relaxed.noise = NoiseKey(self.seed, trainer.position.step, microstep, rank)
+        self.relaxed.set_noise(NoiseKey(self.seed, trainer.position.step, microstep, rank))
 
     def project(self, shard: Shard) -> None:
         """Collective: s <- proj_C(s), eq. 6, over the network or over each layer."""
@@ -145,7 +145,7 @@ class _Search(Hook):
         mass = torch.stack([s.detach().sum(dtype=torch.float64) for s in every]).sum()
         decided = torch.stack([((s.detach() < 0.01) | (s.detach() > 0.99)).sum() for s in every]).sum()
         return {
-            "mask/temperature": self.relaxed.temperature,
+            "mask/temperature": self.relaxed.get_buffer("temperature"),
             "mask/density_target": self.relaxed.density,
             "mask/density": mass / total,
             "mask/decided_fraction": decided / total,

@@ -24,11 +24,13 @@ class MemoryData:
         self.labels = torch.arange(total) % self.num_classes
         self.images = patterns[self.labels] + 0.5 * torch.randn(total, *self.image_shape, generator=generator)
         self.poison_at: tuple[int, int] | None = None
+        self.fed: list[tuple[int, list[int]]] = []
 
     def train(self, epoch: int, first_step: int = 0) -> Generator[Batch, None, None]:
         order = torch.randperm(self.num_train, generator=torch.Generator().manual_seed(100 + epoch))
         for step in range(first_step, self.steps_per_epoch):
             chosen = order[step * self.batch_size : (step + 1) * self.batch_size][self.world.rank :: self.world.size]
+            self.fed.append((epoch * self.steps_per_epoch + step, chosen.tolist()))
             images = self.images[chosen]
             if self.poison_at == (epoch, step):
                 images = images * float("nan")

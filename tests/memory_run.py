@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from memory_data import MemoryData
+from torch import Tensor
 
 from engine.checkpoint import CheckpointStore
 from engine.config import CheckpointConfig, FinetuneConfig, OptimConfig, TrainConfig
@@ -29,7 +31,7 @@ CONFIG = RunConfig(
     finetune=FinetuneConfig(epochs=2, lr=0.01),
     checkpoint=CheckpointConfig(every_steps=3, every_minutes=0, keep=3),
 )
-"""Search over 3 epochs of 4 steps, then 2 epochs of fine-tuning; a checkpoint every 3 steps and at the end of epochs."""
+"""Search over 3 epochs of 4 steps, then 2 of fine-tuning; a checkpoint every 3 steps and at the end of epochs."""
 
 
 def configured(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
@@ -44,6 +46,41 @@ def memory_run(world: World, folder: Path, config: RunConfig, data: MemoryData |
     store = CheckpointStore(folder / "checkpoints", world, saving.keep, saving.asynchronous)
     saved = store.latest()
     return assemble(config, folder, world, data or MemoryData(world), store, saved), saved
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run left on one rank: weights with their masks applied, masks, and (step, labels) it was fed."""
+
+    weights: dict[str, Tensor]
+    masks: dict[str, Tensor]
+    fed: list[tuple[int, list[int]]]
+    resumed_at: int
+
+    @property
+    def digest(self) -> str:
+        """Equal exactly when every bit of weights and masks is."""
+        tensors = [*self.weights.values(), *self.masks.values()]
+        return hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in tensors)).hexdigest()
+
+    @property
+    def kept(self) -> int:
+        """Ones in all masks."""
+        return sum(int(m.sum()) for m in self.masks.values())
+
+
+def complete(world: World, folder: str, config: RunConfig, kill_step: int = 0) -> Outcome:
+    """Run or resume to the end; kill_step: every rank kills itself there instead."""
+    data = MemoryData(world)
+    run, saved = memory_run(world, Path(folder), config, data)
+    run.hooks = (KillAt(kill_step),) if kill_step else ()
+    run.execute(saved)
+    masks = {name: mask.clone() for name, mask in run.masks().items()}
+    weights = {n: t.detach().clone() for n, t in run.net.state_dict().items()}
+    for name, mask in masks.items():
+        weights[name].mul_(mask)
+    run.close()
+    return Outcome(weights, masks, data.fed, saved.step if saved else 0)
 
 
 class KillAt(Hook):
