@@ -66,7 +66,7 @@ def project_(
     return threshold
 
 
-def project_layers_(  # noqa: PLR0917
+def project_layers_(
     shard: Tensor,
     segments: list[tuple[int, int, int]],
     budgets: list[float],

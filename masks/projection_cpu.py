@@ -23,7 +23,7 @@ def clamped_sum(z, first, end, scale):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True)
-def histogram(z, first, end, base, shift, bins):  # type: ignore[no-untyped-def]  # noqa: PLR0917
+def histogram(z, first, end, base, shift, bins):  # type: ignore[no-untyped-def]
     """int64 (2, bins): counts and remainders of the breakpoints z less those of the breakpoints z - 1 of z[first:end].
 
     Bin j holds the positive float32 numbers whose bits >> shift are base + j; the remainder is the lower `shift` bits.
