@@ -71,7 +71,7 @@ def _copy_whole(rows: Any, storage: Any, pointers: Any, out: Any) -> None:
         out[k, :] = storage[start : start + out.shape[1]]
 
 
-def _crop(  # noqa: PLR0917  # numba takes no keywords
+def _crop(
     rows: Any, storage: Any, pointers: Any, sizes: Any, heights: Any, widths: Any, jpeg: Any, share: float, out: Any,
     damaged: Any,
 ) -> None:  # fmt: skip
@@ -115,7 +115,7 @@ def load_kernels() -> None:
         llvmlite.binding.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
     # cv::setNumThreads(int): inside our loop over images, each resize would otherwise ask for all cores.
     with contextlib.suppress(AttributeError):
-        lib._ZN2cv13setNumThreadsEi(0)
+        lib._ZN2cv13setNumThreadsEi(1)
     for kernel in (copy_whole, crop):
         with contextlib.suppress(RuntimeError):  # no writable folder for the cache: compile in every process
             kernel.enable_caching()

@@ -57,8 +57,8 @@ class Source:
     """Identity of the source's content; None = the source is absent."""
     files: bool = True
     """Whether data.root must hold (or receive) source files."""
-    jpeg_fraction: float = 0.0
-    """Share of the images that is stored as JPEG instead of raw."""
+    jpeg_fraction: float | None = None
+    """Share of images that is stored as JPEG; None = they are of one size, all raw."""
 
 
 def fingerprint_files(folder: Path, files: Iterable[Path]) -> str:

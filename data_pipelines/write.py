@@ -27,24 +27,35 @@ from data_pipelines.source import Images
 from engine.errors import InputError
 
 CHUNK_IMAGES = 100
+SMALLEST_PAGE_BYTES, PAGE_BYTES = 1 << 21, 1 << 23
 POLL_S = 0.1
 DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of prctl(2)."""
 
 
-def write_images(images: Images, path: Path, *, jpeg_fraction: float, num_workers: int, name: str | None) -> None:
+def write_images(
+    images: Images, path: Path, *, jpeg_fraction: float | None, num_workers: int, name: str | None
+) -> None:
     """Write fields image and label of all images to path; name: of the progress bar, None = no bar.
 
-    Which images become JPEG (quality 90) depends on their index alone. Raises InputError for an unreadable image or a
-    full disk.
+    jpeg_fraction None: images of one size, all raw. Which of others become JPEG (quality 90) depends on their index
+    alone. Raises InputError for an unreadable image or a full disk.
     """
     fields = {"image": RGBImageField(write_mode="raw"), "label": IntField()}
-    writer = _Writer(str(path), fields, num_workers=num_workers)
+    writer = _Writer(str(path), fields, page_size=_page_bytes(images, jpeg_fraction is None), num_workers=num_workers)
     writer.write(images, jpeg_fraction, tqdm(total=len(images), desc=name, unit="img", disable=name is None))
 
 
+def _page_bytes(images: Images, one_size: bool) -> int:
+    """FFCV writes whole pages, and an image lies within one. Small for small images: a tiny set need not take 8 MiB."""
+    if not one_size:
+        return PAGE_BYTES
+    image_bytes = images[0][0].nbytes
+    return max(SMALLEST_PAGE_BYTES, 1 << (image_bytes - 1).bit_length())
+
+
 class _Writer(DatasetWriter):  # type: ignore[misc]  # FFCV has no types
-    def write(self, images: Images, jpeg_fraction: float, bar: Any) -> None:
+    def write(self, images: Images, jpeg_fraction: float | None, bar: Any) -> None:
         """FFCV's _write_common with the workers watched."""
         self.num_samples = len(images)
         self.prepare()
@@ -102,14 +113,14 @@ def _reason(errors: Any, exit_code: int) -> str:
 
 
 def _write_share(
-    writer: _Writer, images: Images, jpeg_fraction: float, *, work: Any, allocator: Any, done: Any, allocations: Any,
-    errors: Any, parent: int,
+    writer: _Writer, images: Images, jpeg_fraction: float | None, *, parent: int,
+    work: Any, allocator: Any, done: Any, allocations: Any, errors: Any,
 ) -> None:  # fmt: skip
     """A worker: encode chunks of images until there are none left."""
     _die_with(parent)
     try:
         metadata = np.frombuffer(writer.metadata_sm.buf, dtype=writer.metadata_type)
-        as_jpeg = order.sample_words(0, 0, np.arange(len(images)), order.STORAGE) < jpeg_fraction * 2.0**64
+        as_jpeg = order.sample_words(0, 0, np.arange(len(images)), order.STORAGE) < (jpeg_fraction or 0.0) * 2.0**64
         field = writer.fields["image"]
         with allocator:
             while (chunk := work.get()) is not None:

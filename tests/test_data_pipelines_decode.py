@@ -139,6 +139,13 @@ def test_random_boxes_lie_inside_and_are_distributed_like_torchvisions() -> None
     assert (abs(a.mean(0) - b.mean(0)) < 4.5 * standard_error).all()
 
 
+def test_more_workers_than_cores_are_a_warning_not_a_crash(root: Path) -> None:
+    with pytest.warns(UserWarning, match=r"data\.num_workers = 4096: this machine has"):
+        pipeline = _open(_config(root, 0.5, num_workers=4096))
+    assert len(list(pipeline.train(0))) == 2
+    pipeline.close()
+
+
 def test_shared_photographs_load(tmp_path: Path) -> None:
     source = SHARED / "data" / "imagenet_fullres"
     if not source.is_dir():

@@ -145,7 +145,7 @@ def test_cifar100_comes_out_of_ffcv_pixel_by_pixel(cifar100_root: Path, tmp_path
     source = cifar100(DataConfig(dataset="cifar100", root=str(cifar100_root)))
     assert source.fingerprint() == source.fingerprint()
     images = _First(source.images("eval"), 300)
-    write_images(images, tmp_path / "x.beton", jpeg_fraction=0.0, num_workers=1, name=None)
+    write_images(images, tmp_path / "x.beton", jpeg_fraction=None, num_workers=1, name=None)
     loader = BetonLoader(tmp_path / "x.beton", WholeImage(), 128, 1, 100)
     pixels = np.concatenate([batch.numpy().copy() for batch, _ in loader.batches(eval_rows(300, 0, 1))])
     loader.close()
