@@ -1,7 +1,7 @@
 """What does the relaxed mask do with one tensor on the CPU: numba kernels that release the interpreter lock.
 
-The same numbers as the torch form in masks.relaxed_mask. log and exp are polynomials (Cephes), because calls of libm
-would keep LLVM from vectorising the loops.
+The same numbers as the torch form in masks.relaxed_mask. log2 and exp2 are polynomials, because calls of libm would
+keep LLVM from vectorising the loops.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
 ROUNDS = 10
 F = np.float32
-L0, L1, L2, L3, L4 = (
-    F(7.0376836292e-2),
-    F(-1.1514610310e-1),
-    F(1.1676998740e-1),
-    F(-1.2420140846e-1),
-    F(1.4249322787e-1),
+# log2(1 + f) = f (L0 + L1 f + ...) on [sqrt(1/2), sqrt(2)] - 1 and 2^r = 1 + r (E0 + E1 r + ...) on [-1/2, 1/2]:
+# Chebyshev fits, relative errors 3e-8 and 5e-9.
+L0, L1, L2, L3, L4 = F(1.4426950216), F(-0.7213473320), F(0.4809105992), F(-0.3607048392), F(0.2879183292)
+L5, L6, L7, L8 = F(-0.2389203459), F(0.2156698555), F(-0.2074210346), F(0.1261484623)
+E0, E1, E2, E3, E4, E5 = (
+    F(0.6931471825),
+    F(0.2402265072),
+    F(0.0555035695),
+    F(0.0096180569),
+    F(0.0013390867),
+    F(0.0001546145),
 )
-L5, L6, L7, L8 = F(-1.6668057665e-1), F(2.0000714765e-1), F(-2.4999993993e-1), F(3.3333331174e-1)
-E0, E1, E2 = F(1.9875691500e-4), F(1.3981999507e-3), F(8.3334519073e-3)
-E3, E4, E5 = F(4.1665795894e-2), F(1.6666665459e-1), F(5.0000001201e-1)
-LN2_HIGH, LN2_LOW, LOG2_E = F(0.693359375), F(-2.12194440e-4), F(1.44269504088896341)
 SQRT_HALF_BITS, MANTISSA, ONE_BITS = np.int32(0x3F3504F3), np.int32(0x007FFFFF), np.int32(0x3F800000)
-HALF, ONE, LIMIT = F(0.5), F(1), F(87)
+HALF, ONE, LIMIT = F(0.5), F(1), F(125)
 FAST = {"contract", "nsz"}
 """What may be rearranged: fused multiply-adds, and the sign of zero; nothing about nan."""
 
@@ -52,32 +53,30 @@ def _fill(words, block, key, number):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
-def _log(x):  # type: ignore[no-untyped-def]
-    """Natural logarithm of a positive normal float32, to about 1 ulp."""
-    bits = F(x).view(np.int32) - SQRT_HALF_BITS
-    exponent = F(np.int32(bits) >> np.int32(23))
+def _log2(x):  # type: ignore[no-untyped-def]
+    """Binary logarithm of a positive normal float32, to about 1 ulp."""
+    bits = np.int32(F(x).view(np.int32) - SQRT_HALF_BITS)
+    exponent = F(np.int32(bits >> np.int32(23)))
     f = np.int32((bits & MANTISSA) + SQRT_HALF_BITS).view(np.float32) - ONE
-    p = (((((((L0 * f + L1) * f + L2) * f + L3) * f + L4) * f + L5) * f + L6) * f + L7) * f + L8
-    square = f * f
-    return f + (p * f * square + exponent * LN2_LOW - HALF * square) + exponent * LN2_HIGH
+    p = (((((((L8 * f + L7) * f + L6) * f + L5) * f + L4) * f + L3) * f + L2) * f + L1) * f + L0
+    return exponent + f * p
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
-def _exp(x):  # type: ignore[no-untyped-def]
-    """exp of a float32 in [-87, 87], to about 1 ulp."""
-    n = F(np.floor(x * LOG2_E + HALF))
-    r = x - n * LN2_HIGH - n * LN2_LOW
-    p = ((((E0 * r + E1) * r + E2) * r + E3) * r + E4) * r + E5
-    return (p * r * r + r + ONE) * np.int32((np.int32(n) << np.int32(23)) + ONE_BITS).view(np.float32)
+def _exp2(x):  # type: ignore[no-untyped-def]
+    """2^x of a float32 in [-125, 125], to about 1 ulp."""
+    n = F(np.floor(x + HALF))
+    r = x - n
+    p = ((((E5 * r + E4) * r + E3) * r + E2) * r + E1) * r + E0
+    return (p * r + ONE) * np.int32((np.int32(n) << np.int32(23)) + ONE_BITS).view(np.float32)
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
 def _inverse_odds(word, s, inverse_temperature):  # type: ignore[no-untyped-def]
-    """exp(-x), x = (log s - log(1 - s) + log u - log(1 - u)) / tau limited to +-87."""
-    ratio = ((F(word) + HALF) * s) / ((F(~np.uint32(word) & np.uint32(WORD)) + HALF) * (ONE - s))
-    x = _log(ratio) * inverse_temperature
-    # s - s is 0, and nan where s is: _log takes the bits of nan for a number.
-    return _exp(-_limited(x, -LIMIT, LIMIT)) + (s - s)
+    """(1 - m) / m = exp(-x), x = (log s - log(1 - s) + log u - log(1 - u)) / tau; limited to 2^-125 .. 2^125."""
+    ratio = ((F(word) + HALF) * s) / ((F(np.uint32(~word)) + HALF) * (ONE - s))
+    # s - s is 0, and nan where s is: _log2 takes the bits of nan for a number.
+    return _exp2(_limited(_log2(ratio) * -inverse_temperature, -LIMIT, LIMIT)) + (s - s)
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)

@@ -72,12 +72,15 @@ def test_mask_and_gradients_equal_float64_autograd(
 
 
 def test_compiled_form_equals_the_torch_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = {tau: forward_and_gradients(tau, *inputs()) for tau in (1.0, 0.2)}
+    compiled = {tau: forward_and_gradients(tau, *inputs()) for tau in (1.0, 0.2, 0.03)}
     eager(monkeypatch)
     for tau, results in compiled.items():
-        for ours, other in zip(results, forward_and_gradients(tau, *inputs()), strict=True):
+        # dL/ds reaches values where the rounding of a large logarithm shows, in either form.
+        for ours, other, allowed in zip(
+            results, forward_and_gradients(tau, *inputs()), (1e-6, 1e-6, 3e-6), strict=True
+        ):
             for a, b in zip(ours, other, strict=True):
-                assert ((a - b).abs() <= 1e-6 / tau * (b.abs() + 1)).all()
+                assert ((a - b).abs() <= allowed * (b.abs() + 1)).all()
 
 
 @pytest.mark.parametrize("path", ["compiled", "torch"])
