@@ -97,8 +97,8 @@ def test_the_summary_counts_what_the_masks_keep(tmp_path: Path) -> None:
     kept = sum(int(mask.sum()) for mask in masks.values())
     assert summary["accuracy"] == 0.875
     assert summary["config"] == {"seed": 3, "layers": (1, 2)}
-    assert (summary["kept"], summary["prunable"]) == (kept, 77_360 - 640)
-    assert summary["density"] == kept / (77_360 - 640)
+    assert (summary["kept"], summary["prunable"]) == (kept, 307_296 - 1_280)
+    assert summary["density"] == kept / (307_296 - 1_280)
     assert summary["layers"] == [
         {"name": n, "shape": list(m.shape), "kept": int(m.sum()), "density": int(m.sum()) / m.numel()}
         for n, m in masks.items()
@@ -111,7 +111,7 @@ def test_the_summary_counts_what_the_masks_keep(tmp_path: Path) -> None:
 def test_a_dense_run_exports_the_network_as_it_is_at_density_1(tmp_path: Path) -> None:
     net = _net()
     summary = _write(tmp_path, net, {}, accuracy=None)
-    assert (summary["accuracy"], summary["density"], summary["kept"]) == (None, 1.0, 77_360)
+    assert (summary["accuracy"], summary["density"], summary["kept"]) == (None, 1.0, 307_296)
     assert summary["flops_dense"] == summary["flops_sparse"]
     written = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(written[name], tensor) for name, tensor in net.state_dict().items())
