@@ -105,7 +105,7 @@ def test_the_summary_counts_what_the_masks_keep(tmp_path: Path) -> None:
     ]
     positions = {"conv1": 64, "layer1": 64, "layer2": 16, "layer3": 4}
     sparse = sum(2 * positions[name.split(".")[0]] * int(mask.sum()) for name, mask in masks.items())
-    assert summary["flops_sparse"] == sparse + 2 * 640  # the classifier stays dense
+    assert summary["flops_sparse"] == sparse + 2 * 1_280  # the classifier stays dense
 
 
 def test_a_dense_run_exports_the_network_as_it_is_at_density_1(tmp_path: Path) -> None:
