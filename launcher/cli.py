@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from benchmarks.registry import BENCHMARKS
+from engine.config import DEVICES
 from engine.errors import InputError
 from launcher import locate, settings, show
 from launcher.checks import check_config
@@ -40,6 +42,10 @@ exit codes: 0 done, 2 wrong input, 3 loss not finite, 75 interrupted after savin
     "prepare": """examples:
   ghostmask prepare cifar10_resnet32_probmask                   downloads CIFAR-10, writes data/beton/
   ghostmask prepare imagenet_resnet50_probmask data.root=/data/imagenet""",
+    "bench": """examples:
+  ghostmask bench mask                                          the mask operator against textbook code
+  ghostmask bench step --json step.json
+  ghostmask bench projection --device cuda""",
     "show": """examples:
   ghostmask show configs
   ghostmask show methods
@@ -89,6 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("run", metavar="RUN", help=RUN_HELP)
     prepare = _add(commands, "prepare", "download a config's dataset and write its .beton files", _prepare)
     _add_settings(prepare)
+    _add_bench(_add(commands, "bench", "time one part of the system against textbook code", _bench))
     _add_topics(_add(commands, "show", "print settings, or what can be chosen"))
     return parser
 
@@ -122,6 +129,14 @@ def _add(commands: Any, name: str, summary: str, handler: Callable[[Namespace], 
 def _add_settings(parser: _Parser) -> None:
     parser.add_argument("config", metavar="CONFIG", help=CONFIG_HELP)
     parser.add_argument("overrides", metavar="key=value", nargs="*", help=SETTINGS_HELP)
+
+
+def _add_bench(parser: _Parser) -> None:
+    names = list(BENCHMARKS)
+    parser.add_argument("benchmark", metavar="BENCHMARK", choices=names, help=f"one of {', '.join(names)}")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the rows to FILE")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="as train.device")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs: no numbers to quote")
 
 
 def _add_topics(parser: _Parser) -> None:
@@ -164,6 +179,13 @@ def _prepare(arguments: Namespace) -> int:
     from data_pipelines.open import prepare
 
     return _print("\n".join(f"{split}: {path}" for split, path in prepare(config.data).items()))
+
+
+def _bench(arguments: Namespace) -> int:
+    prepare_environment(arguments.device)
+    from launcher.bench import bench
+
+    return bench(arguments.benchmark, device=arguments.device, quick=arguments.quick, file=arguments.json)
 
 
 def _show_config(arguments: Namespace) -> int:

@@ -33,6 +33,7 @@ COMMAND_LINE = {
     "ghostmask evaluate": ["RUN", "-h --help", "--json"],
     "ghostmask export": ["RUN", "-h --help"],
     "ghostmask prepare": ["CONFIG", "[key=value ...]", "-h --help"],
+    "ghostmask bench": ["BENCHMARK", "-h --help", "--json", "--device", "--quick"],
     "ghostmask show": ["-h --help"],
     "ghostmask show config": ["[[CONFIG] [key=value] ...]", "-h --help"],
     "ghostmask show methods": ["-h --help"],

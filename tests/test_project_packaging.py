@@ -18,7 +18,7 @@ from hatchling.builders.wheel import WheelBuilder
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("configs", "data_pipelines", "engine", "launcher", "masks", "models")
+PACKAGES = ("benchmarks", "configs", "data_pipelines", "engine", "launcher", "masks", "models")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 

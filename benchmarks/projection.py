@@ -1,0 +1,96 @@
+"""How fast is the exact projection on one rank, how often do ranks talk, and what follows for thousands of them?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks import textbook
+from benchmarks.projection_ranks import model_rows
+from benchmarks.row import Row, faster, share
+from benchmarks.timing import Bench, copy_bandwidth, interleaved
+from engine.world import World
+from masks.projection import project_
+
+NUMEL, QUICK_NUMEL = 25_502_912, 200_000
+DENSITY = 0.1
+MOVED_BYTES = 4 * (4 + 2)
+"""Per element: the first check and three rounds read it once each, the last pass reads and writes it."""
+
+
+@dataclass(frozen=True)
+class CountingWorld(World):
+    """A world that counts its all-reduces."""
+
+    calls: list[int] | None = None
+
+    def all_reduce(self, tensor: Tensor, op: object = torch.distributed.ReduceOp.SUM) -> Tensor:
+        """Collective: as World's; one more call in `calls`."""
+        assert self.calls is not None
+        self.calls.append(tensor.numel() * tensor.element_size())
+        return super().all_reduce(tensor, op)
+
+
+def rows(bench: Bench) -> list[Row]:
+    """Cases projection, projection_start, projection_floor, projection_collectives, projection_error, and the model."""
+    numel = QUICK_NUMEL if bench.quick else NUMEL
+    budget = DENSITY * numel
+    bandwidth = copy_bandwidth(bench.device, bench.quick)
+    found: list[Row] = []
+    for case, source in (
+        ("projection", trained(numel, bench.device)),
+        ("projection_start", start(numel, bench.device)),
+    ):
+        z = source.clone()
+        work = {
+            "ours": lambda z=z: project_(z, budget, numel, 0, bench.world, replicated=True),
+            "textbook": lambda source=source: textbook.project(source, budget),
+        }
+        repeats = 3 if bench.quick else 50 if bench.device.type == "cuda" else 5
+        seconds = interleaved(work, repeats, bench.device, {"ours": lambda z=z, source=source: z.copy_(source)})
+        ms = {name: 1000 * value for name, value in seconds.items()}
+        what = f"{numel:,} probabilities in mid-training" if case == "projection" else "all equal but for one Adam step"
+        note = f"{what}; baseline: bisection, {textbook.PROBES} probes over one flat float32 tensor; bar: 40x"
+        found.append(faster(case, ms["ours"], ms["textbook"], "ms", note))
+        if case == "projection":
+            note = f"baseline: {MOVED_BYTES} bytes per element (5 reads, 1 write) at the bandwidth of a copy"
+            found += [
+                share("projection_floor", ms["ours"], 1000 * MOVED_BYTES * numel / bandwidth, "ms", note),
+                *_counts(bench, source, z, budget),
+            ]
+    return [*found, *model_rows(bench)]
+
+
+def trained(numel: int, device: torch.device) -> Tensor:
+    """(numel,) probabilities as in the middle of a run, just after Adam moved them: most near 0, some near 1."""
+    generator = torch.Generator(device).manual_seed(2)
+    s = torch.rand(numel, generator=generator, device=device)
+    s = torch.where(s < 0.6, 0.0, torch.where(s > 0.95, 1.0, s))
+    return s.add_(torch.randn(numel, generator=generator, device=device), alpha=6e-3)
+
+
+def start(numel: int, device: torch.device) -> Tensor:
+    """(numel,) ones after Adam's first step, which moves each by the learning rate up or down: two values."""
+    generator = torch.Generator(device).manual_seed(3)
+    up = torch.rand(numel, generator=generator, device=device) < 0.5
+    return torch.where(up, 1.006, 0.994)
+
+
+def _counts(bench: Bench, source: Tensor, z: Tensor, budget: float) -> list[Row]:
+    world = bench.world
+    counting = CountingWorld(world.rank, world.size, world.local_rank, world.device, world.group, [])
+    z.copy_(source)
+    project_(z, budget, z.numel(), 0, counting)
+    assert counting.calls is not None
+    error = abs(z.sum(dtype=torch.float64).item() - budget)
+    bisected = abs(textbook.project(source, budget).sum(dtype=torch.float64).item() - budget)
+    sent = sum(counting.calls)
+    return [
+        share(
+            "projection_collectives", len(counting.calls), textbook.PROBES + 2, "all-reduces",
+            f"first check included, {sent:,} bytes in all; baseline: check, maximum, one per probe; bar: at most 4",
+        ),
+        Row("projection_error", error, "weights", bisected, None, "|sum s - K|; baseline: bisection's"),
+    ]  # fmt: skip

@@ -1,0 +1,135 @@
+"""How is something timed fairly on a machine that is not ours alone: interleaved repeats, medians, measured floors."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import platform
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter, sleep
+
+import torch
+
+from benchmarks.row import Row
+from engine.world import World
+
+Work = Callable[[], object]
+COPY_ELEMENTS = 1 << 26
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a benchmark is run with: quick = sizes that take seconds, for tests; its numbers mean nothing."""
+
+    world: World
+    quick: bool
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors live."""
+        return self.world.device
+
+
+def interleaved(
+    work: Mapping[str, Work],
+    repeats: int,
+    device: torch.device,
+    prepare: Mapping[str, Work] | None = None,
+    warm_up: int = 1,
+) -> dict[str, float]:
+    """Median seconds of every piece of work: one after the other, again and again, so that a slow minute hits all.
+
+    prepare: untimed, before each repeat of the work of that name.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for repeat in range(-warm_up, repeats):
+        for name, function in work.items():
+            if prepare and name in prepare:
+                prepare[name]()
+            _wait(device)
+            start = perf_counter()
+            function()
+            _wait(device)
+            if repeat >= 0:
+                seconds[name].append(perf_counter() - start)
+    return {name: median(values) for name, values in seconds.items()}
+
+
+def copy_bandwidth(device: torch.device, quick: bool = False) -> float:
+    """Bytes read and written per second by a large copy: the floor of whatever must move bytes."""
+    elements = COPY_ELEMENTS >> 6 if quick else COPY_ELEMENTS
+    source, target = torch.ones(elements, device=device), torch.empty(elements, device=device)
+    work: dict[str, Work] = {"copy": lambda: target.copy_(source)}
+    return 2 * 4 * elements / interleaved(work, 5, device, warm_up=2)["copy"]
+
+
+def peak_extra_bytes(work: Work, device: torch.device) -> int:
+    """Most memory that is held while `work` runs, beyond what was held before; after one run to warm up.
+
+    CUDA: the allocator's count. CPU: resident memory of this process, looked at by a thread every millisecond.
+    """
+    work()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # what earlier work has freed and the C library kept would hide what this work takes
+        trim(0)
+    watch = _ResidentMemory()
+    work()
+    return watch.stop()
+
+
+class _ResidentMemory(threading.Thread):
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.before = self.most = _resident_bytes()
+        self.done = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self.done.is_set():
+            self.most = max(self.most, _resident_bytes())
+            sleep(0.001)
+
+    def stop(self) -> int:
+        self.done.set()
+        self.join()
+        return max(self.most, _resident_bytes()) - self.before
+
+
+def machine() -> Row:
+    """What the numbers depend on, as the first row of every table: value = the machine's load in the last minute."""
+    cores = len(os.sched_getaffinity(0))
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    note = (
+        f"{_cpu()}, {cores} cores, {torch.get_num_threads()} torch threads{gpu}; "
+        f"torch {torch.__version__}, Python {platform.python_version()}"
+    )
+    return Row("machine", os.getloadavg()[0], "processes running", note=note)
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,33 @@
+"""ghostmask bench: run one benchmark, print its table, write its rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from benchmarks.registry import BENCHMARKS
+from benchmarks.row import table, write_json
+from benchmarks.timing import Bench, machine
+from engine.errors import InputError
+from engine.registry import resolve
+from engine.world import connect, rank_from_environment
+from launcher.run import threads_per_rank
+
+
+def bench(name: str, *, device: str, quick: bool, file: Path | None) -> int:
+    """Run benchmark `name` in this process (it starts others where it needs ranks); returns exit code 0.
+
+    device: as `train.device`; quick: sizes that take seconds, whose numbers mean nothing; file: gets the rows as JSON.
+    """
+    if rank_from_environment()[1] != 1:
+        raise InputError("ghostmask bench: starts the ranks it needs by itself; run it without torchrun or srun")
+    if file is not None and not file.absolute().parent.is_dir():
+        raise InputError(f"--json = {str(file)!r}: there is no folder {str(file.parent)!r}; make it")
+    torch.set_num_threads(threads_per_rank())
+    with connect(device) as world:
+        rows = [machine(), *resolve(BENCHMARKS[name])(Bench(world, quick))]
+    print(table(rows), flush=True)
+    if file is not None:
+        write_json(rows, file)
+    return 0
