@@ -1,4 +1,4 @@
-"""How is compiled CPU work loaded, and split over torch's number of threads?"""
+"""Which compiled code works on a tensor, how is it loaded, and how is CPU work split over torch's threads?"""
 
 from __future__ import annotations
 
@@ -11,15 +11,23 @@ from functools import cache
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 Result = TypeVar("Result")
 
 _POOLS: dict[tuple[int, int], ThreadPoolExecutor] = {}
 
 
+def kernels_for(tensor: Tensor, module: str) -> Any:
+    """The kernels of `module` (such as "masks.projection") for float32 tensors where this one is: `module`_triton on
+    CUDA, `module`_cpu on the CPU; None where there are none, and torch code has to do."""
+    form = {"cuda": "triton", "cpu": "cpu"}.get(tensor.device.type)
+    return load_kernels(f"{module}_{form}") if form and tensor.dtype == torch.float32 else None
+
+
 @cache
 def load_kernels(module: str) -> Any:
-    """The module of numba kernels by that name, compiled and tried by its `compile_all()`; None where numba fails.
+    """The module of kernels by that name, compiled and tried by its `compile_all()`; None where that fails.
 
     A failure is a warning, once per process: every kernel has a slower form in torch, which gives the same numbers.
     """

@@ -107,7 +107,7 @@ class _Search(Hook):
     def __init__(self, method: ProbMask, relaxed: RelaxedMasks) -> None:
         self.config, self.world, self.seed = method.config, method.world, method.recipe.seed
         self.relaxed = relaxed
-        self.threshold = 0.0
+        self.threshold: float | Tensor = 0.0
 
     def on_epoch_start(self, trainer: Trainer) -> None:
         epoch, total = trainer.position.epoch - trainer.phase.first_epoch, trainer.phase.epochs

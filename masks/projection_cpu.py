@@ -1,66 +1,134 @@
-"""What does the projection do with a piece of a shard on the CPU: numba kernels that release the interpreter lock."""
+"""What does the projection do with a piece of a shard on the CPU: numba kernels that release the interpreter lock.
+
+A chunk at a time: one loop that LLVM vectorises prepares bins, a second adds to the tables. Four tables take turns, for
+neighbours fall into the same bin, and an addition would wait for the one before it to reach the cache.
+"""
 
 from __future__ import annotations
 
 import numba
 import numpy as np
 
-LARGEST = np.float32(2.0**24)
-EXPONENT = np.int32(0x7F800000)
+F = np.float32
+LARGEST, ZERO, ONE = F(2.0**24), F(0), F(1)
+EXPONENT = np.uint32(0x7F800000)
+NOWHERE = np.uint32(0xFFFFFFFF)
+CHUNK = 1024
+SECTION = 1 << 18
+"""Elements after which the packed tables are emptied: their remainders, below 2^20 each, sum to less than 2^40."""
+PACK = np.int64(40)
+UNIT = np.int64(1) << PACK
 DITHER = np.uint64((1 << 29) - 1)
 DITHER_SHIFT = np.uint64(35)
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-@numba.njit(nogil=True, cache=True)
-def clamped_sum(z, first, end, scale):  # type: ignore[no-untyped-def]
-    """(fixed-point sum of clamp(z, 0, 1), number of elements that are not finite) of z[first:end]."""
-    total, bad = np.int64(0), np.int64(0)
-    for i in range(first, end):
-        bad += np.int64((np.float32(z[i]).view(np.int32) & EXPONENT) == EXPONENT)
-        total += np.int64(min(max(z[i], np.float32(0)), np.float32(1)) * scale + 0.5)
-    return total, bad
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _image(x):  # type: ignore[no-untyped-def]
+    """Bits of a positive float32; above all others where x <= 0 or nan."""
+    bits = F(min(x, LARGEST)).view(np.uint32)
+    return bits if x > ZERO else NOWHERE
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _below_one(x):  # type: ignore[no-untyped-def]
+    """The breakpoint z - 1."""
+    return F(min(x, LARGEST) - ONE)
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _add(tables, place, rest, count):  # type: ignore[no-untyped-def]
+    """tables[., place] += (1, rest), packed into one int64."""
+    t0, t1, t2, t3 = tables[0], tables[1], tables[2], tables[3]
+    whole = count - count % 4
+    for j in range(0, whole, 4):
+        t0[place[j]] += UNIT + np.int64(rest[j])
+        t1[place[j + 1]] += UNIT + np.int64(rest[j + 1])
+        t2[place[j + 2]] += UNIT + np.int64(rest[j + 2])
+        t3[place[j + 3]] += UNIT + np.int64(rest[j + 3])
+    for j in range(whole, count):
+        t0[place[j]] += UNIT + np.int64(rest[j])
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
 def histogram(z, first, end, base, shift, bins):  # type: ignore[no-untyped-def]
-    """int64 (2, bins): counts and remainders of the breakpoints z less those of the breakpoints z - 1 of z[first:end].
+    """int64 (2, bins + 1): counts and remainders of the breakpoints z less those of the breakpoints z - 1 of a range.
 
-    Bin j holds the positive float32 numbers whose bits >> shift are base + j; the remainder is the lower `shift` bits.
+    Bin j holds the positive float32 numbers whose bits >> shift are base + j; the remainder is the lower `shift` bits
+    (at most 20). Counts have one more column: the number of elements that are not finite.
     """
-    table = np.zeros((2, bins), np.int64)
-    rest = np.int32((1 << shift) - 1)
-    for i in range(first, end):
-        if z[i] > 0:
-            limited = min(z[i], LARGEST)
-            bits = np.float32(limited).view(np.int32)
-            place = (bits >> shift) - base
-            if 0 <= place < bins:
-                table[0, place] += 1
-                table[1, place] += bits & rest
-            if limited > 1:
-                bits = np.float32(limited - np.float32(1)).view(np.int32)
-                place = (bits >> shift) - base
-                if 0 <= place < bins:
-                    table[0, place] -= 1
-                    table[1, place] -= bits & rest
+    table = np.zeros((2, bins + 1), np.int64)
+    packed = np.zeros((2, 4, bins + 1), np.int64)  # of z and of z - 1; the last bin takes what belongs to none
+    place, rest = np.empty(CHUNK, np.uint32), np.empty(CHUNK, np.uint32)
+    shift_, low_bits, base_, bins_ = np.uint32(shift), np.uint32((1 << shift) - 1), np.uint32(base), np.uint32(bins)
+    for section in range(first, end, SECTION):
+        for start in range(section, min(section + SECTION, end), CHUNK):
+            part = z[start : min(start + CHUNK, end)]
+            bad, above_one = np.int32(0), np.int32(0)
+            for i in range(len(part)):
+                bad += np.int32((F(part[i]).view(np.uint32) & EXPONENT) == EXPONENT)
+                bits = _image(part[i])
+                place[i] = min(np.uint32((bits >> shift_) - base_), bins_)
+                rest[i] = bits & low_bits
+                above_one += np.int32(part[i] > ONE)
+            table[0, bins] += bad
+            _add(packed[0], place, rest, len(part))
+            if above_one > 0:
+                for i in range(len(part)):
+                    bits = _image(_below_one(part[i]))
+                    place[i] = min(np.uint32((bits >> shift_) - base_), bins_)
+                    rest[i] = bits & low_bits
+                _add(packed[1], place, rest, len(part))
+        for j in range(bins):
+            for turn in range(4):
+                plus, minus = packed[0, turn, j], packed[1, turn, j]
+                table[0, j] += (plus >> PACK) - (minus >> PACK)
+                table[1, j] += (plus & (UNIT - 1)) - (minus & (UNIT - 1))
+        packed[:] = 0
     return table
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def select(z, first, end, low, width, out):  # type: ignore[no-untyped-def]
+    """Copy the elements of a range with a breakpoint whose bits are in [low, low + width) to the front of `out`.
+
+    Returns their number, or -1 where `out` is too short.
+    """
+    inside = np.empty(CHUNK, np.uint8)
+    low_, width_, count = np.uint32(low), np.uint32(width), 0
+    for start in range(first, end, CHUNK):
+        part = z[start : min(start + CHUNK, end)]
+        found = np.uint8(0)
+        for i in range(len(part)):
+            own = np.uint32(_image(part[i]) - low_) < width_
+            inside[i] = np.uint8(own | (np.uint32(_image(_below_one(part[i])) - low_) < width_))
+            found |= inside[i]
+        if found:
+            if count + len(part) > len(out):
+                return -1
+            for i in range(len(part)):  # without a branch: what is not meant is overwritten by the next
+                out[count] = part[i]
+                count += np.int64(inside[i])
+    return count
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
 def subtract_and_clamp(z, first, end, threshold, first_index):  # type: ignore[no-untyped-def]
-    """z[first:end] = clamp(z - threshold, 0, 1), rounded to float32 by the dither of masks.projection."""
-    for i in range(first, end):
-        y = min(max(np.float64(min(z[i], LARGEST)) - threshold, 0.0), 1.0)
-        dither = ((np.uint64(first_index) + np.uint64(i)) * GOLDEN >> DITHER_SHIFT) & DITHER
-        z[i] = np.float32(np.uint64((np.float64(y).view(np.uint64) + dither) & ~DITHER).view(np.float64))
+    """z[first:end] = clamp(z - threshold, 0, 1), rounded to float32 by the dither of masks.projection_passes."""
+    part, start = z[first:end], (np.uint64(first_index) + np.uint64(first)) * GOLDEN
+    for i in range(len(part)):
+        y = np.float64(min(part[i], LARGEST)) - threshold
+        y = 0.0 if y < 0.0 else y
+        y = 1.0 if y > 1.0 else y
+        dither = (start + np.uint64(i) * GOLDEN) >> DITHER_SHIFT
+        part[i] = F(np.uint64((np.float64(y).view(np.uint64) + dither) & ~DITHER).view(np.float64))
 
 
 def compile_all() -> None:
     """Compile the kernels (or load them from numba's cache) and run each once."""
-    z = np.array([0.5, 1.5, -1.0], np.float32)
-    total, bad = clamped_sum(z, 0, 3, 2.0)
+    z, out = np.array([0.5, 1.5, -1.0], F), np.empty(CHUNK, F)
     table = histogram(z, 0, 3, 0, 20, 1216)
+    number = select(z, 0, 3, int(F(0.5).view(np.int32)), 1, out)
     subtract_and_clamp(z, 0, 3, 0.25, 0)
-    if (total, bad, table.sum(), z.tolist()) != (3, 0, 1, [0.25, 1.0, 0.0]):
+    if (table.sum(), number, out[1], z.tolist()) != (1, 2, 1.5, [0.25, 1.0, 0.0]):
         raise RuntimeError("the compiled projection gives wrong numbers here")
