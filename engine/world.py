@@ -51,6 +51,14 @@ class World:
         dist.all_gather(pieces, tensor.contiguous(), group=self.group)
         return torch.stack(pieces)
 
+    def reduce_scatter(self, flat: Tensor) -> Tensor:
+        """Collective: this rank's slice, (n / size,), of the sum over all ranks of `flat`, (n,); size divides n."""
+        if self.size == 1:
+            return flat
+        own = flat.new_empty(flat.numel() // self.size)
+        dist.reduce_scatter_tensor(own, flat, group=self.group)
+        return own
+
     def all_gather_object(self, value: Any) -> list[Any]:
         """Collective: every rank's picklable value, in rank order."""
         values: list[Any] = [value] * self.size

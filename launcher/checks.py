@@ -19,11 +19,26 @@ READ_BY_METHOD = {
         "density", "dense_layers", "constraint", "lr", "samples", "noise", "start_fraction", "end_fraction",
         "temperature_end", "train_weights", "final", "candidates",
     },
+    "random": {"density", "dense_layers", "path", "allocation", "min_per_layer"},
+    "snip": {
+        "density", "dense_layers", "path", "constraint", "min_per_layer", "score_batch", "score_batches",
+    },
+    "grasp": {
+        "density", "dense_layers", "path", "constraint", "min_per_layer", "score_batch", "samples_per_class",
+    },
+    "synflow": {"density", "dense_layers", "path", "constraint", "min_per_layer", "iterations"},
+    "mlprune": {
+        "density", "dense_layers", "path", "constraint", "min_per_layer", "score_batch", "score_batches", "damping",
+    },
+    "lth": {"density", "dense_layers", "constraint", "round_fraction", "rewind"},
+    "file": {"dense_layers", "path"},
 }  # fmt: skip
 """mask.method -> the other settings of `mask` that it reads."""
 
-SEARCHING = ("probmask", "gmp")
+SEARCHING = ("probmask", "gmp", "lth")
 """Methods that find their mask while the main phase trains."""
+FINDERS = ("magnitude", "random", "snip", "grasp", "synflow", "mlprune", "file")
+"""Methods that find their mask without training: `ghostmask find-mask` (magnitude: with mask.path)."""
 FINETUNED = ("probmask", "magnitude")
 """Methods with a fine-tuning phase after the mask is found."""
 
@@ -91,7 +106,7 @@ def _check_lengths(config: RunConfig) -> None:
         epochs > 0 or method not in SEARCHING,
         "train.epochs", epochs, f"mask.method={method} finds its mask while it trains; give 1 or more",
     )  # fmt: skip
-    if config.mask.path:
+    if config.mask.path and method in FINETUNED:
         _check_without_main_phase(config)
     late = [milestone for milestone in optim.milestones if milestone >= epochs]
     require(

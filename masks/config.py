@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from engine.config import require, require_number
 from engine.errors import unknown_name
+from engine.position import Duration
 from masks.registry import METHODS
 
 
@@ -18,11 +19,12 @@ class MaskConfig:
     density: float = 0.1
     """Fraction of all prunable weights that is kept, in (0, 1]; 1 - sparsity."""
     path: str = ""
-    """A trained network to start from: a run folder, or a .safetensors or .pt file with a state dict."""
+    """A trained network to start from: a run folder, or a .safetensors or .pt file with a state dict. file: the mask,
+    in a mask file, the zeros of such a network, or a dict of tensors."""
     dense_layers: tuple[str, ...] = ()
     """Patterns (fnmatch) of weights never pruned, e.g. ["fc.weight"]; all convolutions and linear layers otherwise."""
     constraint: str = "global"
-    """probmask: global (one budget for the network) or layerwise (the same density in every layer)."""
+    """global (one budget for the network) or layerwise (the same density in every layer)."""
     lr: float = 6e-3
     """probmask: peak learning rate of Adam on the probabilities."""
     samples: int = 2
@@ -43,15 +45,46 @@ class MaskConfig:
     """probmask: masks that final=best_of samples and compares on training data."""
     update_every: int = 100
     """gmp: optimizer steps between updates of the mask."""
+    allocation: str = "erk"
+    """random: uniform (the same density in every layer), er or erk (by the layers' shapes; erk counts kernel sizes)."""
+    min_per_layer: int = 0
+    """random, snip, grasp, synflow, mlprune: with constraint=global, weights that every layer keeps at least."""
+    score_batch: int = 128
+    """snip, grasp, mlprune: images of all ranks that are scored at once; less needs less memory."""
+    score_batches: int = 0
+    """snip, mlprune: how many such batches are scored; 0 = 1 for snip (the paper's), 10 for mlprune."""
+    samples_per_class: int = 10
+    """grasp: images of each class that are scored."""
+    iterations: int = 100
+    """synflow: pruning steps from density 1 to mask.density."""
+    damping: float = 1e-3
+    """mlprune: share of a Kronecker factor's mean diagonal that is added to its diagonal before it is inverted."""
+    round_fraction: float = 0.2
+    """lth: share of the remaining weights that each round prunes."""
+    rewind: str = "0ep"
+    """lth: how far into the first round's training the weights are rewound, such as 500st or 2ep; 0ep = to init."""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise unknown_name("mask.method", self.method, METHODS)
+        require(self.method != "file" or self.path != "", "mask.path", self.path, "name the file for mask.method=file")
         require_number("mask.density", self.density, 0, 1, above=True)
         require_number("mask.lr", self.lr, 0, above=True)
         require_number("mask.samples", self.samples, 1)
         require_number("mask.candidates", self.candidates, 1)
         require_number("mask.update_every", self.update_every, 1)
+        require_number("mask.min_per_layer", self.min_per_layer, 0)
+        require_number("mask.score_batch", self.score_batch, 1)
+        require_number("mask.score_batches", self.score_batches, 0)
+        require_number("mask.samples_per_class", self.samples_per_class, 1)
+        require_number("mask.iterations", self.iterations, 1)
+        require_number("mask.damping", self.damping, 0, above=True)
+        require_number("mask.round_fraction", self.round_fraction, 0, 0.99, above=True)
+        Duration.parse(self.rewind, "mask.rewind")
+        require(
+            self.min_per_layer == 0 or self.constraint == "global" or self.method == "random",
+            "mask.min_per_layer", self.min_per_layer, "is not read with mask.constraint=layerwise; leave it out",
+        )  # fmt: skip
         require_number("mask.start_fraction", self.start_fraction, 0, 1)
         require_number("mask.end_fraction", self.end_fraction, 0, 1)
         require(
@@ -62,6 +95,7 @@ class MaskConfig:
         for name, value, known in (
             ("mask.constraint", self.constraint, ("global", "layerwise")),
             ("mask.noise", self.noise, ("per_rank", "shared")),
+            ("mask.allocation", self.allocation, ("uniform", "er", "erk")),
             ("mask.final", self.final, ("topk", "sample", "best_of")),
         ):
             if value not in known:

@@ -1,4 +1,4 @@
-"""Which `kept` weights have the largest scores, over all tensors together, and exactly that many?"""
+"""Which `kept` weights have the largest scores, over all tensors and all ranks together, and exactly that many?"""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from engine.errors import EXIT_NON_FINITE, RunStopped
+from engine.world import World, single
 
 BINS = 1 << 16
-"""Bins of a pass: the upper, then the lower 16 bits of the scores' integer image."""
+"""Bins of a pass: 16 bits of the scores' integer image, from the upper ones down."""
 CHUNK = 1 << 22
 """Elements handled at once: bounds the extra memory to a few times 4 M int64."""
 
@@ -25,63 +26,91 @@ def kept_count(density: float, prunable: int) -> int:
 def topk_masks(scores: list[Tensor], kept: int) -> list[Tensor]:
     """Boolean masks shaped like `scores` with exactly `kept` ones: the largest scores of all tensors together.
 
-    scores: float32 tensors (other types are rounded to it), the same on every rank (so is the result; nothing is
-    communicated). Equal scores are taken in order of (tensor, position in logical order); -0.0 equals 0.0, and
-    infinities are ordinary scores. Raises ValueError unless 0 <= kept <= number of scores, and RunStopped where a
-    score is nan.
-
-    Radix select: a histogram of the upper 16 bits finds the bin of the kept-th largest score, one of the lower 16 bits
-    within that bin finds the score itself. A version for sharded scores all-reduces these two histograms.
+    scores: the same on every rank (so is the result; nothing is communicated); float32, or float64 where one of them
+    is, other types are rounded to float32. Equal scores are taken in order of (tensor, position in logical order);
+    -0.0 equals 0.0, and infinities are ordinary scores. Raises ValueError unless 0 <= kept <= number of scores, and
+    RunStopped where a score is nan.
     """
-    total = sum(score.numel() for score in scores)
-    if not 0 <= kept <= total:
-        raise ValueError(f"kept = {kept}: give a number in [0, {total}], the number of scores")
+    return _largest(scores, kept, single())
+
+
+def topk_shard(scores: Tensor, kept: int, world: World) -> Tensor:
+    """Collective: the mask of this rank's shard of the scores, `kept` ones over all ranks: what `topk_masks` gives.
+
+    scores: (n,) this rank's run of all scores, which lie end to end in rank order; n may differ and be 0, the type is
+    the same on every rank. No score leaves its rank: 16 bits per pass, the ranks' histograms are added up (512 KB),
+    and equal scores at the threshold go to the lower ranks first. Bit-identical for every number of ranks.
+    """
+    return _largest([scores], kept, world)[0]
+
+
+def _largest(scores: list[Tensor], kept: int, world: World) -> list[Tensor]:
+    _check(scores, kept, world)
     if kept == 0:
         return [torch.zeros_like(score, dtype=torch.bool) for score in scores]
-    _refuse_nan(scores)
-    high, left = _select(scores, kept, prefix=None)
-    low, left = _select(scores, left, prefix=high)
-    return _cut(scores, (high << 16) | low, left)
+    wide = any(score.dtype == torch.float64 for score in scores)
+    threshold, left = 0, kept
+    for number in range(4 if wide else 2):
+        place, left = _select(scores, left, wide, number, threshold, world)
+        # The image is signed: so is its uppermost digit.
+        threshold = place - BINS // 2 if number == 0 else (threshold << 16) | place
+    return _cut(scores, wide, threshold, left, world)
 
 
-def _refuse_nan(scores: list[Tensor]) -> None:
-    for number, score in enumerate(scores):
-        bad = int(score.isnan().sum())
+def _check(scores: list[Tensor], kept: int, world: World) -> None:
+    counts = torch.tensor([[score.numel(), int(score.isnan().sum())] for score in scores])
+    everywhere = world.all_reduce(counts.clone())
+    total = int(everywhere[:, 0].sum())
+    if not 0 <= kept <= total:
+        raise ValueError(f"kept = {kept}: give a number in [0, {total}], the number of scores")
+    for number, (numel, bad) in enumerate(everywhere.tolist()):
         if bad:
-            raise RunStopped(f"scores of tensor {number}: {bad} of {score.numel()} are nan", EXIT_NON_FINITE)
+            raise RunStopped(f"scores of tensor {number}: {bad} of {numel} are nan", EXIT_NON_FINITE)
 
 
-def _images(score: Tensor) -> Iterator[Tensor]:
-    """Chunk by chunk, int64 images in [0, 2^32) that are ordered as the scores are."""
+def _images(score: Tensor, wide: bool) -> Iterator[Tensor]:
+    """Chunk by chunk, int64 images that are ordered as the scores are; 32 bits of them count unless `wide`."""
     for chunk in torch.split(score.detach().reshape(-1), CHUNK):
-        # Adding 0.0 turns -0.0 into 0.0. Negative floats order in reverse: all their bits are flipped.
-        bits = (chunk.float() + 0.0).view(torch.int32).long()
-        yield torch.where(bits < 0, -1 - bits, bits + (1 << 31))
+        # Adding 0.0 turns -0.0 into 0.0. Negative floats order in reverse: all bits below their sign are flipped.
+        if wide:
+            bits = (chunk.double() + 0.0).view(torch.int64)
+            yield torch.where(bits < 0, bits ^ torch.iinfo(torch.int64).max, bits)
+        else:
+            bits = (chunk.float() + 0.0).view(torch.int32)
+            yield torch.where(bits < 0, bits ^ torch.iinfo(torch.int32).max, bits).long()
 
 
-def _select(scores: list[Tensor], kept: int, prefix: int | None) -> tuple[int, int]:
-    """(bin of the kept-th largest score, how many of that bin are kept), among the scores with that upper half."""
+def _select(scores: list[Tensor], kept: int, wide: bool, number: int, prefix: int, world: World) -> tuple[int, int]:
+    """(bin of the kept-th largest score in digit `number`, how many of that bin are kept), among images with `prefix`
+    as their digits before it."""
+    shift = 16 * ((4 if wide else 2) - 1 - number)
     counts = torch.zeros(BINS, dtype=torch.int64)
     for score in scores:
-        for image in _images(score):
-            part = image >> 16 if prefix is None else image[image >> 16 == prefix] & (BINS - 1)
+        for image in _images(score, wide):
+            if number == 0:
+                part = (image >> shift) + BINS // 2
+            else:
+                part = (image[image >> (shift + 16) == prefix] >> shift) & (BINS - 1)
             counts += torch.bincount(part, minlength=BINS).cpu()
-    from_top = counts.flip(0).cumsum(0)
+    from_top = world.all_reduce(counts).flip(0).cumsum(0)
     place = int(torch.searchsorted(from_top, kept))
     above = int(from_top[place - 1]) if place else 0
     return BINS - 1 - place, kept - above
 
 
-def _cut(scores: list[Tensor], threshold: int, ties_left: int) -> list[Tensor]:
-    """The masks: all images above the threshold and the first `ties_left` equal to it."""
+def _cut(scores: list[Tensor], wide: bool, threshold: int, ties_left: int, world: World) -> list[Tensor]:
+    """The masks: all images above the threshold and the first `ties_left` equal to it, lower ranks first."""
+    ties = sum(int((image == threshold).sum()) for score in scores for image in _images(score, wide))
+    before = world.all_gather(torch.tensor([ties]))[: world.rank].sum()
+    ties_left = max(0, ties_left - int(before))
     masks = []
     for score in scores:
-        pieces = []
-        for image in _images(score):
+        pieces = [torch.zeros(0, dtype=torch.bool, device=score.device)]
+        for image in _images(score, wide):
             piece = image > threshold
-            ties = (image == threshold).nonzero().squeeze(1)[:ties_left]
-            piece[ties] = True
-            ties_left -= len(ties)
+            chosen = (image == threshold).nonzero().squeeze(1)[:ties_left]
+            piece[chosen] = True
+            ties_left -= len(chosen)
             pieces.append(piece)
         masks.append(torch.cat(pieces).view(score.shape))
     return masks

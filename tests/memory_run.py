@@ -25,12 +25,15 @@ from models.config import ModelConfig
 CONFIG = RunConfig(
     seed=3,
     model=ModelConfig(name="conv4"),
-    mask=MaskConfig(density=0.1, noise="shared", lr=0.03, samples=2, start_fraction=0.0, end_fraction=0.7),
+    mask=MaskConfig(
+        density=0.1, noise="shared", lr=0.03, samples=2, start_fraction=0.0, end_fraction=0.7,
+        score_batch=48, score_batches=1, iterations=4, round_fraction=0.6, rewind="1ep",
+    ),
     optim=OptimConfig(lr=0.02, clip=3.0),
     train=TrainConfig(epochs=3, log_every=1, threads=1),
     finetune=FinetuneConfig(epochs=2, lr=0.01),
     checkpoint=CheckpointConfig(every_steps=3, every_minutes=0, keep=3),
-)
+)  # fmt: skip
 """Search over 3 epochs of 4 steps, then 2 of fine-tuning; a checkpoint every 3 steps and at the end of epochs."""
 
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from engine.errors import EXIT_NON_FINITE, RunStopped
+from engine.spawn import run_distributed
+from engine.world import World
 from masks import topk
-from masks.topk import kept_count, topk_masks
+from masks.topk import kept_count, topk_masks, topk_shard
 
 
 def by_sorting(scores: list[torch.Tensor], kept: int) -> list[torch.Tensor]:
@@ -46,6 +48,32 @@ def test_masks_equal_those_of_a_stable_sort(kind: str, monkeypatch: pytest.Monke
         masks = topk_masks(scores, kept)
         assert sum(int(mask.sum()) for mask in masks) == kept
         assert equal(masks, by_sorting(scores, kept))
+
+
+def shard_masks(world: World, cases: list[tuple[list[torch.Tensor], int, list[int]]]) -> list[torch.Tensor]:
+    """This rank's part of the mask of each case: (scores, kept, where the ranks' shards begin)."""
+    flat = [torch.cat([s.reshape(-1) for s in scores]) for scores, _, _ in cases]
+    return [topk_shard(f.tensor_split(cuts)[world.rank], k, world) for f, (_, k, cuts) in zip(flat, cases, strict=True)]
+
+
+def test_shards_of_three_ranks_give_the_mask_of_one_rank_bit_for_bit() -> None:
+    generator = torch.Generator().manual_seed(2)
+    cases = []
+    for draw in KINDS.values():
+        scores = [draw(shape, generator) for shape in [(7, 5, 3, 3), (1,), (64,), (10, 17)]]
+        for kept, cuts in ((1, [3, 400]), (275, [0, 130]), (549, [200, 550])):
+            cases += [(scores, kept, cuts), ([s.double() for s in scores], kept, cuts)]
+    ranks = run_distributed(shard_masks, 3, cases)
+    for number, (scores, kept, _) in enumerate(cases):
+        expected = torch.cat([mask.reshape(-1) for mask in by_sorting(scores, kept)])
+        assert torch.equal(torch.cat([rank[number] for rank in ranks]), expected)
+
+
+def test_float64_scores_are_told_apart_where_float32_could_not() -> None:
+    steps = torch.arange(500, dtype=torch.float64)[torch.randperm(500, generator=torch.Generator().manual_seed(3))]
+    scores = [1.0 + steps * 1e-14, 1e200 * steps, -1e-200 * steps, -steps]
+    for kept in (1, 250, 700, 1200, 1600, 1999):
+        assert equal(topk_masks(scores, kept), by_sorting(scores, kept))
 
 
 def test_ties_go_to_the_first_tensor_and_the_first_position() -> None:

@@ -1,0 +1,38 @@
+"""grasp: the weights whose removal would hurt the gradient flow most stay, found before training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from engine.data import DataPipeline
+from masks.gradient_scores import ScoreLoss
+from masks.one_shot import OneShot
+from masks.score_images import Chunk, PerClass, chosen_images
+from masks.score_shards import largest
+
+TEMPERATURE = 200.0
+"""T that the logits are divided by, as in the authors' code."""
+
+
+class Grasp(OneShot):
+    """GraSP (Wang et al. 2020): the weights with the largest -w (H g) are removed; H and g of the loss at logits / T.
+
+    Two passes over mask.samples_per_class images of every class, in chunks of mask.score_batch: one for g over all of
+    them, one for H g. Batch norm in batch-statistics mode, chunk by chunk.
+    """
+
+    def find(self, data: DataPipeline) -> dict[str, Tensor]:
+        config, shards = self.config, self.shards()
+
+        def chunks() -> Iterator[Chunk]:
+            choice = PerClass(data.num_classes, config.samples_per_class)
+            return chosen_images(data, 0, choice, config.score_batch, self.world)
+
+        loss = ScoreLoss(self.net, self.weights, chunks, self.world, TEMPERATURE)
+        gradient = [self.world.all_reduce(g) for g in loss.gradient()]
+        product = shards.summed(loss.hessian_product(gradient))
+        # Largest -w (H g) removed = largest w (H g) kept.
+        scores = shards.own(self.weights.values()) * product
+        return shards.gathered(largest(shards, scores, config.density, config.constraint, config.min_per_layer))

@@ -1,0 +1,35 @@
+"""mlprune: the weights whose removal costs most loss by a Kronecker-factored Hessian (K-FAC) stay, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from engine.data import DataPipeline
+from masks.kronecker import KroneckerFactors, inverse_diagonals, scores_of
+from masks.one_shot import OneShot
+from masks.score_images import Chunk, First, chosen_images
+from masks.score_shards import largest
+
+BATCHES = 10
+"""Chunks of mask.score_batch images, unless mask.score_batches says otherwise."""
+
+
+class MlPrune(OneShot):
+    """MLPrune (Zeng & Urtasun 2019): score w^2 / (diag(G^-1) x diag(A^-1)), divided by its layer's sum.
+
+    A = E[a a^T] over a layer's inputs (patches of a convolution), G = E[g g^T] over the gradients by its outputs,
+    labels drawn from the network's own predictions. Meant for a trained network: give mask.path.
+    """
+
+    def find(self, data: DataPipeline) -> dict[str, Tensor]:
+        config, shards = self.config, self.shards()
+        count = (config.score_batches or BATCHES) * config.score_batch
+        factors = KroneckerFactors(self.net, list(self.weights), self.recipe.seed)
+        chunks: Iterator[Chunk] = chosen_images(data, 0, First(count), config.score_batch, self.world)
+        for chunk in chunks:
+            factors.add(chunk)
+        diagonals = inverse_diagonals(factors.reduced(self.world), config.damping, self.world)
+        own = shards.own(scores_of(self.weights, diagonals))
+        return shards.gathered(largest(shards, own, config.density, config.constraint, config.min_per_layer))

@@ -1,0 +1,31 @@
+"""snip: the weights whose loss would change most without them stay, found on one batch before training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from engine.data import DataPipeline
+from masks.gradient_scores import ScoreLoss
+from masks.one_shot import OneShot
+from masks.score_images import Chunk, First, chosen_images
+from masks.score_shards import largest
+
+BATCHES = 1
+"""Chunks of mask.score_batch images, unless mask.score_batches says otherwise: the paper's one batch."""
+
+
+class Snip(OneShot):
+    """SNIP (Lee et al. 2019): score |dL/dm| at m = 1 = |w dL/dw|, batch norm in batch-statistics mode."""
+
+    def find(self, data: DataPipeline) -> dict[str, Tensor]:
+        config, shards = self.config, self.shards()
+        count = (config.score_batches or BATCHES) * config.score_batch
+
+        def chunks() -> Iterator[Chunk]:
+            return chosen_images(data, 0, First(count), config.score_batch, self.world)
+
+        gradient = shards.summed(ScoreLoss(self.net, self.weights, chunks, self.world).gradient())
+        scores = (shards.own(self.weights.values()) * gradient).abs()
+        return shards.gathered(largest(shards, scores, config.density, config.constraint, config.min_per_layer))
