@@ -61,6 +61,17 @@ def check_config(config: RunConfig, world_size: int) -> None:
     _check_data(config)
 
 
+def check_finder(config: RunConfig) -> None:
+    """Raise InputError unless the method finds its mask without training."""
+    method = config.mask.method
+    fix = f"finds its mask by training: use ghostmask train; find-mask knows {', '.join(FINDERS)}"
+    require(method in FINDERS, "mask.method", method, fix)
+    require(
+        method != "magnitude" or config.mask.path != "",
+        "mask.path", config.mask.path, "name the trained network that mask.method=magnitude prunes",
+    )  # fmt: skip
+
+
 def _check_batch(config: RunConfig, world_size: int) -> None:
     size, accumulation = config.data.batch_size, config.train.accumulation
     unit = world_size * accumulation

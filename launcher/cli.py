@@ -11,9 +11,9 @@ from typing import Any, NoReturn
 
 from benchmarks.registry import BENCHMARKS
 from engine.config import DEVICES
-from engine.errors import InputError
+from engine.errors import InputError, bad_value
 from launcher import locate, settings, show
-from launcher.checks import check_config
+from launcher.checks import check_config, check_finder
 from launcher.environment import prepare_environment
 
 CONFIG_HELP = "YAML file, or the name of a shipped config (ghostmask show configs)"
@@ -39,6 +39,12 @@ exit codes: 0 done, 2 wrong input, 3 loss not finite, 75 interrupted after savin
   ghostmask evaluate /scratch/me/first_try --json""",
     "export": """examples:
   ghostmask export cifar10_resnet32_probmask                    writes runs/cifar10_resnet32_probmask/export/""",
+    "find-mask": """examples:
+  ghostmask find-mask cifar10_resnet32_snip                     writes runs/cifar10_resnet32_snip/mask.safetensors
+  ghostmask find-mask cifar10_resnet32_synflow mask.density=0.02 --out synflow02.safetensors
+  ghostmask train cifar10_resnet32_file mask.path=synflow02.safetensors
+
+methods: magnitude (with mask.path), random, snip, grasp, synflow, mlprune, file""",
     "prepare": """examples:
   ghostmask prepare cifar10_resnet32_probmask                   downloads CIFAR-10, writes data/beton/
   ghostmask prepare imagenet_resnet50_probmask data.root=/data/imagenet""",
@@ -93,6 +99,9 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     export = _add(commands, "export", "write a run's network as a plain state dict", _export)
     export.add_argument("run", metavar="RUN", help=RUN_HELP)
+    find = _add(commands, "find-mask", "find a mask before training and write it to a file", _find_mask)
+    _add_settings(find)
+    find.add_argument("--out", metavar="FILE", help="the file to write (default: mask.safetensors in the run folder)")
     prepare = _add(commands, "prepare", "download a config's dataset and write its .beton files", _prepare)
     _add_settings(prepare)
     _add_bench(_add(commands, "bench", "time one part of the system against textbook code", _bench))
@@ -171,6 +180,19 @@ def _export(arguments: Namespace) -> int:
     from launcher.export_run import export_run
 
     return export_run(run)
+
+
+def _find_mask(arguments: Namespace) -> int:
+    config = settings.load_config(arguments.config, arguments.overrides)
+    check_config(config, int(os.environ.get("WORLD_SIZE", "1")))
+    check_finder(config)
+    out = Path(arguments.out) if arguments.out else settings.run_folder(config) / "mask.safetensors"
+    if out.suffix != ".safetensors":
+        raise bad_value("--out", str(out), "give a file ending in .safetensors")
+    prepare_environment(config.train.device)
+    from launcher.find_mask import find_mask
+
+    return find_mask(config, out)
 
 
 def _prepare(arguments: Namespace) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from engine.data import DataPipeline
 from engine.position import Phase
 from masks.allocation import kept_masks
 from masks.masked_model import FixedMasks, MaskedModel
@@ -34,13 +35,19 @@ class Magnitude(MaskMethod):
         if phase.name != FINETUNE:
             return Setup(self.net, [self.weight_group(phase)])
         # On a resume these masks come from untrained weights; the checkpoint's take their place.
-        self.fixed = FixedMasks(magnitude_masks(self.weights, self.config.density, self.config.constraint))
+        self.fixed = FixedMasks(self._largest())
         model = MaskedModel(self.net, list(self.weights), self.fixed)
         return Setup(model, [self.weight_group(phase)], [DensityReport(self.fixed)])
+
+    def find(self, data: DataPipeline) -> dict[str, Tensor]:
+        return self._largest()
 
     def masks(self) -> Mapping[str, Tensor]:
         assert self.fixed is not None
         return self.fixed.masks()
+
+    def _largest(self) -> dict[str, Tensor]:
+        return magnitude_masks(self.weights, self.config.density, self.config.constraint)
 
 
 def magnitude_masks(weights: Mapping[str, Tensor], density: float, constraint: str) -> dict[str, Tensor]:

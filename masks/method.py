@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from engine.batchnorm import reestimate
 from engine.config import FinetuneConfig, OptimConfig
+from engine.data import DataPipeline
 from engine.hooks import Hook
 from engine.optimizer import ParameterGroup, Sgd
 from engine.position import Phase
@@ -82,6 +83,11 @@ class MaskMethod(ABC):
     @abstractmethod
     def masks(self) -> Mapping[str, Tensor]:
         """Weight name -> bool tensor of its shape, equal on every rank; empty for a dense network."""
+
+    def find(self, data: DataPipeline) -> dict[str, Tensor]:
+        """Collective: the masks of a method that needs no training to find them (launcher.checks.FINDERS), equal on
+        every rank; the network, as `prepare` left it, stays exactly as it is."""
+        raise NotImplementedError(f"{type(self).__name__} finds its mask by training")
 
     def prepare(self) -> None:  # noqa: B027  (a method that starts from the initialisation needs nothing)
         """A new run: bring `net` to the state the method starts from."""

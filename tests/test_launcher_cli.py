@@ -32,6 +32,7 @@ COMMAND_LINE = {
     "ghostmask train": ["CONFIG", "[key=value ...]", "-h --help", "--restart"],
     "ghostmask evaluate": ["RUN", "-h --help", "--json"],
     "ghostmask export": ["RUN", "-h --help"],
+    "ghostmask find-mask": ["CONFIG", "[key=value ...]", "-h --help", "--out"],
     "ghostmask prepare": ["CONFIG", "[key=value ...]", "-h --help"],
     "ghostmask bench": ["BENCHMARK", "-h --help", "--json", "--device", "--quick"],
     "ghostmask show": ["-h --help"],

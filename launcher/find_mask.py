@@ -1,0 +1,38 @@
+"""ghostmask find-mask: find the mask that a run would train with, and write it to a file instead."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from engine.world import connect
+from launcher.config import RunConfig
+from launcher.run import build_method, open_data
+from launcher.settings import to_dict
+from masks.mask_file import write_masks
+from masks.masked_model import density_of
+from masks.method import check_agreement
+from masks.one_shot import report
+
+
+def find_mask(config: RunConfig, out: Path) -> int:
+    """Write the masks of `config`, whose method is one of launcher.checks.FINDERS, to `out` (safetensors of bools);
+    returns exit code 0.
+
+    The ranks share the data. Loaded with mask.method=file, the file gives bit-identical masks.
+    """
+    with connect(config.train.device) as world:
+        data = open_data(config, world)
+        method = build_method(config, world, data)
+        method.prepare()
+        masks = method.find(data)
+        check_agreement(masks, world)
+        data.close()
+        if world.is_main:
+            for line in report(masks):
+                print(f"ghostmask: {line}", file=sys.stderr, flush=True)
+            meta = {"method": config.mask.method, "density": density_of(masks), "config": to_dict(config)}
+            write_masks(out, masks, meta)
+            print(out, flush=True)
+        world.barrier()
+    return 0
