@@ -20,6 +20,16 @@ BUCKET_ELEMENTS = 50_000_000
 
 
 @dataclass(frozen=True)
+class GroupState:
+    """A parameter group on this rank: its shard's values, optimizer state per tensor, updates made, last rate."""
+
+    tensor: Tensor
+    states: list[dict[str, Tensor]]
+    updates: int
+    lr: float
+
+
+@dataclass(frozen=True)
 class ShardedEngine:
     """A DeepSpeed engine, its client optimizer, and one Shard per parameter group, in the groups' order."""
 
@@ -35,6 +45,21 @@ class ShardedEngine:
         """
         (flat,) = self.optimizer.param_groups[group_index]["params"]
         return dict(self.optimizer.state[flat])
+
+    def group_state(self, group_index: int) -> GroupState:
+        """Copies of what this rank's optimizer holds for a group, to give to another engine for the same group."""
+        group = self.optimizer.param_groups[group_index]
+        states = [{name: t.clone() for name, t in self.optimizer.state[p].items()} for p in group["params"]]
+        return GroupState(self.shards[group_index].tensor.clone(), states, group["updates"], group["lr"])
+
+    def load_group_state(self, group_index: int, kept: GroupState) -> None:
+        """Take over what `group_state` gave, where world size and ZeRO stage are the same."""
+        group = self.optimizer.param_groups[group_index]
+        self.shards[group_index].tensor.copy_(kept.tensor)
+        for param, states in zip(group["params"], kept.states, strict=True):
+            for name, tensor in states.items():
+                self.optimizer.state[param][name].copy_(tensor)
+        group["updates"], group["lr"] = kept.updates, kept.lr
 
     def publish(self) -> None:
         """Collective: after the shards were changed by hand (a resume), give every rank the whole parameters."""

@@ -38,6 +38,13 @@ class Shard:
     segments: tuple[Segment, ...]
     replicated: bool
 
+    @torch.no_grad()
+    def copy_from(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Take the elements of the whole parameters that lie in this shard."""
+        for s in self.segments:
+            whole = parameters[s.name].reshape(-1)
+            self.tensor[s.start : s.start + s.numel].copy_(whole[s.offset : s.offset + s.numel])
+
 
 def flatten_parameters(parameters: Mapping[str, nn.Parameter]) -> Shard:
     """Lay the parameters end to end in one new buffer, make each a view of it, and return the buffer as a Shard.

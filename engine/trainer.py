@@ -15,7 +15,7 @@ from engine.batchnorm import average_buffers
 from engine.checkpoint import CheckpointStore, Saved
 from engine.config import CheckpointConfig, TrainConfig
 from engine.data import Batch, DataPipeline
-from engine.deepspeed_engine import shard_model
+from engine.deepspeed_engine import ShardedEngine, shard_model
 from engine.errors import EXIT_INTERRUPTED, EXIT_NON_FINITE, RunStopped
 from engine.evaluation import Score, score
 from engine.hooks import Hook
@@ -63,17 +63,18 @@ class Trainer:
         self.microsteps = config.accumulation * task.passes
         self.position = Position(task.phase.name, task.phase.first_step, data.steps_per_epoch, data.batch_size)
         self.evaluation: Score | None = None
-        self.sharded = shard_model(
-            LossModule(task.model, task.label_smoothing, config.precision, compiled=config.compile),
-            task.groups, world, zero_stage=config.zero_stage, clip=task.clip, microsteps=self.microsteps,
-            micro_batch=data.batch_size // world.size // config.accumulation,
-        )  # fmt: skip
+        self.sharded = self._shard()
         self._saved_step, self._saved_at = -1, perf_counter()
 
     @property
     def num_updates(self) -> int:
         """Optimizer steps done in this phase."""
         return self.position.step - self.phase.first_step
+
+    @property
+    def done_fraction(self) -> float:
+        """Share of this phase's optimizer steps that are done, in [0, 1]."""
+        return self.num_updates / (self.phase.end_step - self.phase.first_step)
 
     def resume(self, saved: Saved) -> None:
         """Go on from a checkpoint of this phase, whatever its number of ranks and ZeRO stage were."""
@@ -125,9 +126,40 @@ class Trainer:
         self.model.train()
         return result
 
+    def release(self, names: set[str]) -> None:
+        """Between steps: take the parameter groups `names` out of the optimizer, DeepSpeed and the checkpoints.
+
+        The other groups keep every bit of their parameters and optimizer state, in a new DeepSpeed engine.
+        """
+        kept = {g.name: self.sharded.group_state(i) for i, g in enumerate(self.task.groups) if g.name not in names}
+        self.sharded.destroy()
+        self.task = replace(self.task, groups=[g for g in self.task.groups if g.name in kept])
+        self.forget_compiled()
+        self.sharded = self._shard()
+        for index, group in enumerate(self.task.groups):
+            self.sharded.load_group_state(index, kept[group.name])
+
+    def adopt_parameters(self) -> None:
+        """Between steps: train on from the values that the parameters have now, changed by hand on every rank alike."""
+        for group, shard in zip(self.task.groups, self.sharded.shards, strict=True):
+            shard.copy_from(group.parameters)
+
+    def forget_compiled(self) -> None:
+        """Compile anew what a changed module tree makes wrong: torch.compile does not look at hooks again."""
+        if self.config.compile:
+            torch._dynamo.reset()
+
     def close(self) -> None:
         """Give up DeepSpeed's buffers; the model stays usable."""
         self.sharded.destroy()
+
+    def _shard(self) -> ShardedEngine:
+        config, task = self.config, self.task
+        return shard_model(
+            LossModule(task.model, task.label_smoothing, config.precision, compiled=config.compile),
+            task.groups, self.world, zero_stage=config.zero_stage, clip=task.clip, microsteps=self.microsteps,
+            micro_batch=self.data.batch_size // self.world.size // config.accumulation,
+        )  # fmt: skip
 
     def _run_epoch(self, signals: StopSignals) -> None:
         self.model.train()

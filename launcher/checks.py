@@ -42,6 +42,13 @@ FINDERS = ("magnitude", "random", "snip", "grasp", "synflow", "mlprune", "file")
 FINETUNED = ("probmask", "magnitude")
 """Methods with a fine-tuning phase after the mask is found."""
 
+READ_BY_TWEAK = {
+    "ghost_skip": {"ghost_skip_fraction"},
+    "ghost_swish": {"activation", "swish_fraction", "swish_beta_end"},
+    "lrsi": {"lrsi_steps", "lrsi_lr", "lrsi_eta", "lrsi_gamma"},
+}
+"""Tweak of ToST in the main phase -> the other settings of `tost` that it reads."""
+
 READ_BY_DATASET = {
     "synthetic": {"num_train", "num_eval", "num_classes"},
     "imagefolder": {"max_resolution", "jpeg_fraction"},
@@ -58,6 +65,7 @@ def check_config(config: RunConfig, world_size: int) -> None:
     _check_mask(config)
     _check_lengths(config)
     _check_schedule(config)
+    _check_tost(config)
     _check_data(config)
 
 
@@ -104,7 +112,8 @@ def _check_mask(config: RunConfig) -> None:
 
 def _check_supermask(config: RunConfig) -> None:
     chosen, fix = "mask.train_weights=false", "mask.train_weights=true"
-    for name in sorted(_given(config.optim) & {"lr", "momentum", "nesterov", "weight_decay"}):
+    unread = set() if config.tost.ghost_skip else {"lr", "momentum", "nesterov", "weight_decay"}  # ghosts are trained
+    for name in sorted(_given(config.optim) & unread):
         raise _not_read("optim", config.optim, name, chosen, fix)
     if config.finetune.epochs > 0:
         for name in sorted(_given(config.finetune)):
@@ -145,6 +154,19 @@ def _check_schedule(config: RunConfig) -> None:
     if optim.schedule != "step":
         for name in sorted(_given(optim) & {"milestones", "gamma"}):
             raise _not_read("optim", optim, name, f"optim.schedule={optim.schedule}", "optim.schedule=step")
+
+
+def _check_tost(config: RunConfig) -> None:
+    tost, given = config.tost, _given(config.tost)
+    for switch, names in READ_BY_TWEAK.items():
+        for name in sorted(given & names) if not getattr(tost, switch) else ():
+            raise _not_read("tost", tost, name, f"tost.{switch}=false", f"tost.{switch}=true")
+    if "swish_beta_end" in given and tost.activation != "pswish":
+        raise _not_read("tost", tost, "swish_beta_end", f"tost.activation={tost.activation}", "tost.activation=pswish")
+    without = config.train.epochs == 0 or (config.mask.method == "magnitude" and config.mask.path)
+    for switch in sorted(given & set(READ_BY_TWEAK)) if without else ():
+        chosen = "train.epochs=0" if config.train.epochs == 0 else f"mask.path={config.mask.path}"
+        raise _not_read("tost", tost, switch, chosen, "a method with a main phase")
 
 
 def _check_data(config: RunConfig) -> None:

@@ -23,6 +23,7 @@ from engine.trainer import Task, Trainer
 from engine.world import World
 from launcher.config import RunConfig
 from launcher.settings import to_dict
+from launcher.tweaks import with_tweaks
 from masks.method import FINETUNE, MaskMethod, Recipe
 from masks.registry import METHODS
 from models.build import build_model
@@ -50,8 +51,9 @@ class Run:
             self.method.prepare()
         names = [p.name for p in self.phases]
         for phase in self.phases[names.index(saved.meta["phase"]) if saved else 0 :]:
-            trainer = self._trainer(phase)
-            if saved is not None and saved.meta["phase"] == phase.name:
+            here = saved is not None and saved.meta["phase"] == phase.name
+            trainer = self.trainer(phase, saved.step if saved is not None and here else phase.first_step)
+            if saved is not None and here:
                 trainer.resume(saved)
             else:
                 self.method.begin(trainer)
@@ -70,8 +72,9 @@ class Run:
         self.reporter.close()
         self.data.close()
 
-    def _trainer(self, phase: Phase) -> Trainer:
-        setup = self.method.enter(phase)
+    def trainer(self, phase: Phase, step: int) -> Trainer:
+        """Collective: the trainer of a phase that starts, or goes on, at `step` of the run."""
+        setup = with_tweaks(self.method.enter(phase), self.config, self.net, phase, step)
         task = Task(
             phase, setup.model.to(self.world.device), setup.groups, learning_rate(self.config, phase),
             (*setup.hooks, *self.hooks), setup.passes, self.config.tost.label_smoothing, self.config.optim.clip,

@@ -17,8 +17,12 @@ from launcher import locate
 from launcher.config import RunConfig
 from launcher.values import as_text, convert
 from launcher.yaml_text import Plain, read_yaml
+from models.config import TOST_PRESETS, TostConfig
 
 Section = TypeVar("Section")
+
+PRESETS: dict[type, dict[str, dict[str, Any]]] = {TostConfig: TOST_PRESETS}
+"""Sections that can be given one word (tost=all, in YAML tost: all) -> what the words stand for."""
 
 
 def load_config(path: str | None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -30,8 +34,12 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> RunConfig:
     values: Any = _read_file(file) if file else {}
     if not isinstance(values, dict):
         raise InputError(f"{file}: give settings as `key: value` lines")
+    for name, kind in setting_types().items():
+        if name in values and kind in PRESETS:
+            values[name] = _without_preset(kind, values[name])
     given: set[str] = set()
-    for item in overrides:
+    # A preset first: what is said about one of its settings goes on top, wherever it stands.
+    for item in sorted(overrides, key=lambda item: item.partition("=")[0] not in _sections_with_presets()):
         _override(values, item, given)
     config = from_dict(values)
     return replace(config, run=file.stem) if file and not config.run else config
@@ -120,11 +128,18 @@ def _override(values: dict[str, Any], item: str, given: set[str]) -> None:
     kind = setting_types().get(key)
     if kind is None:
         raise _unknown_key(key)
-    if is_dataclass(kind):
+    preset = PRESETS.get(kind, {}).get(text)
+    if is_dataclass(kind) and preset is None:
         raise _is_section(key, Plain(text))
     if key in given:
         raise InputError(f"{item}: {key} is given twice")
     given.add(key)
+    if preset is not None:
+        section = values.setdefault(key, {})
+        if not isinstance(section, dict):
+            raise _is_section(key, section)
+        section.update(preset)
+        return
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     as_yaml = quoted or (kind is not str and text)
     *sections, name = key.split(".")
@@ -135,7 +150,17 @@ def _override(values: dict[str, Any], item: str, given: set[str]) -> None:
     values[name] = read_yaml(text, item) if as_yaml else Plain(text) if text or kind is not str else ""
 
 
+def _without_preset(cls: type, value: Any) -> Any:
+    """The settings that a preset's name stands for; any other value as it is."""
+    return dict(PRESETS.get(cls, {}).get(value, {})) or value if isinstance(value, str) else value
+
+
+def _sections_with_presets() -> list[str]:
+    return [name for name, kind in setting_types().items() if kind in PRESETS]
+
+
 def _build(cls: type[Section], values: Any, prefix: str) -> Section:
+    values = _without_preset(cls, values)
     if not isinstance(values, Mapping):
         raise _is_section(prefix.rstrip("."), values)
     hints = get_type_hints(cls)
@@ -151,7 +176,9 @@ def _build(cls: type[Section], values: Any, prefix: str) -> Section:
 
 def _is_section(name: str, value: Any) -> InputError:
     known = [key for key in setting_types() if key.startswith(f"{name}.")]
-    return bad_value(name, value, f"is a section; give its settings, such as {known[0]}")
+    words = list(PRESETS.get(setting_types()[name], {}))
+    fix = f"is a section; give its settings, such as {known[0]}"
+    return bad_value(name, value, f"{fix}, or {' or '.join(words)}" if words else fix)
 
 
 def _unknown_key(name: str) -> InputError:

@@ -54,6 +54,21 @@ class FixedMasks(nn.Module):
             self.get_buffer(key(name)).copy_(mask)
 
 
+def present_masks(model: nn.Module) -> dict[str, Tensor]:
+    """The masks with which `model` would be evaluated now, by weight name; empty where it is no MaskedModel."""
+    if not isinstance(model, MaskedModel):
+        return {}
+    if isinstance(model.sparsifier, FixedMasks):
+        return model.sparsifier.masks()
+    training = model.sparsifier.training
+    model.sparsifier.eval()
+    weights = [model.net.get_parameter(name).detach() for name in model.names]
+    with torch.no_grad():
+        masked = model.sparsifier(weights)
+    model.sparsifier.train(training)
+    return {n: (m != 0) | (w == 0) for n, m, w in zip(model.names, masked, weights, strict=True)}
+
+
 def key(name: str) -> str:
     """The name of a weight as torch allows it for a buffer or parameter: without dots."""
     return name.replace(".", "/")

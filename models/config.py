@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.config import require_number
+from engine.config import require, require_number
 from engine.errors import unknown_name
 from models.registry import MODELS
 
@@ -24,12 +24,61 @@ class ModelConfig:
         require_number("model.num_classes", self.num_classes, 0)
 
 
+ACTIVATIONS = ("pswish", "swish", "mish")
+
+
 @dataclass(frozen=True)
 class TostConfig:
-    """ToST: tweaks that train any given mask better, each on its own."""
+    """ToST: tweaks that train any given mask better, each on its own. `tost=all` turns all four on with the paper's
+    values, `tost=none` all off. Their schedules run over the main phase; fine-tuning trains the plain network."""
 
+    ghost_skip: bool = False
+    """Extra skips (1x1 convolution, batch norm) around the 3x3 convolutions, faded out and then removed."""
+    ghost_skip_fraction: float = 0.3
+    """ghost_skip: fraction of the main phase over which their factor alpha falls from 1 to 0."""
+    ghost_swish: bool = False
+    """A soft activation in place of every ReLU at first; the finished network has ReLUs."""
+    activation: str = "pswish"
+    """ghost_swish: pswish (x sigmoid(beta x), beta growing), or fixed until the ReLU: swish (beta = 1), mish."""
+    swish_fraction: float = 0.5
+    """ghost_swish: fraction of the main phase after which the activation is ReLU."""
+    swish_beta_end: float = 100.0
+    """ghost_swish: beta of pswish just before it is ReLU; it grows geometrically from 1."""
     label_smoothing: float = 0.0
     """alpha in y (1 - alpha) + alpha / K of the training loss (never of the evaluation loss); 0.1 in the paper."""
+    lrsi: bool = False
+    """Layer-wise re-scaled initialisation: one learned factor per parameter tensor, before the main phase."""
+    lrsi_steps: int = 180
+    """lrsi: updates of the factors."""
+    lrsi_lr: float = 1e-2
+    """lrsi: learning rate of Adam on the factors."""
+    lrsi_eta: float = 0.1
+    """lrsi: size of the look-ahead SGD step after which the loss is minimised."""
+    lrsi_gamma: float = 1.0
+    """lrsi: above this norm of the gradient, the norm is minimised instead."""
+    log_activation_sparsity: bool = False
+    """Log, once per epoch, the share of exact zeros after each activation on one evaluation batch per rank."""
 
     def __post_init__(self) -> None:
+        require_number("tost.ghost_skip_fraction", self.ghost_skip_fraction, 0, 1, above=True)
+        require_number("tost.swish_fraction", self.swish_fraction, 0, 1, above=True)
+        require_number("tost.swish_beta_end", self.swish_beta_end, 1, 1e6)
         require_number("tost.label_smoothing", self.label_smoothing, 0, 0.9999)
+        require_number("tost.lrsi_steps", self.lrsi_steps, 1)
+        require_number("tost.lrsi_lr", self.lrsi_lr, 0, above=True)
+        require_number("tost.lrsi_eta", self.lrsi_eta, 0, above=True)
+        require_number("tost.lrsi_gamma", self.lrsi_gamma, 0)
+        if self.activation not in ACTIVATIONS:
+            raise unknown_name("tost.activation", self.activation, ACTIVATIONS)
+        require(
+            self.activation == "pswish" or self.swish_fraction < 1,
+            "tost.swish_fraction", self.swish_fraction,
+            f"tost.activation={self.activation} is not ReLU at its end; give less than 1, so that ReLUs are trained",
+        )  # fmt: skip
+
+
+TOST_PRESETS: dict[str, dict[str, bool | float]] = {
+    "all": {"ghost_skip": True, "ghost_swish": True, "label_smoothing": 0.1, "lrsi": True},
+    "none": {"ghost_skip": False, "ghost_swish": False, "label_smoothing": 0.0, "lrsi": False},
+}
+"""What `tost=all` and `tost=none` stand for; other settings of the section stay as they are."""

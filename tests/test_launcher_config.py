@@ -27,6 +27,7 @@ from launcher.settings import (
 )
 from masks.config import MaskConfig
 from masks.registry import METHODS
+from models.config import TostConfig
 
 
 def write(folder: Path, text: str) -> str:
@@ -108,6 +109,42 @@ def test_a_text_setting_takes_the_override_as_it_stands(override: str, value: st
 )
 def test_an_unknown_override_is_answered_with_the_nearest_setting(override: str, hint: str) -> None:
     assert error_of(None, override).startswith(hint)
+
+
+def test_tost_takes_all_or_none_and_its_settings_on_top(tmp_path: Path) -> None:
+    every = TostConfig(ghost_skip=True, ghost_swish=True, label_smoothing=0.1, lrsi=True)
+    assert load_config(None, ["tost=all"]).tost == load_config(write(tmp_path, "tost: all\n"), []).tost == every
+    without = replace(every, lrsi=False, lrsi_eta=0.2)
+    assert load_config(None, ["tost.lrsi=false", "tost=all", "tost.lrsi_eta=0.2"]).tost == without
+    file = write(tmp_path, "tost: {lrsi_eta: 0.2, ghost_skip: true}\n")
+    assert load_config(file, ["tost=all", "tost.lrsi=false"]).tost == without
+    assert load_config(file, ["tost=none"]).tost == TostConfig(lrsi_eta=0.2)
+    assert load_config(write(tmp_path, "tost: all\n"), ["tost.lrsi=false"]).tost == replace(every, lrsi=False)
+    assert "tost = some: is a section; give its settings, such as tost.ghost_skip, or all or none" in error_of(
+        None, "tost=some"
+    )
+    assert "tost = true: is a section" in error_of(write(tmp_path, "tost: true\n"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ("tost.ghost_skip_fraction=0.2", "tost.ghost_skip_fraction = 0.2: is not read with tost.ghost_skip=false"),
+        ("tost.activation=mish", "tost.activation = mish: is not read with tost.ghost_swish=false"),
+        ("tost.lrsi_steps=5", "tost.lrsi_steps = 5: is not read with tost.lrsi=false"),
+        ("tost.ghost_swish=true tost.activation=mish tost.swish_beta_end=9", "tost.swish_beta_end = 9.0: is not read"),
+        (
+            "tost.ghost_swish=true tost.activation=swish tost.swish_fraction=1",
+            "tost.swish_fraction = 1.0: tost.activat",
+        ),
+        ("tost.activation=silu", "tost.activation = 'silu' is not known"),
+        ("mask.method=magnitude mask.path=x train.epochs=0 tost.lrsi=true", "tost.lrsi = true: is not read with train"),
+    ],
+)
+def test_a_tost_setting_that_nothing_would_read_is_refused(overrides: str, expected: str) -> None:
+    with pytest.raises(InputError) as caught:
+        check_config(load_config(None, overrides.split()), world_size=1)
+    assert str(caught.value).startswith(expected)
 
 
 def test_a_setting_given_twice_is_an_error(tmp_path: Path) -> None:

@@ -1,0 +1,100 @@
+"""Does LRsI follow the gradient of its objectives, the same on 1 and on N ranks, and does it lower them?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import cycle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad
+from torch.nn import functional
+
+from engine.data import Batch
+from engine.spawn import run_distributed
+from engine.world import World, single
+from models.rescaling import Rescaled, learn_factors
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 8), nn.Softplus(), nn.Linear(8, 3)).double()
+
+
+def batches(num: int = 3, size: int = 12) -> list[Batch]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(num, size, 5, generator=generator, dtype=torch.float64)
+    return [Batch(x, x[:, :3].argmax(1)) for x in images]
+
+
+def learn(world: World, data: Iterator[Batch], steps: int, gamma: float, scale: float = 1.0) -> Rescaled:
+    net = network()
+    parameters = {n: p * scale for n, p in net.named_parameters()}
+    return learn_factors(
+        lambda values, images: functional_call(net, dict(values), (images,)), parameters, data, world,
+        steps=steps, lr=1e-2, eta=0.1, gamma=gamma,
+    )  # fmt: skip
+
+
+def objective(net: nn.Module, factors: Tensor, batch: Batch) -> Tensor:
+    """|gradient of the loss| at factors x parameters, in the obvious way."""
+    start = {n: p.detach() for n, p in net.named_parameters()}
+
+    def loss(values: dict[str, Tensor]) -> Tensor:
+        return functional.cross_entropy(functional_call(net, values, (batch.images,)), batch.labels)
+
+    gradients = grad(loss)({n: f * p for f, (n, p) in zip(factors, start.items(), strict=True)})
+    return torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
+
+
+def test_the_first_update_goes_against_the_gradient_of_the_norm() -> None:
+    data, net = batches(), network()
+    slope = grad(lambda f: objective(net, f, data[0]))(torch.ones(4, dtype=torch.float64))
+    learned = learn(single(), iter(data), 1, gamma=0.0)
+    assert learned.gradient_norms == pytest.approx([float(objective(net, torch.ones(4), data[0]))])
+    # Adam's first step is lr x the sign of the gradient.
+    moved = torch.tensor(list(learned.factors.values()), dtype=torch.float64) - 1
+    torch.testing.assert_close(moved, -1e-2 * slope.sign(), rtol=1e-4, atol=1e-6)
+
+
+def test_below_gamma_the_first_update_goes_against_the_gradient_of_the_look_ahead_loss() -> None:
+    data, net = batches(), network()
+    start = {n: p.detach() for n, p in net.named_parameters()}
+
+    def loss(values: dict[str, Tensor], batch: Batch) -> Tensor:
+        return functional.cross_entropy(functional_call(net, values, (batch.images,)), batch.labels)
+
+    gradients = grad(loss)(start, data[0])
+    mixed = Batch(*(torch.cat([a[:6], b[6:]]) for a, b in zip(data[0], data[1], strict=True)))
+    ahead = {n: p - 0.1 * gradients[n] for n, p in start.items()}
+    slopes = grad(loss)(ahead, mixed)
+    learned = learn(single(), iter(data), 1, gamma=1e9)
+    assert learned.losses == pytest.approx([float(loss(ahead, mixed))])
+    expected = {n: 1 - 1e-2 * float((slopes[n] * start[n]).sum().sign()) for n in start}
+    assert learned.factors == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_large_gradient_is_made_smaller_and_then_the_loss_too() -> None:
+    learned = learn(single(), cycle(batches()), 300, gamma=1.0, scale=4.0)
+    assert learned.gradient_norms[0] > 1.3
+    assert max(learned.gradient_norms[-20:]) < 1.2
+    assert sum(learned.losses[-10:]) < sum(learned.losses[:10])
+    assert min(learned.factors.values()) >= 0.01
+
+
+def shared(world: World, gamma: float) -> Any:
+    mine = [Batch(b.images[world.rank :: world.size], b.labels[world.rank :: world.size]) for b in batches()]
+    return learn(world, cycle(mine), 20, gamma)
+
+
+def test_ranks_agree_and_follow_the_gradient_of_the_whole_batch() -> None:
+    alone = learn(single(), cycle(batches()), 20, gamma=0.0)
+    both = run_distributed(shared, 2, 0.0)
+    assert both[0] == both[1]
+    assert both[0].factors == pytest.approx(alone.factors, abs=1e-6)
+    assert both[0].gradient_norms == pytest.approx(alone.gradient_norms)
+    looked_ahead = run_distributed(shared, 2, 1e9)
+    assert looked_ahead[0] == looked_ahead[1]
+    assert sum(looked_ahead[0].losses[-3:]) < sum(looked_ahead[0].losses[:3])  # 3 batches, in turn
