@@ -95,7 +95,7 @@ def select(z, first, end, low, width, out):  # type: ignore[no-untyped-def]
     Returns their number, or -1 where `out` is too short.
     """
     inside = np.empty(CHUNK, np.uint8)
-    low_, width_, count = np.uint32(low), np.uint32(width), 0
+    low_, width_, count = np.uint32(low), np.uint32(width), np.int64(0)
     for start in range(first, end, CHUNK):
         part = z[start : min(start + CHUNK, end)]
         found = np.uint8(0)

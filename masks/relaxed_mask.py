@@ -3,8 +3,10 @@
     m = sigmoid((log s - log(1 - s) + L) / tau),    L = log u - log(1 - u) ~ Logistic(0, 1),    u = u(key, tensor, i)
 
 is the paper's mask with one uniform number in place of its two Gumbel ones: their difference is Logistic(0, 1).
-An operator of our own per tensor reads w and s and writes w m; it saves w, s and the key, and draws the noise a second
-time in backward. (torch.compile would either save the noise or, with recomputation on, draw *other* noise.)
+An operator of our own reads w and s and writes w m; it saves w, s and the key, and draws the noise a second time in
+backward. (torch.compile would either save the noise or, with recomputation on, draw *other* noise.) It takes a bucket
+of neighbouring tensors at once, on CUDA in one launch. Not all tensors in one: then no gradient could leave before the
+last one is there, and DeepSpeed would have nothing to reduce while backward runs.
 
 s is limited to [EPS, 1 - EPS] inside the sampling, and the gradient passes straight through that limit: at s = 1, where
 every run starts, and at s = 0 the sigmoid would saturate and no probability would ever move again.
@@ -12,13 +14,14 @@ every run starts, and at s = 0 the sigmoid would saturate and no probability wou
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from masks.compiled import load_kernels, split_over_threads
+from masks.compiled import kernels_for, split_over_threads
 from masks.noise import BLOCK, NoiseKey, random_words
 
 EPS = 1e-6
@@ -29,22 +32,50 @@ SMALLEST_RANGE = 16
 """Blocks of 1024 weights worth a thread of their own."""
 
 
-def relaxed_weights(
-    weights: list[Tensor], probabilities: list[Tensor], key: NoiseKey | Tensor, temperature: float | Tensor
-) -> list[Tensor]:
-    """[w m for each weight], of each weight's shape and memory layout; differentiable in weights and probabilities.
+BUCKET = 1 << 21
+"""Weights after which a bucket is full: about ten launches for ResNet-50."""
 
-    probabilities: of the weights' shapes, in [0, 1]; both float32. temperature: tau > 0. The noise of a weight depends
-    on the key, the tensor's place in the list and the weight's place in its tensor's *memory* (for a channels_last
-    weight that is not its logical place). Compiled code passes `key.tensor(device)` and the temperature as a tensor:
-    a number that changes would be compiled anew.
+
+def relaxed_weights(
+    weights: list[Tensor],
+    probabilities: list[Tensor],
+    key: NoiseKey | Tensor,
+    temperature: float | Tensor,
+    *,
+    channels_last: bool = False,
+) -> list[Tensor]:
+    """[w m for each weight], of each weight's shape; differentiable in weights and probabilities.
+
+    Under autocast in the type that convolutions compute in, otherwise in float32; 4-dimensional ones in channels_last
+    order if asked for, otherwise in their weight's. probabilities: of the weights' shapes, in [0, 1]; both float32.
+    temperature: tau > 0. The noise of a weight depends on the key, the tensor's place in the list and the weight's
+    place in its tensor's *memory* (for a channels_last weight that is not its logical place). Compiled code passes
+    `key.tensor(device)` and the temperature as a tensor: a number that changes would be compiled anew.
     """
-    device = weights[0].device if weights else torch.device("cpu")
+    if not weights:
+        return []
+    device = weights[0].device
     key = key.tensor(device) if isinstance(key, NoiseKey) else key
     if not isinstance(temperature, Tensor):
         temperature = torch.tensor(temperature, dtype=torch.float32).to(device, non_blocking=True)
-    pairs = zip(weights, probabilities, strict=True)
-    return [relaxed_weight(w, s, key, temperature, number) for number, (w, s) in enumerate(pairs)]
+    active = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if active else weights[0].dtype
+    masked: list[Tensor] = []
+    for first, end in _buckets([w.numel() for w in weights]):
+        part = slice(first, end)
+        masked += relaxed_bucket(weights[part], probabilities[part], key, temperature, first, dtype, channels_last)
+    return masked
+
+
+def _buckets(sizes: list[int]) -> list[tuple[int, int]]:
+    """(first, end) of runs of neighbouring tensors, each but the last of BUCKET weights or more."""
+    edges, filled = [0], 0
+    for number, size in enumerate(sizes):
+        filled += size
+        if filled >= BUCKET or number == len(sizes) - 1:
+            edges.append(number + 1)
+            filled = 0
+    return list(itertools.pairwise(edges))
 
 
 def relaxed_mask(
@@ -65,79 +96,150 @@ def relaxed_mask(
 
 # torch.library's decorator, so that torch.compile, autograd and DeepSpeed take the operator as one of torch's own.
 @torch.library.custom_op(
-    "ghostmask::relaxed_weight",
+    "ghostmask::relaxed_bucket",
     mutates_args=(),
-    schema="(Tensor weight, Tensor probability, Tensor key, Tensor temperature, int number) -> Tensor",
+    schema="(Tensor[] weights, Tensor[] probabilities, Tensor key, Tensor temperature, int number, ScalarType dtype,"
+    " bool channels_last) -> Tensor[]",
 )
-def relaxed_weight(weight: Tensor, probability: Tensor, key: Tensor, temperature: Tensor, number: int) -> Tensor:
-    """w m of one tensor, the `number`-th; see `relaxed_weights`. key: int64 scalar; temperature: float32 scalar."""
-    out = torch.empty_like(weight)
+def relaxed_bucket(
+    weights: list[Tensor],
+    probabilities: list[Tensor],
+    key: Tensor,
+    temperature: Tensor,
+    number: int,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> list[Tensor]:
+    """w m of each tensor, the first of which is the `number`-th; see `relaxed_weights`.
+
+    key: int64 scalar; temperature: float32 scalar.
+    """
+    outs = [_empty(w, dtype, channels_last) for w in weights]
+    kernels = _kernels(weights, probabilities)
+    if kernels and weights[0].is_cuda:
+        kernels.forward(weights, probabilities, outs, key, temperature, number, EPS)
+        return outs
+    for i, (w, s, out) in enumerate(zip(weights, probabilities, outs, strict=True), number):
+        direct = out.dtype == w.dtype and out.stride() == w.stride()
+        masked = out if direct else torch.empty_like(w)
+        _forward_one(kernels, w, s, masked, key, temperature, i)
+        if not direct:
+            out.copy_(masked)
+    return outs
+
+
+@torch.library.custom_op(
+    "ghostmask::relaxed_bucket_backward",
+    mutates_args=(),
+    schema="(Tensor[] grads, Tensor[] weights, Tensor[] probabilities, Tensor key, Tensor temperature, int number)"
+    " -> (Tensor[], Tensor[])",
+)
+def relaxed_bucket_backward(
+    grads: list[Tensor],
+    weights: list[Tensor],
+    probabilities: list[Tensor],
+    key: Tensor,
+    temperature: Tensor,
+    number: int,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(dL/dw, dL/ds) = (g m, g w m (1 - m) / (tau s (1 - s))) of each tensor, each laid out as w and s are."""
+    grads_w, grads_s = [torch.empty_like(w) for w in weights], [torch.empty_like(s) for s in probabilities]
+    kernels = _kernels(weights, probabilities)
+    if kernels and weights[0].is_cuda:
+        grads = [g if is_plain(g) else g.contiguous() for g in grads]
+        kernels.backward(grads, weights, probabilities, grads_w, grads_s, key, temperature, number, EPS)
+        return grads_w, grads_s
+    everything = zip(grads, weights, probabilities, grads_w, grads_s, strict=True)
+    for i, (g, w, s, grad_w, grad_s) in enumerate(everything, number):
+        direct = grad_s.stride() == grad_w.stride()
+        slope = grad_s if direct else torch.empty_like(w)
+        _backward_one(kernels, g.to(w.dtype), w, s, grad_w, slope, key, temperature, i)
+        if not direct:
+            grad_s.copy_(slope)
+    return grads_w, grads_s
+
+
+@relaxed_bucket.register_fake
+def _(
+    weights: list[Tensor],
+    probabilities: list[Tensor],
+    key: Tensor,
+    temperature: Tensor,
+    number: int,
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> list[Tensor]:
+    return [_empty(w, dtype, channels_last) for w in weights]
+
+
+@relaxed_bucket_backward.register_fake
+def _(
+    grads: list[Tensor],
+    weights: list[Tensor],
+    probabilities: list[Tensor],
+    key: Tensor,
+    temperature: Tensor,
+    number: int,
+) -> tuple[list[Tensor], list[Tensor]]:
+    return [torch.empty_like(w) for w in weights], [torch.empty_like(s) for s in probabilities]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    weights, probabilities, key, temperature, ctx.number, _, _ = inputs
+    ctx.save_for_backward(*weights, *probabilities, key, temperature)
+
+
+def _gradients(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    *both, key, temperature = ctx.saved_tensors
+    weights, probabilities = both[: len(both) // 2], both[len(both) // 2 :]
+    gradients = relaxed_bucket_backward(list(grads), weights, probabilities, key, temperature, ctx.number)
+    return *gradients, None, None, None, None, None
+
+
+relaxed_bucket.register_autograd(_gradients, setup_context=_save)
+
+
+def _forward_one(
+    kernels: Any, weight: Tensor, probability: Tensor, out: Tensor, key: Tensor, temperature: Tensor, number: int
+) -> None:
+    """out = w m; out has the weight's dtype and the memory order in which it is written."""
     w, s, flat = _memory(weight, out), _memory(probability, out), _memory(out, out)
-    if kernels := _kernels(weight, probability):
+    if kernels:
         arrays = [t.numpy() for t in (w, s, flat)]
         settings = _settings(key, temperature, number)
         work = lambda a, b: kernels.forward(*arrays, a, b, *settings)  # noqa: E731
         split_over_threads(work, -(-len(w) // BLOCK), SMALLEST_RANGE)
-        return out
+        return
     for start in range(0, len(w), CHUNK):
         part = slice(start, start + CHUNK)
         m, _ = relaxed_mask(s[part].clamp(EPS, 1 - EPS), key, temperature, number, start)
         torch.mul(w[part], m, out=flat[part])
-    return out
 
 
-@torch.library.custom_op(
-    "ghostmask::relaxed_weight_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor weight, Tensor probability, Tensor key, Tensor temperature, int number)"
-    " -> (Tensor, Tensor)",
-)
-def relaxed_weight_backward(
-    grad: Tensor, weight: Tensor, probability: Tensor, key: Tensor, temperature: Tensor, number: int
-) -> tuple[Tensor, Tensor]:
-    """(dL/dw, dL/ds) = (g m, g w m (1 - m) / (tau s (1 - s))) of one tensor, each laid out as w and s are."""
-    grad_w, grad_s = torch.empty_like(weight), torch.empty_like(weight)
+def _backward_one(
+    kernels: Any, grad: Tensor, weight: Tensor, probability: Tensor, grad_w: Tensor, grad_s: Tensor,
+    key: Tensor, temperature: Tensor, number: int,
+) -> None:  # fmt: skip
+    """Fill grad_w and grad_s, which have the weight's memory order."""
     g, w, s = _memory(grad, grad_w), _memory(weight, grad_w), _memory(probability, grad_w)
     flat_w, flat_s = _memory(grad_w, grad_w), _memory(grad_s, grad_w)
-    if kernels := _kernels(weight, probability):
+    if kernels:
         arrays = [t.numpy() for t in (g, w, s, flat_w, flat_s)]
         settings = _settings(key, temperature, number)
         work = lambda a, b: kernels.backward(*arrays, a, b, *settings)  # noqa: E731
         split_over_threads(work, -(-len(w) // BLOCK), SMALLEST_RANGE)
-    else:
-        for start in range(0, len(w), CHUNK):
-            part = slice(start, start + CHUNK)
-            limited = s[part].clamp(EPS, 1 - EPS)
-            m, rest = relaxed_mask(limited, key, temperature, number, start)
-            torch.mul(g[part], m, out=flat_w[part])
-            torch.mul(flat_w[part] * w[part], rest / (temperature * limited * (1 - limited)), out=flat_s[part])
-    like = torch.empty_like(probability)
-    return grad_w, grad_s if like.stride() == grad_s.stride() else like.copy_(grad_s)
+        return
+    for start in range(0, len(w), CHUNK):
+        part = slice(start, start + CHUNK)
+        limited = s[part].clamp(EPS, 1 - EPS)
+        m, rest = relaxed_mask(limited, key, temperature, number, start)
+        torch.mul(g[part], m, out=flat_w[part])
+        torch.mul(flat_w[part] * w[part], rest / (temperature * limited * (1 - limited)), out=flat_s[part])
 
 
-@relaxed_weight.register_fake
-def _(weight: Tensor, probability: Tensor, key: Tensor, temperature: Tensor, number: int) -> Tensor:
-    return torch.empty_like(weight)
-
-
-@relaxed_weight_backward.register_fake
-def _(
-    grad: Tensor, weight: Tensor, probability: Tensor, key: Tensor, temperature: Tensor, number: int
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(weight), torch.empty_like(probability)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    weight, probability, key, temperature, ctx.number = inputs
-    ctx.save_for_backward(weight, probability, key, temperature)
-
-
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-    grad_w, grad_s = relaxed_weight_backward(grad, *ctx.saved_tensors, ctx.number)
-    return grad_w, grad_s, None, None, None
-
-
-relaxed_weight.register_autograd(_gradients, setup_context=_save)
+def _empty(weight: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
+    order = torch.channels_last if channels_last and weight.dim() == 4 else torch.preserve_format
+    return torch.empty_like(weight, dtype=dtype, memory_format=order)
 
 
 def _memory(tensor: Tensor, like: Tensor) -> Tensor:
@@ -148,9 +250,18 @@ def _memory(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.detach().as_strided((like.numel(),), (1,), tensor.storage_offset())
 
 
-def _kernels(weight: Tensor, probability: Tensor) -> Any:
-    ours = weight.device.type == "cpu" and weight.dtype == probability.dtype == torch.float32
-    return load_kernels("masks.relaxed_mask_cpu") if ours else None
+def _kernels(weights: list[Tensor], probabilities: list[Tensor]) -> Any:
+    """The kernels for tensors like these; None where the torch form has to do."""
+    every, device = [*weights, *probabilities], weights[0].device
+    ours = all(t.dtype == torch.float32 and t.device == device for t in every)
+    # On the CPU another order in memory is copied; on CUDA the kernels follow the two that networks have.
+    ours = ours and (device.type == "cpu" or all(is_plain(t) for t in every))
+    return kernels_for(weights[0], "masks.relaxed_mask") if ours else None
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether the elements lie in memory as they are numbered, or in channels_last order."""
+    return tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
 
 
 def _settings(key: Tensor, temperature: Tensor, number: int) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from masks import relaxed_mask as module
 from masks.noise import NoiseKey, random_words
-from masks.relaxed_mask import EPS, relaxed_mask, relaxed_weight, relaxed_weights
+from masks.relaxed_mask import EPS, relaxed_bucket, relaxed_mask, relaxed_weights
 
 KEY = NoiseKey(seed=3, step=14, sample=1, rank=5)
 SHAPES = [(64, 3, 7, 7), (130, 65, 1, 1), (10,), (1000, 33), (1,)]
@@ -51,7 +51,7 @@ def textbook(temperature: float) -> tuple[list[Tensor], list[Tensor], list[Tenso
 
 
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "load_kernels", lambda name: None)
+    monkeypatch.setattr(module, "kernels_for", lambda tensor, name: None)
     monkeypatch.setattr(module, "CHUNK", 2048)
 
 
@@ -202,14 +202,11 @@ def test_layout_is_the_weights_and_results_do_not_depend_on_the_probabilities_la
 
 
 def test_operator_is_registered_as_torch_wants_it() -> None:
-    args = (
-        torch.rand(3, 5, requires_grad=True),
-        torch.rand(3, 5, requires_grad=True),
-        KEY.tensor(),
-        torch.tensor(0.7),
-        2,
-    )
-    torch.library.opcheck(relaxed_weight, args)
+    shapes = [(3, 5), (4, 2, 3, 3), (7,)]
+    weights, probabilities = ([torch.rand(s, requires_grad=True) for s in shapes] for _ in range(2))
+    for dtype, channels_last in ((torch.float32, False), (torch.bfloat16, True)):
+        args = (weights, probabilities, KEY.tensor(), torch.tensor(0.7), 2, dtype, channels_last)
+        torch.library.opcheck(relaxed_bucket, args)
 
 
 FLAGS: list[dict[str, Any]] = [
