@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import FileStore
 
-from engine.errors import bad_value
+from engine.errors import InputError, RunStopped, bad_value
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,10 @@ def connect(device: str = "auto", timeout_s: float = 1800.0) -> Iterator[World]:
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
         try:
             yield World(rank, size, local_rank, place, dist.group.WORLD)
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+        except (InputError, RunStopped):
+            dist.destroy_process_group()
+            raise
+        dist.destroy_process_group()  # not after any other exception: the peers are elsewhere and could keep us waiting
 
 
 def _device(name: str, local_rank: int) -> torch.device:

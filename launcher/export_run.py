@@ -6,7 +6,7 @@ from pathlib import Path
 
 from engine.errors import InputError
 from engine.world import connect
-from launcher.run import assemble, open_data
+from launcher.run import assemble, build_method, open_data
 from launcher.settings import load_config
 from launcher.train import finish, open_folder
 
@@ -15,18 +15,16 @@ def export_run(run: Path) -> int:
     """Write RUN/export from the newest intact checkpoint; a search that goes on gets the mask it would end with now."""
     config = load_config(str(run / "config.yaml"), [])
     with connect(config.train.device) as world:
+        data = open_data(config, world)
+        method = build_method(config, world, data)
         saved, store = open_folder(run, config, world)
         if saved is None:
             store.close()
             raise InputError(f"RUN = {str(run)!r}: it holds no checkpoint yet; train it first")
-        built = assemble(config, run, world, open_data(config, world), store, saved)
-        try:
+        with assemble(config, run, data, method, store, saved).closing() as built:
             built.execute(saved, train=False)
-            if world.is_main and saved.step < built.phases[-1].end_step:
-                built.reporter.progress.message(
-                    f"the run is not finished: step {saved.step} of {built.phases[-1].end_step}"
-                )
+            last = built.phases[-1].end_step
+            if world.is_main and saved.step < last:
+                built.reporter.progress.message(f"the run is not finished: step {saved.step} of {last}")
             finish(built, run)
-        finally:
-            built.close()
     return 0

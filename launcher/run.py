@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from data_pipelines.open import open_dataset
 from engine.checkpoint import CheckpointStore, Saved
 from engine.data import DataPipeline
+from engine.errors import InputError, RunStopped
 from engine.hooks import Hook
 from engine.metrics import MetricWriter
 from engine.position import Duration, Phase
@@ -66,6 +69,19 @@ class Run:
         """Weight name -> bool tensor, equal on every rank; empty for a dense run."""
         return dict(self.method.masks())
 
+    @contextmanager
+    def closing(self) -> Iterator[Run]:
+        """Collective: close at the end, also of a run that was stopped, which all ranks are at the same step.
+
+        After any other exception the peers are elsewhere and cannot be waited for: this rank just ends.
+        """
+        try:
+            yield self
+        except (RunStopped, InputError):
+            self.close()
+            raise
+        self.close()
+
     def close(self) -> None:
         """Collective: finish the save under way, stop loaders and writers."""
         self.store.close()
@@ -86,22 +102,27 @@ class Run:
 
 
 def open_data(config: RunConfig, world: World) -> DataPipeline:
-    """Collective: the run's data on this rank, whose torch threads are set on the way."""
+    """The run's data on this rank, whose torch threads are set on the way. Raises InputError."""
     torch.set_num_threads(config.train.threads or threads_per_rank())
     return open_dataset(config.data, config.seed, world)
 
 
-def assemble(
-    config: RunConfig, folder: Path, world: World, data: DataPipeline, store: CheckpointStore, saved: Saved | None
-) -> Run:
-    """Collective: build network and method around the data; nothing is trained yet."""
+def build_method(config: RunConfig, world: World, data: DataPipeline) -> MaskMethod:
+    """The network, from its seed, on this rank's device, and the mask method around it. Raises InputError."""
     net = build_model(config.model, data.num_classes, data.image_shape, config.seed).to(world.device)
     recipe = Recipe(config.optim, config.finetune, config.train.epochs, config.seed)
     method: MaskMethod = resolve(METHODS[config.mask.method])(config.mask, net, recipe, world)
+    return method
+
+
+def assemble(
+    config: RunConfig, folder: Path, data: DataPipeline, method: MaskMethod, store: CheckpointStore, saved: Saved | None
+) -> Run:
+    """The run in `folder`, whose writers go on after `saved`; nothing is trained yet."""
     phases = plan(method, data.steps_per_epoch)
-    writer = MetricWriter(folder, world, saved.step if saved else None)
-    reporter = Reporter(writer, Progress(world, phases[-1].end_step), world)
-    return Run(config, world, data, net, method, phases, store, reporter)
+    writer = MetricWriter(folder, method.world, saved.step if saved else None)
+    reporter = Reporter(writer, Progress(method.world, phases[-1].end_step), method.world)
+    return Run(config, method.world, data, method.net, method, phases, store, reporter)
 
 
 def plan(method: MaskMethod, steps_per_epoch: int) -> list[Phase]:

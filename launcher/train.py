@@ -15,11 +15,11 @@ from engine.world import World, connect, rank_from_environment
 from launcher.checks import check_config
 from launcher.config import RunConfig
 from launcher.export import write_export
-from launcher.run import Run, assemble, open_data
+from launcher.run import Run, assemble, build_method, open_data
 from launcher.settings import differences, load_config, run_folder, to_dict, to_yaml
 from launcher.summary import closing_table
 
-WRITTEN = ("checkpoints", "tensorboard", "export", "metrics.jsonl", "config.yaml")
+WRITTEN = ("checkpoints", "tensorboard", "export", "hessian", "metrics.jsonl", "config.yaml")
 """What a run writes into its folder, and so what --restart removes."""
 
 
@@ -36,15 +36,13 @@ def train(config: RunConfig, *, restart: bool = False) -> int:
         _refuse_other_config(folder, config)
     with connect(config.train.device) as world:
         data = open_data(config, world)
+        method = build_method(config, world, data)
         saved, store = open_folder(folder, config, world, restart=restart)
-        run = assemble(config, folder, world, data, store, saved)
-        try:
+        with assemble(config, folder, data, method, store, saved).closing() as run:
             if saved is not None and world.is_main:
                 run.reporter.progress.message(f"resuming {folder} at step {saved.step}, phase {saved.meta['phase']}")
             run.execute(saved)
             finish(run, folder)
-        finally:
-            run.close()
     return 0
 
 
@@ -93,8 +91,8 @@ def open_folder(
 
 def _refuse_other_config(folder: Path, config: RunConfig) -> None:
     file = folder / "config.yaml"
-    if not file.exists():
-        return
+    if not file.exists() or not any((folder / "checkpoints").glob("step-*")):
+        return  # nothing of the other configuration was kept
     changes = differences(load_config(str(file), []), config)
     if changes:
         raise InputError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from engine.hooks import Hook
 from engine.trainer import Trainer
 from engine.world import World
 from launcher.config import RunConfig
-from launcher.run import Run, assemble
+from launcher.run import Run, assemble, build_method
 from masks.config import MaskConfig
 from models.config import ModelConfig
 
@@ -48,7 +49,8 @@ def memory_run(world: World, folder: Path, config: RunConfig, data: MemoryData |
     saving = config.checkpoint
     store = CheckpointStore(folder / "checkpoints", world, saving.keep, saving.asynchronous)
     saved = store.latest()
-    return assemble(config, folder, world, data or MemoryData(world), store, saved), saved
+    data = data or MemoryData(world)
+    return assemble(config, folder, data, build_method(config, world, data), store, saved), saved
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,11 @@ class Outcome:
         return sum(int(m.sum()) for m in self.masks.values())
 
 
-def complete(world: World, folder: str, config: RunConfig, kill_step: int = 0) -> Outcome:
-    """Run or resume to the end; kill_step: every rank kills itself there instead."""
+def complete(world: World, folder: str, config: RunConfig, kill_step: int = 0, delay_s: float = 0.0) -> Outcome:
+    """Run or resume to the end; kill_step: every rank kills itself there instead, delay_s later."""
     data = MemoryData(world)
     run, saved = memory_run(world, Path(folder), config, data)
-    run.hooks = (KillAt(kill_step),) if kill_step else ()
+    run.hooks = (KillAt(kill_step, delay_s),) if kill_step else ()
     run.execute(saved)
     masks = {name: mask.clone() for name, mask in run.masks().items()}
     weights = {n: t.detach().clone() for n, t in run.net.state_dict().items()}
@@ -87,11 +89,13 @@ def complete(world: World, folder: str, config: RunConfig, kill_step: int = 0) -
 
 
 class KillAt(Hook):
-    """Kills this process, as the kernel would, when `step` optimizer steps of the run are done."""
+    """Kills this process, as the kernel would, `delay_s` after `step` optimizer steps of the run are done."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, step: int, delay_s: float) -> None:
+        self.step, self.delay_s = step, delay_s
 
     def on_step_end(self, trainer: Trainer) -> None:
         if trainer.position.step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
+            threading.Timer(self.delay_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            if not self.delay_s:
+                threading.Event().wait()

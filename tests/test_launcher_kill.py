@@ -1,0 +1,36 @@
+"""A run killed at a random moment, also while writing a checkpoint, resumes and ends as one that was not killed."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from pathlib import Path
+
+import pytest
+from memory_run import CONFIG, Outcome, complete, configured
+
+from engine.spawn import run_distributed
+
+ALWAYS_SAVING = configured(CONFIG, model={"name": "digits_resnet"}, checkpoint={"every_steps": 1, "keep": 2})
+"""A network with batch norm; a checkpoint is being written during most of the run."""
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
+    return run_distributed(complete, 2, str(tmp_path_factory.mktemp("whole")), ALWAYS_SAVING)
+
+
+@pytest.mark.parametrize("seed", [*range(3), *(pytest.param(s, marks=pytest.mark.soak) for s in range(3, 50))])
+def test_a_run_killed_at_a_random_moment_ends_bit_identical(
+    seed: int, uninterrupted: list[Outcome], tmp_path: Path
+) -> None:
+    draw = random.Random(seed)
+    kills = [(draw.randrange(2, 19), draw.uniform(0.0, 0.15)) for _ in range(draw.choice((1, 1, 2)))]
+    for step, delay_s in kills:
+        # A second kill may find the run past that step already: then it ends, and the next call resumes its end.
+        with contextlib.suppress(RuntimeError):
+            run_distributed(complete, 2, str(tmp_path), ALWAYS_SAVING, step, delay_s)
+    outcomes = run_distributed(complete, 2, str(tmp_path), ALWAYS_SAVING)
+    assert [o.digest for o in outcomes] == [o.digest for o in uninterrupted]
+    fed = dict(uninterrupted[0].fed)
+    assert all(fed[step] == samples for step, samples in outcomes[0].fed), "the order of samples changed"
