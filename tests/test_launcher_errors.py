@@ -1,0 +1,89 @@
+"""Wrong input that only the data can show: one clear line, exit code 2, and nothing half-written."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from launcher.__main__ import main
+
+Train = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    assert main(["prepare", "digits_probmask", f"data.root={root}"]) == 0
+    return root
+
+
+@pytest.fixture
+def root(prepared: Path, tmp_path: Path) -> Path:
+    """A copy of the prepared data that a test may damage."""
+    return Path(shutil.copytree(prepared, tmp_path / "data"))
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Train:
+    """Calls train with settings that it must refuse, and hands back its one line."""
+
+    def call(root: Path, *settings: str) -> str:
+        run = tmp_path / "run"
+        code = main(["train", "digits_probmask", f"data.root={root}", f"run={run}", *settings])
+        lines = capfd.readouterr().err.strip().splitlines()
+        assert code == 2, lines
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("ghostmask: error: ")
+        assert not run.exists(), "a refused run left something behind"
+        return lines[0]
+
+    return call
+
+
+def test_beton_files_that_were_never_written_name_the_command_that_writes_them(refused: Train, tmp_path: Path) -> None:
+    assert "ghostmask prepare" in refused(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "garbage"])
+def test_a_damaged_beton_is_named(damage: str, root: Path, refused: Train) -> None:
+    (file,) = root.glob("**/*train*.beton")
+    content = file.read_bytes()
+    file.write_bytes({"empty": b"", "truncated": content[: len(content) // 2], "garbage": content[::-1]}[damage])
+    assert file.name in refused(root)
+
+
+def test_a_class_count_that_does_not_match_the_data_is_named(root: Path, refused: Train) -> None:
+    line = refused(root, "model.num_classes=7")
+    assert "model.num_classes" in line
+    assert "10" in line
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_named(
+    root: Path, refused: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "data.batch_size" in refused(root, "data.batch_size=64")
+
+
+def test_a_batch_larger_than_the_training_set_is_named(root: Path, refused: Train) -> None:
+    assert "data.batch_size" in refused(root, "data.batch_size=5000")
+
+
+def test_a_network_that_is_too_deep_for_the_images_is_named(root: Path, refused: Train) -> None:
+    assert "vgg19" in refused(root, "model.name=vgg19")
+
+
+def test_a_starting_network_that_is_not_there_is_named(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = root / "run"
+    settings = ["mask.method=magnitude", "mask.path=nowhere.pt", f"run={run}", f"data.root={root}"]
+    assert main(["train", "digits_magnitude", *settings]) == 2
+    assert "mask.path" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_cuda_is_refused_where_there_is_none(root: Path, refused: Train) -> None:
+    assert "train.device" in refused(root, "train.device=cuda")
