@@ -64,7 +64,7 @@ def _reordering(weight: Tensor, tensor: Tensor) -> tuple[int, int]:
     return (channels, pixels) if weight.is_contiguous() else (pixels, channels)
 
 
-@triton.jit(do_not_specialize=["count", "number"])
+@triton.jit(do_not_specialize=["count", "number"])  # type: ignore[untyped-decorator]
 def _forward(table, count, key, temperature, number, eps, ROWS: tl.constexpr, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     row, tensor, numel, block = _my_part(table, count, ROWS, 3)
     w, s = _role(row, 0, tl.float32), _role(row, 1, tl.float32)
@@ -80,7 +80,7 @@ def _forward(table, count, key, temperature, number, eps, ROWS: tl.constexpr, TY
         tl.store(out + _place(row, 2, i), value.to(TYPE), mask=inside)
 
 
-@triton.jit(do_not_specialize=["count", "number"])
+@triton.jit(do_not_specialize=["count", "number"])  # type: ignore[untyped-decorator]
 def _backward(table, count, key, temperature, number, eps, ROWS: tl.constexpr, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     row, tensor, numel, block = _my_part(table, count, ROWS, 5)
     w, s = _role(row, 0, tl.float32), _role(row, 1, tl.float32)
@@ -100,7 +100,7 @@ def _backward(table, count, key, temperature, number, eps, ROWS: tl.constexpr, T
         tl.store(grad_s + _place(row, 4, i), slope, mask=inside)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _my_part(table, count, ROWS: tl.constexpr, ROLES: tl.constexpr):  # type: ignore[no-untyped-def]
     """(row of this program's tensor, number of the tensor, its weights, this program's blocks (BLOCKS, 1))."""
     COLUMNS: tl.constexpr = HEAD + ROLE * ROLES
@@ -113,12 +113,12 @@ def _my_part(table, count, ROWS: tl.constexpr, ROLES: tl.constexpr):  # type: ig
     return row, tensor, tl.load(row + 1).to(tl.int32), block
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _role(row, ROLE_NUMBER: tl.constexpr, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     return tl.load(row + HEAD + ROLE * ROLE_NUMBER).to(tl.pointer_type(TYPE))
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _place(row, ROLE_NUMBER: tl.constexpr, i):  # type: ignore[no-untyped-def]
     """Where the weight's element i lies in the memory of another role."""
     a = tl.load(row + HEAD + ROLE * ROLE_NUMBER + 1).to(tl.int32)

@@ -1,0 +1,77 @@
+"""Do the Triton kernels give the numbers of the torch forms (interpreted), and do they compile for an H100?"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parent.parent
+CHECKS = [
+    "words_are_those_of_the_torch_form",
+    "masked_weights_are_those_of_the_torch_form",
+    "gradients_are_those_of_the_torch_form",
+    "a_nan_probability_is_not_hidden",
+    "tables_are_those_of_the_torch_form",
+    "projected_bits_are_those_of_the_torch_form",
+]
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, str]:
+    """Of one process: Triton decides when it is imported whether kernels are interpreted."""
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "triton_checks.py")], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, str] = json.loads(done.stdout)
+    return found
+
+
+def test_every_check_is_looked_at(results: dict[str, str]) -> None:
+    assert sorted(results) == sorted(CHECKS)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_interpreted_kernel(results: dict[str, str], check: str) -> None:
+    assert results[check] == ""
+
+
+TABLE = {"table": "*i64", "count": "i32", "key": "*i64", "temperature": "*fp32", "number": "i32", "eps": "fp32"}
+PIECE = {"z": "*fp32", "numel": "i32"}
+KERNELS = [
+    ("relaxed_mask_triton", "_forward", TABLE, {"ROWS": 16, "TYPE": "bfloat16"}),
+    ("relaxed_mask_triton", "_backward", TABLE, {"ROWS": 16, "TYPE": "bfloat16"}),
+    (
+        "projection_triton", "_histogram",
+        PIECE | {"base": "*i64", "tables": "*i64", "blocks": "i32", "bins": "i32"}, {"SHIFT": 10, "SIZE": 2048},
+    ),
+    ("projection_triton", "_subtract_and_clamp", PIECE | {"threshold": "*fp64", "first_index": "i64"}, {"SIZE": 2048}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("module", "name", "arguments", "constants"), KERNELS, ids=[k[1] for k in KERNELS])
+def test_kernel_compiles_for_an_h100(module: str, name: str, arguments: dict, constants: dict) -> None:  # type: ignore[type-arg]
+    """Triton brings its own assembler: no GPU is needed for this."""
+    import importlib
+
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(importlib.import_module(f"masks.{module}"), name)
+    values = {n: getattr(tl, v) if isinstance(v, str) else v for n, v in constants.items()}
+    places = {(kernel.arg_names.index(n),): v for n, v in values.items()}
+    signature = arguments | dict.fromkeys(constants, "constexpr")
+    compiled = triton.compile(ASTSource(kernel, signature, constexprs=places), target=GPUTarget("cuda", 90, 32))
+    assert len(compiled.asm["cubin"]) > 0
+    if name == "_histogram":  # additions that nobody waits for
+        assert "red.global" in compiled.asm["ptx"]
+        assert "atom.global" not in compiled.asm["ptx"]
