@@ -114,6 +114,8 @@ class _Search(Hook):
         start, end = self.config.start_fraction * total, self.config.end_fraction * total
         self.relaxed.set_temperature(linear_temperature(epoch, total, self.config.temperature_end))
         self.relaxed.density = cubic_density(epoch, start, end, self.config.density)
+        # On the CPU convolutions bring weights into an order of their own anyway.
+        self.relaxed.channels_last = trainer.config.channels_last and self.world.device.type == "cuda"
 
     def on_forward(self, trainer: Trainer, microstep: int) -> None:
         rank = self.world.rank if self.config.noise == "per_rank" else 0

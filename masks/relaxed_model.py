@@ -17,7 +17,8 @@ class RelaxedMasks(nn.Module):
     """weights -> [w * m], m the relaxed Bernoulli(s) mask of eq. 4.
 
     One probability per weight, 1 at the start (algorithm 1). In evaluation mode m is the mask that would be kept if the
-    search ended now: the round(density n) most probable weights. density: the constraint's, at present.
+    search ended now: the round(density n) most probable weights. density: the constraint's, at present; channels_last:
+    make masked weights in that order while training, because convolutions would copy them into it.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], constraint: str) -> None:
@@ -27,6 +28,7 @@ class RelaxedMasks(nn.Module):
             shape = torch.ones_like(weight, dtype=torch.float32, memory_format=torch.contiguous_format)
             self.register_parameter(key(name), nn.Parameter(shape))
         self.density = 1.0
+        self.channels_last = False
         # Tensors, since a number that changes would make torch.compile start again; functions of the position, since
         # then a resume needs nothing from them.
         self.register_buffer("temperature", torch.ones(()), persistent=False)
@@ -52,7 +54,8 @@ class RelaxedMasks(nn.Module):
     def forward(self, weights: list[Tensor]) -> list[Tensor]:
         probabilities: list[Tensor] = list(self.probabilities().values())
         if self.training:
-            return relaxed_weights(weights, probabilities, self.get_buffer("noise"), self.get_buffer("temperature"))
+            noise, temperature = self.get_buffer("noise"), self.get_buffer("temperature")
+            return relaxed_weights(weights, probabilities, noise, temperature, channels_last=self.channels_last)
         if self._most_probable is None:
             self._most_probable = kept_masks([s.detach() for s in probabilities], self.density, self.constraint)
         return [w * m for w, m in zip(weights, self._most_probable, strict=True)]
