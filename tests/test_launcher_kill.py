@@ -11,8 +11,10 @@ from memory_run import CONFIG, Outcome, complete, configured
 
 from engine.spawn import run_distributed
 
-ALWAYS_SAVING = configured(CONFIG, model={"name": "digits_resnet"}, checkpoint={"every_steps": 1, "keep": 2})
-"""A network with batch norm; a checkpoint is being written during most of the run."""
+ALWAYS_SAVING = configured(
+    CONFIG, model={"name": "digits_resnet"}, mask={"noise": "per_rank"}, checkpoint={"every_steps": 1, "keep": 2}
+)
+"""A network with batch norm, noise of each rank's own; a checkpoint is being written during most of the run."""
 
 
 @pytest.fixture(scope="module")
