@@ -145,6 +145,18 @@ class CheckpointStore:
             "nothing was changed: restore one from a copy, or start the run over"
         )
 
+    def every(self) -> list[Saved]:
+        """Collective: the intact checkpoints, oldest first, after a warning for each damaged one."""
+        self.wait()
+        found = []
+        for path in reversed(self._on_main(lambda: checkpoints(self.folder))):
+            saved, problem = self._examine(path)
+            if saved is not None:
+                found.append(saved)
+            elif self._peers.is_main:
+                self._warn(f"checkpoint {path} is damaged ({problem}); it is left out")
+        return found
+
     def load(self, saved: Saved, tensors: Mapping[str, Tensor | Piece]) -> None:
         """Collective: fill `tensors` in place, whatever the ranks and pieces were when they were saved.
 

@@ -39,6 +39,12 @@ exit codes: 0 done, 2 wrong input, 3 loss not finite, 75 interrupted after savin
   ghostmask evaluate /scratch/me/first_try --json""",
     "export": """examples:
   ghostmask export cifar10_resnet32_probmask                    writes runs/cifar10_resnet32_probmask/export/""",
+    "hessian": """examples:
+  ghostmask hessian cifar10_resnet32_probmask                   writes runs/cifar10_resnet32_probmask/hessian/
+  ghostmask hessian /scratch/me/first_try --top 1 --batches 16
+  torchrun --nproc-per-node 4 -m launcher hessian imagenet_resnet50_probmask --top 1
+
+Train with checkpoint.keep=1000 to have a checkpoint of every epoch to look at.""",
     "find-mask": """examples:
   ghostmask find-mask cifar10_resnet32_snip                     writes runs/cifar10_resnet32_snip/mask.safetensors
   ghostmask find-mask cifar10_resnet32_synflow mask.density=0.02 --out synflow02.safetensors
@@ -99,6 +105,12 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     export = _add(commands, "export", "write a run's network as a plain state dict", _export)
     export.add_argument("run", metavar="RUN", help=RUN_HELP)
+    hessian = _add(commands, "hessian", "print the Hessian's largest eigenvalues at a run's checkpoints", _hessian)
+    hessian.add_argument("run", metavar="RUN", help=RUN_HELP)
+    hessian.add_argument("--top", metavar="K", type=_count, default=5, help="how many eigenvalues (default: 5)")
+    hessian.add_argument(
+        "--batches", metavar="N", type=_count, default=4, help="training batches the loss is taken on (default: 4)"
+    )
     find = _add(commands, "find-mask", "find a mask before training and write it to a file", _find_mask)
     _add_settings(find)
     find.add_argument("--out", metavar="FILE", help="the file to write (default: mask.safetensors in the run folder)")
@@ -182,6 +194,14 @@ def _export(arguments: Namespace) -> int:
     return export_run(run)
 
 
+def _hessian(arguments: Namespace) -> int:
+    run = locate.find_run(arguments.run)
+    prepare_environment(_device_of(run))
+    from launcher.hessian import hessian
+
+    return hessian(run, top=arguments.top, batches=arguments.batches)
+
+
 def _find_mask(arguments: Namespace) -> int:
     config = settings.load_config(arguments.config, arguments.overrides)
     check_config(config, int(os.environ.get("WORLD_SIZE", "1")))
@@ -217,6 +237,13 @@ def _show_config(arguments: Namespace) -> int:
     if named:
         check_config(config, world_size=1)
     return _print(settings.to_yaml(config))
+
+
+def _count(text: str) -> int:
+    """A command-line number of at least 1."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number of at least 1")
+    return int(text)
 
 
 def _device_of(run: Path) -> str:

@@ -1,0 +1,113 @@
+"""ghostmask hessian: how sharply does the loss curve along a run's checkpoints?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+
+from torch import Tensor
+from torch.func import functional_call
+
+from engine.batchnorm import average_buffers
+from engine.checkpoint import CheckpointStore, Saved
+from engine.curvature import Curvature, Spectrum, top_eigenvalues
+from engine.data import Batch, DataPipeline
+from engine.errors import InputError
+from engine.metrics import MetricWriter
+from engine.progress import Progress
+from engine.reporting import Reporter
+from engine.world import World, connect
+from launcher.checks import check_config
+from launcher.config import RunConfig
+from launcher.run import Run, build_method, open_data, plan
+from launcher.settings import load_config
+from masks.masked_model import MaskedModel, present_masks
+from models.ghosts import GhostedModel
+
+FOLDER = "hessian"
+"""Below the run's folder: not its own metrics.jsonl, whose lines a resume drops by their step."""
+
+
+def hessian(run: Path, *, top: int, batches: int) -> int:
+    """Print and write the `top` largest eigenvalues at every checkpoint that the run folder holds."""
+    config = load_config(str(run / "config.yaml"), [])
+    with connect(config.train.device) as world:
+        check_config(config, world.size)
+        measure(run, config, world, open_data(config, world), top=top, num_batches=batches)
+    return 0
+
+
+def measure(
+    folder: Path, config: RunConfig, world: World, data: DataPipeline, *, top: int, num_batches: int
+) -> list[tuple[int, Spectrum]]:
+    """Collective: (step, spectrum) of each intact checkpoint, oldest first; written to folder/hessian on rank 0.
+
+    The loss: plain cross-entropy over the first num_batches training batches of epoch 0, with batch norm in evaluation
+    mode, so that it is one function on any number of ranks. The point: the network as it trains at the checkpoint,
+    with the ghosts and soft activations of that moment and its pruned weights at zero. The subspace: all weights that
+    the mask keeps and all other parameters of the plain network. Raises InputError where there is no checkpoint.
+    """
+    store = CheckpointStore(folder / "checkpoints", world)
+    saves = store.every()
+    if not saves:
+        store.close()
+        raise InputError(f"RUN = {str(folder)!r}: it holds no checkpoint; train it, with checkpoint.keep for more")
+    with closing(data.train(0)) as loaded:
+        batches = [Batch(b.images.clone(), b.labels.clone()) for b in islice(loaded, num_batches)]
+    reporter = Reporter(MetricWriter(folder / FOLDER, world, None), Progress(world, saves[-1].step), world)
+    if world.is_main:
+        steps = ", ".join(str(s.step) for s in saves)
+        print(f"{len(saves)} checkpoints are left of this run (checkpoint.keep = {config.checkpoint.keep}): {steps}")
+    spectra = []
+    for saved in saves:
+        spectrum = _at(saved, config, world, data, store, reporter, batches, top)
+        spectra.append((saved.step, spectrum))
+        _write(saved, spectrum, reporter, world, data.steps_per_epoch)
+    store.close()
+    reporter.close()
+    data.close()
+    return spectra
+
+
+def _at(
+    saved: Saved, config: RunConfig, world: World, data: DataPipeline, store: CheckpointStore, reporter: Reporter,
+    batches: list[Batch], top: int,
+) -> Spectrum:  # fmt: skip
+    method = build_method(config, world, data)
+    run = Run(config, world, data, method.net, method, plan(method, data.steps_per_epoch), store, reporter)
+    (phase,) = [p for p in run.phases if p.name == saved.meta["phase"]]
+    trainer = run.trainer(phase, saved.step)
+    trainer.resume(saved)
+    average_buffers(trainer.model, world)
+    for hook in trainer.task.hooks:
+        hook.on_start(trainer)
+        hook.on_epoch_start(trainer)
+    trainer.model.eval()
+    model = trainer.model.model if isinstance(trainer.model, GhostedModel) else trainer.model
+    masks = present_masks(model)
+    net = model.net if isinstance(model, MaskedModel) else run.net
+
+    def logits(parameters: Mapping[str, Tensor], images: Tensor) -> Tensor:
+        result: Tensor = functional_call(net, dict(parameters), (images,))
+        return result
+
+    point = {n: p * masks[n] if n in masks else p for n, p in run.net.named_parameters()}
+    curvature = Curvature(logits, point, masks, batches, world)
+    spectrum = top_eigenvalues(curvature.product, curvature.start(), top)
+    for hook in trainer.task.hooks:
+        hook.on_stop(trainer)
+    trainer.close()
+    return spectrum
+
+
+def _write(saved: Saved, spectrum: Spectrum, reporter: Reporter, world: World, steps_per_epoch: int) -> None:
+    values = {f"hessian/eigenvalue_{i}": v for i, v in enumerate(spectrum.eigenvalues, start=1)}
+    values["hessian/products"] = spectrum.products
+    phase, epoch = str(saved.meta["phase"]), (saved.step - 1) // steps_per_epoch
+    reporter.writer.scalars(saved.step, values, phase=phase, epoch=epoch)
+    if world.is_main:
+        numbers = "  ".join(f"{v:.4g}" for v in spectrum.eigenvalues)
+        note = "" if spectrum.converged else f"  (not converged after {spectrum.products} products)"
+        print(f"step {saved.step}  {phase} epoch {epoch}  largest eigenvalues  {numbers}{note}", flush=True)
