@@ -97,6 +97,9 @@ class Trainer:
                 self.reporter.restart_clock()
                 while self.position.step < self.phase.end_step:
                     self._run_epoch(signals)
+                # Asked for after the last step's vote, during the evaluation: the phase's end is saved already.
+                if float(self.world.all_reduce(self._flag(signals.requested != 0))) > 0:
+                    self._stop()
         finally:
             for hook in self.task.hooks:
                 hook.on_stop(self)
@@ -171,17 +174,21 @@ class Trainer:
 
     def _run_steps(self, batches: Iterator[Batch], epoch: int, signals: StopSignals) -> None:
         for batch in batches:
-            asked, due = self._step(batch, signals)
+            asked, due = self.step(batch, signals)
             if self.position.step_in_epoch == 0:
                 self._end_epoch(epoch)
             if asked or due or self._epoch_save_due():
                 self.save()
             if asked:
-                saved = self.store.wait()
-                what = (
-                    f"saved at step {self.position.step}" if saved else "the save FAILED, an older checkpoint is left"
-                )
-                raise RunStopped(f"stopped by a signal; {what}", EXIT_INTERRUPTED)
+                self._stop()
+
+    def _stop(self) -> None:
+        saved = self.store.wait()
+        what = f"saved at step {self.position.step}" if saved else "the save FAILED, an older checkpoint is left"
+        raise RunStopped(f"stopped by a signal; {what}", EXIT_INTERRUPTED)
+
+    def _flag(self, *values: bool) -> Tensor:
+        return torch.tensor([float(v) for v in values], device=self.world.device)
 
     def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         while True:
@@ -192,8 +199,8 @@ class Trainer:
                 return
             yield batch
 
-    def _step(self, batch: Batch, signals: StopSignals) -> tuple[bool, bool]:
-        """One optimizer step; returns whether some rank was asked to stop and whether a save by time is due."""
+    def step(self, batch: Batch, signals: StopSignals) -> tuple[bool, bool]:
+        """Collective: one optimizer step; returns whether some rank was asked to stop, and whether a save is due."""
         for hook in self.task.hooks:
             hook.on_step_start(self)
         factor = self.task.learning_rate.factor(self.num_updates)
@@ -233,7 +240,7 @@ class Trainer:
         """
         minutes = (perf_counter() - self._saved_at) / 60
         due = self.saving.every_minutes > 0 and minutes >= self.saving.every_minutes and self.world.is_main
-        wishes = torch.tensor([float(signals.requested != 0), float(due)], device=self.world.device)
+        wishes = self._flag(signals.requested != 0, due)
         bad = (~torch.isfinite(totals[:1])).float()
         finite = torch.nan_to_num(totals, nan=0.0, posinf=0.0, neginf=0.0)
         votes = self.world.all_reduce(torch.cat([finite, bad, wishes]))
