@@ -10,7 +10,7 @@ from engine.data import DataPipeline
 from masks.gradient_scores import ScoreLoss
 from masks.one_shot import OneShot
 from masks.score_images import Chunk, PerClass, chosen_images
-from masks.score_shards import largest
+from masks.score_shards import ScoreShards, largest
 
 TEMPERATURE = 200.0
 """T that the logits are divided by, as in the authors' code."""
@@ -25,6 +25,13 @@ class Grasp(OneShot):
 
     def find(self, data: DataPipeline) -> dict[str, Tensor]:
         config, shards = self.config, self.shards()
+        scores = self.scores(data, shards)
+        return shards.gathered(largest(shards, scores, config.density, config.constraint, config.min_per_layer))
+
+    def scores(self, data: DataPipeline, shards: ScoreShards) -> Tensor:
+        """Collective: w (H g) of this rank's slice, (end - first,), of the loss summed over the images: the largest
+        -w (H g) are removed, so the largest w (H g) are kept."""
+        config = self.config
 
         def chunks() -> Iterator[Chunk]:
             choice = PerClass(data.num_classes, config.samples_per_class)
@@ -33,6 +40,4 @@ class Grasp(OneShot):
         loss = ScoreLoss(self.net, self.weights, chunks, self.world, TEMPERATURE)
         gradient = [self.world.all_reduce(g) for g in loss.gradient()]
         product = shards.summed(loss.hessian_product(gradient))
-        # Largest -w (H g) removed = largest w (H g) kept.
-        scores = shards.own(self.weights.values()) * product
-        return shards.gathered(largest(shards, scores, config.density, config.constraint, config.min_per_layer))
+        return shards.own(self.weights.values()) * product

@@ -10,7 +10,7 @@ from engine.data import DataPipeline
 from masks.kronecker import KroneckerFactors, inverse_diagonals, scores_of
 from masks.one_shot import OneShot
 from masks.score_images import Chunk, First, chosen_images
-from masks.score_shards import largest
+from masks.score_shards import ScoreShards, largest
 
 BATCHES = 10
 """Chunks of mask.score_batch images, unless mask.score_batches says otherwise."""
@@ -25,11 +25,16 @@ class MlPrune(OneShot):
 
     def find(self, data: DataPipeline) -> dict[str, Tensor]:
         config, shards = self.config, self.shards()
+        scores = self.scores(data, shards)
+        return shards.gathered(largest(shards, scores, config.density, config.constraint, config.min_per_layer))
+
+    def scores(self, data: DataPipeline, shards: ScoreShards) -> Tensor:
+        """Collective: the normalised score of this rank's slice, (end - first,), float64; larger = kept."""
+        config = self.config
         count = (config.score_batches or BATCHES) * config.score_batch
         factors = KroneckerFactors(self.net, list(self.weights), self.recipe.seed)
         chunks: Iterator[Chunk] = chosen_images(data, 0, First(count), config.score_batch, self.world)
         for chunk in chunks:
             factors.add(chunk)
         diagonals = inverse_diagonals(factors.reduced(self.world), config.damping, self.world)
-        own = shards.own(scores_of(self.weights, diagonals))
-        return shards.gathered(largest(shards, own, config.density, config.constraint, config.min_per_layer))
+        return shards.own(scores_of(self.weights, diagonals))

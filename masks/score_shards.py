@@ -65,29 +65,41 @@ class ScoreShards:
             start += w.numel()
 
 
-def largest(shards: ScoreShards, scores: Tensor, density: float, constraint: str, min_per_layer: int = 0) -> Tensor:
+def largest(
+    shards: ScoreShards, scores: Tensor, density: float, constraint: str, min_per_layer: int = 0,
+    among: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Collective: this rank's bools, (end - first,): round(density n) largest scores of the network or of each layer.
 
     scores: (end - first,), larger = kept; constraint: "global" or "layerwise"; min_per_layer: with "global", that many
-    of each layer's largest scores (all of a smaller layer) are kept before the others compete. Raises InputError where
-    that is more than the budget.
+    of each layer's largest scores (all of a smaller layer) are kept before the others compete; among: bools, the only
+    ones that may be kept (of each layer at least as many as are asked for). Raises InputError where min_per_layer is
+    more than the budget.
     """
-    world = shards.world
+    among = torch.ones_like(scores, dtype=torch.bool) if among is None else among
     sizes = [w.numel() for w in shards.weights.values()]
     if constraint == "layerwise":
-        layers = zip(shards.layers(scores), sizes, strict=True)
-        return torch.cat([topk_shard(part, kept_count(density, size), world) for part, size in layers])
+        return _largest_of_layers(shards, scores, among, [kept_count(density, size) for size in sizes])
     kept = kept_count(density, shards.total)
     if not min_per_layer:
-        return topk_shard(scores, kept, world)
+        return _top(scores, among, kept, shards)
     smallest = [min(min_per_layer, size) for size in sizes]
     if sum(smallest) > kept:
         fix = f"{len(sizes)} layers need {sum(smallest)} weights, mask.density = {density:g} keeps {kept}"
         raise bad_value("mask.min_per_layer", min_per_layer, f"{fix}; lower the one or raise the other")
-    layers = zip(shards.layers(scores), smallest, strict=True)
-    protected = torch.cat([topk_shard(part, count, world) for part, count in layers])
-    others = torch.where(protected, torch.full_like(scores, -torch.inf), scores)
-    return protected | topk_shard(others, kept - sum(smallest), world)
+    protected = _largest_of_layers(shards, scores, among, smallest)
+    return protected | _top(scores, among & ~protected, kept - sum(smallest), shards)
+
+
+def _largest_of_layers(shards: ScoreShards, scores: Tensor, among: Tensor, counts: list[int]) -> Tensor:
+    layers = zip(shards.layers(scores), shards.layers(among), counts, strict=True)
+    return torch.cat([_top(part, candidates, count, shards) for part, candidates, count in layers])
+
+
+def _top(scores: Tensor, among: Tensor, kept: int, shards: ScoreShards) -> Tensor:
+    mask = torch.zeros_like(among)
+    mask[among] = topk_shard(scores[among], kept, shards.world)
+    return mask
 
 
 def empty_layers(masks: Mapping[str, Tensor]) -> list[str]:

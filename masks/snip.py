@@ -10,7 +10,7 @@ from engine.data import DataPipeline
 from masks.gradient_scores import ScoreLoss
 from masks.one_shot import OneShot
 from masks.score_images import Chunk, First, chosen_images
-from masks.score_shards import largest
+from masks.score_shards import ScoreShards, largest
 
 BATCHES = 1
 """Chunks of mask.score_batch images, unless mask.score_batches says otherwise: the paper's one batch."""
@@ -21,11 +21,16 @@ class Snip(OneShot):
 
     def find(self, data: DataPipeline) -> dict[str, Tensor]:
         config, shards = self.config, self.shards()
+        scores = self.scores(data, shards)
+        return shards.gathered(largest(shards, scores, config.density, config.constraint, config.min_per_layer))
+
+    def scores(self, data: DataPipeline, shards: ScoreShards) -> Tensor:
+        """Collective: |w dL/dw| of this rank's slice, (end - first,), L summed over the images; larger = kept."""
+        config = self.config
         count = (config.score_batches or BATCHES) * config.score_batch
 
         def chunks() -> Iterator[Chunk]:
             return chosen_images(data, 0, First(count), config.score_batch, self.world)
 
         gradient = shards.summed(ScoreLoss(self.net, self.weights, chunks, self.world).gradient())
-        scores = (shards.own(self.weights.values()) * gradient).abs()
-        return shards.gathered(largest(shards, scores, config.density, config.constraint, config.min_per_layer))
+        return (shards.own(self.weights.values()) * gradient).abs()

@@ -32,13 +32,13 @@ class SynFlow(OneShot):
                     layer.running_mean.zero_()  # a trained network's means would cut flow off at its ReLUs
         full = [w.detach().clone() for w in weights.values()]
         ones = torch.ones(1, *data.image_shape, dtype=torch.float64, device=self.world.device)
-        masks = {n: torch.ones_like(w, dtype=torch.bool) for n, w in self.weights.items()}
+        masks: dict[str, Tensor] = {}
+        kept: Tensor | None = None
         for i in range(1, config.iterations + 1):
             scores = shards.own(flow_scores(twin, list(weights.values()), ones))
-            # What is pruned stays pruned: below every score, which are all 0 or more.
-            scores = torch.where(shards.own(masks.values()), scores, torch.full_like(scores, -1.0))
             density = config.density ** (i / config.iterations)
-            masks = shards.gathered(largest(shards, scores, density, config.constraint, config.min_per_layer))
+            kept = largest(shards, scores, density, config.constraint, config.min_per_layer, among=kept)
+            masks = shards.gathered(kept)
             with torch.no_grad():
                 for w, dense, mask in zip(weights.values(), full, masks.values(), strict=True):
                     torch.mul(dense, mask, out=w)

@@ -49,11 +49,7 @@ def _largest(scores: list[Tensor], kept: int, world: World) -> list[Tensor]:
     if kept == 0:
         return [torch.zeros_like(score, dtype=torch.bool) for score in scores]
     wide = any(score.dtype == torch.float64 for score in scores)
-    threshold, left = 0, kept
-    for number in range(4 if wide else 2):
-        place, left = _select(scores, left, wide, number, threshold, world)
-        # The image is signed: so is its uppermost digit.
-        threshold = place - BINS // 2 if number == 0 else (threshold << 16) | place
+    threshold, left = _threshold(scores, kept, wide, world)
     return _cut(scores, wide, threshold, left, world)
 
 
@@ -68,49 +64,61 @@ def _check(scores: list[Tensor], kept: int, world: World) -> None:
             raise RunStopped(f"scores of tensor {number}: {bad} of {numel} are nan", EXIT_NON_FINITE)
 
 
-def _images(score: Tensor, wide: bool) -> Iterator[Tensor]:
-    """Chunk by chunk, int64 images that are ordered as the scores are; 32 bits of them count unless `wide`."""
-    for chunk in torch.split(score.detach().reshape(-1), CHUNK):
-        # Adding 0.0 turns -0.0 into 0.0. Negative floats order in reverse: all bits below their sign are flipped.
-        if wide:
-            bits = (chunk.double() + 0.0).view(torch.int64)
-            yield torch.where(bits < 0, bits ^ torch.iinfo(torch.int64).max, bits)
-        else:
-            bits = (chunk.float() + 0.0).view(torch.int32)
-            yield torch.where(bits < 0, bits ^ torch.iinfo(torch.int32).max, bits).long()
-
-
-def _select(scores: list[Tensor], kept: int, wide: bool, number: int, prefix: int, world: World) -> tuple[int, int]:
-    """(bin of the kept-th largest score in digit `number`, how many of that bin are kept), among images with `prefix`
-    as their digits before it."""
-    shift = 16 * ((4 if wide else 2) - 1 - number)
+def _threshold(scores: list[Tensor], kept: int, wide: bool, world: World) -> tuple[float, int]:
+    """(the kept-th largest score, how many equal to it are kept): its digits of 16 bits, from the uppermost down."""
+    digits = 4 if wide else 2
     counts = torch.zeros(BINS, dtype=torch.int64)
+    for image in _images(scores, wide):
+        counts += torch.bincount((image >> 16 * (digits - 1)) + BINS // 2, minlength=BINS).cpu()
+    place, left = _bin(counts, kept, world)
+    prefix = place - BINS // 2  # the image is signed: so is its uppermost digit
+    inside = [image[image >> 16 * (digits - 1) == prefix] for image in _images(scores, wide)]
+    image = torch.cat(inside) if inside else torch.zeros(0, dtype=torch.int64)
+    for digit in reversed(range(digits - 1)):
+        counts = torch.bincount((image >> 16 * digit) & (BINS - 1), minlength=BINS).cpu()
+        place, left = _bin(counts, left, world)
+        prefix = (prefix << 16) | place
+        image = image[image >> 16 * digit == prefix]
+    return _score_of(prefix, wide), left
+
+
+def _images(scores: list[Tensor], wide: bool) -> Iterator[Tensor]:
+    """Chunk by chunk, int64 images that are ordered as the scores are; 32 bits of them count unless `wide`."""
     for score in scores:
-        for image in _images(score, wide):
-            if number == 0:
-                part = (image >> shift) + BINS // 2
-            else:
-                part = (image[image >> (shift + 16) == prefix] >> shift) & (BINS - 1)
-            counts += torch.bincount(part, minlength=BINS).cpu()
+        for chunk in torch.split(score.detach().reshape(-1), CHUNK):
+            # Adding 0.0 turns -0.0 into 0.0.
+            floats = (chunk.double() if wide else chunk.float()) + 0.0
+            yield _flipped(floats.view(torch.int64 if wide else torch.int32)).long()
+
+
+def _flipped(bits: Tensor) -> Tensor:
+    """Negative floats order in reverse: all bits below their sign are flipped. It is its own inverse."""
+    return torch.where(bits < 0, bits ^ torch.iinfo(bits.dtype).max, bits)
+
+
+def _score_of(image: int, wide: bool) -> float:
+    bits = _flipped(torch.tensor([image], dtype=torch.int64 if wide else torch.int32))
+    return bits.view(torch.float64 if wide else torch.float32).item()
+
+
+def _bin(counts: Tensor, kept: int, world: World) -> tuple[int, int]:
+    """Collective: (bin of the kept-th largest, how many of that bin are kept), from every rank's counts."""
     from_top = world.all_reduce(counts).flip(0).cumsum(0)
     place = int(torch.searchsorted(from_top, kept))
     above = int(from_top[place - 1]) if place else 0
     return BINS - 1 - place, kept - above
 
 
-def _cut(scores: list[Tensor], wide: bool, threshold: int, ties_left: int, world: World) -> list[Tensor]:
-    """The masks: all images above the threshold and the first `ties_left` equal to it, lower ranks first."""
-    ties = sum(int((image == threshold).sum()) for score in scores for image in _images(score, wide))
-    before = world.all_gather(torch.tensor([ties]))[: world.rank].sum()
+def _cut(scores: list[Tensor], wide: bool, threshold: float, ties_left: int, world: World) -> list[Tensor]:
+    """The masks: all scores above the threshold and the first `ties_left` equal to it, lower ranks first."""
+    compared = [(s.detach().double() if wide else s.detach().float()).reshape(-1) for s in scores]
+    ties = [(score == threshold).nonzero().squeeze(1) for score in compared]
+    before = world.all_gather(torch.tensor([sum(len(t) for t in ties)]))[: world.rank].sum()
     ties_left = max(0, ties_left - int(before))
     masks = []
-    for score in scores:
-        pieces = [torch.zeros(0, dtype=torch.bool, device=score.device)]
-        for image in _images(score, wide):
-            piece = image > threshold
-            chosen = (image == threshold).nonzero().squeeze(1)[:ties_left]
-            piece[chosen] = True
-            ties_left -= len(chosen)
-            pieces.append(piece)
-        masks.append(torch.cat(pieces).view(score.shape))
+    for score, like, tied in zip(compared, scores, ties, strict=True):
+        mask = score > threshold
+        mask[tied[:ties_left]] = True
+        ties_left -= min(ties_left, len(tied))
+        masks.append(mask.view(like.shape))
     return masks

@@ -1,0 +1,182 @@
+"""Do the finders keep their promises: no harm to the network, one mask on all ranks, no layer lost unnoticed?"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from memory_data import MemoryData
+from memory_run import CONFIG, configured
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from engine.config import FinetuneConfig, OptimConfig
+from engine.errors import InputError
+from engine.registry import resolve
+from engine.spawn import run_distributed
+from engine.world import World, single
+from launcher.checks import FINDERS, check_finder
+from masks.config import MaskConfig
+from masks.mask_file import write_masks
+from masks.masked_model import density_of
+from masks.method import MaskMethod, Recipe
+from masks.one_shot import report
+from masks.registry import METHODS
+from masks.score_shards import empty_layers
+from masks.topk import kept_count
+from models.build import build_model
+from models.config import ModelConfig
+
+RECIPE = Recipe(OptimConfig(), FinetuneConfig(), epochs=1, seed=3)
+SCORING = ("random", "snip", "grasp", "synflow", "mlprune")
+SMALL = {"score_batch": 24, "score_batches": 2, "samples_per_class": 9, "iterations": 5}
+
+
+def digits_net() -> nn.Module:
+    return build_model(ModelConfig(name="digits_resnet"), 4, MemoryData.image_shape, seed=3)
+
+
+def finder(name: str, net: nn.Module, world: World, **settings: Any) -> Any:
+    return resolve(METHODS[name])(MaskConfig(method=name, **{**SMALL, **settings}), net, RECIPE, world)
+
+
+def everything_about(net: nn.Module) -> dict[str, Any]:
+    """All that a finder could change: tensors bit for bit, modes, hooks, gradients, and the random generators."""
+    return {
+        "tensors": {n: t.numpy().tobytes() for n, t in net.state_dict().items()},
+        "addresses": [t.data_ptr() for t in net.state_dict().values()],
+        "trained": [(n, p.requires_grad, p.grad is None) for n, p in net.named_parameters()],
+        "modes": [(n, m.training, type(m), getattr(m, "inplace", None)) for n, m in net.named_modules()],
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in net.modules()],
+        "random": (torch.get_rng_state().tolist(), repr(np.random.get_state()), random.getstate()),
+    }
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", SCORING)
+def test_a_finder_leaves_the_network_and_the_random_numbers_exactly_as_they_were(name: str, training: bool) -> None:
+    net = digits_net()
+    net(torch.randn(8, 3, 8, 8))
+    net.train(training)
+    net.get_submodule("layer2").train(not training)
+    before = everything_about(net)
+    finder(name, net, single()).find(MemoryData(single()))
+    assert everything_about(net) == before
+
+
+def found_by_all(world: World) -> dict[str, dict[str, Tensor]]:
+    data = MemoryData(world)
+    return {name: finder(name, digits_net(), world).find(data) for name in SCORING}
+
+
+def test_three_ranks_find_the_same_masks_as_one_on_the_same_images() -> None:
+    alone = run_distributed(found_by_all, 1)[0]
+    ranks = run_distributed(found_by_all, 3)
+    for name in SCORING:
+        total = sum(m.numel() for m in alone[name].values())
+        differing = sum(int((m != ranks[0][name][n]).sum()) for n, m in alone[name].items())
+        assert differing <= 0.001 * total, f"{name}: {differing} of {total}"
+        for masks in (alone[name], *(rank[name] for rank in ranks)):
+            assert sum(int(m.sum()) for m in masks.values()) == kept_count(0.1, total)
+            assert all(torch.equal(m, ranks[0][name][n]) for n, m in masks.items() if masks is not alone[name])
+
+
+@pytest.mark.parametrize("name", ["snip", "grasp", "synflow", "mlprune"])
+def test_layerwise_masks_have_the_same_density_in_every_layer(name: str) -> None:
+    masks = finder(name, digits_net(), single(), constraint="layerwise").find(MemoryData(single()))
+    assert all(int(m.sum()) == kept_count(0.1, m.numel()) for m in masks.values())
+
+
+def test_a_lost_layer_is_named_and_a_minimum_protects_it() -> None:
+    lost = finder("snip", digits_net(), single(), density=3e-5).find(MemoryData(single()))
+    names = empty_layers(lost)
+    assert names
+    assert report(lost)[1].startswith(f"warning: {len(names)} of 10 layers have no weight left: {', '.join(names)}; ")
+    for name in SCORING:
+        kept = finder(name, digits_net(), single(), density=1e-3, min_per_layer=3).find(MemoryData(single()))
+        assert all(int(m.sum()) >= 3 for m in kept.values()), name
+        assert density_of(kept) == pytest.approx(1e-3, rel=2e-3)
+        assert len(report(kept)) == 1
+
+
+@pytest.mark.parametrize("name", ["snip", "random"])
+def test_a_minimum_above_the_budget_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match=r"mask\.min_per_layer = 9: .*10 layers need 90 weights"):
+        finder(name, digits_net(), single(), density=1e-4, min_per_layer=9).find(MemoryData(single()))
+
+
+class Cifar(MemoryData):
+    """A few images of 32 x 32."""
+
+    image_shape = (3, 32, 32)
+
+
+def test_synflow_keeps_every_layer_of_vgg19_at_density_0_001_where_snip_loses_some() -> None:
+    """20 million weights. SNIP sees 24 images; SynFlow none, in 25 iterations instead of its 100, to save time."""
+    net = build_model(ModelConfig(name="vgg19"), 4, Cifar.image_shape, seed=0)
+    data = Cifar(single(), num_train=24, num_eval=4)
+    lost = empty_layers(finder("snip", net, single(), density=1e-3, score_batches=1).find(data))
+    flow = finder("synflow", net, single(), density=1e-3, iterations=25).find(data)
+    assert lost
+    assert empty_layers(flow) == []
+    assert sum(int(m.sum()) for m in flow.values()) == kept_count(1e-3, sum(m.numel() for m in flow.values()))
+
+
+def test_find_mask_is_for_exactly_the_methods_that_have_a_finder() -> None:
+    for name, entry in METHODS.items():
+        config = configured(CONFIG, mask={"method": name, "path": "x"})
+        assert (resolve(entry).find is not MaskMethod.find) == (name in FINDERS)
+        if name in FINDERS:
+            check_finder(config)
+        else:
+            with pytest.raises(InputError, match=f"mask.method = '{name}': finds its mask by training"):
+                check_finder(config)
+    with pytest.raises(InputError, match=r"mask\.path = '': name the trained network"):
+        check_finder(configured(CONFIG, mask={"method": "magnitude"}))
+
+
+def read(path: Path, **settings: Any) -> dict[str, Tensor]:
+    method = finder("file", digits_net(), single(), path=str(path), **settings)
+    method.prepare()
+    masks: dict[str, Tensor] = method.find(MemoryData(single()))
+    return masks
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return list(a) == list(b) and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_a_mask_is_read_back_from_any_file_that_holds_it(tmp_path: Path) -> None:
+    masks = finder("random", digits_net(), single(), dense_layers=("fc.weight",)).find(MemoryData(single()))
+    dense = {"dense_layers": ("fc.weight",)}
+    write_masks(tmp_path / "ours.safetensors", masks, {"method": "random"})
+    state = digits_net().state_dict()
+    for name, mask in masks.items():
+        state[name] = state[name] * mask
+    save_file(state, tmp_path / "export.safetensors")
+    torch.save({"state_dict": {f"module.{n}": t for n, t in state.items()}}, tmp_path / "theirs.pt")
+    torch.save({n.removesuffix(".weight"): m.float() for n, m in masks.items()}, tmp_path / "plain.pt")
+    for file in ("ours.safetensors", "export.safetensors", "theirs.pt", "plain.pt"):
+        assert same(read(tmp_path / file, **dense), masks), file
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda m: m.pop("layer1.0.conv1.weight"), "has no mask for layer1.0.conv1.weight; leave them unpruned"),
+        (lambda m: m.update({"layer9.conv.weight": torch.ones(1)}), "holds layer9.conv.weight, which this network"),
+        (lambda m: m.update({"conv1.weight": torch.ones(32, 3, 5, 5)}), r"conv1.weight has shape \(32, 3, 5, 5\)"),
+        (lambda m: m.update({"fc.weight": torch.zeros(4, 128)}), "prunes fc.weight, which mask.dense_layers keeps"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_refused_in_one_line(change: Any, said: str, tmp_path: Path) -> None:
+    masks = finder("random", digits_net(), single(), dense_layers=("fc.weight",)).find(MemoryData(single()))
+    change(masks)
+    torch.save(masks, tmp_path / "mask.pt")
+    with pytest.raises(InputError, match=said) as caught:
+        read(tmp_path / "mask.pt", dense_layers=("fc.weight",))
+    assert "\n" not in str(caught.value)

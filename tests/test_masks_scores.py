@@ -1,0 +1,251 @@
+"""Are the finders' scores those of the papers? Each against a slow, obvious computation in float64."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from memory_data import MemoryData
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from engine.config import FinetuneConfig, OptimConfig
+from engine.data import Batch
+from engine.registry import resolve
+from engine.world import single
+from masks.config import MaskConfig
+from masks.grasp import TEMPERATURE
+from masks.kronecker import drawn_labels
+from masks.method import Recipe
+from masks.registry import METHODS
+from masks.score_images import First, PerClass, chosen_images
+from masks.score_shards import ScoreShards
+from masks.topk import kept_count, topk_masks
+from models.build import build_model
+from models.config import ModelConfig
+
+RECIPE = Recipe(OptimConfig(), FinetuneConfig(), epochs=1, seed=3)
+
+
+def tiny(seed: int = 0) -> nn.Module:
+    """A smooth network of 180 prunable weights for 8 x 8 images: finite differences meet no kink."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(3, 4, 3, stride=2, padding=1, bias=False),
+            bn1=nn.BatchNorm2d(4),
+            act1=nn.Tanh(),
+            conv2=nn.Conv2d(4, 3, (1, 3), padding=(0, 2), dilation=(1, 2)),
+            act2=nn.Tanh(),
+            pool=nn.AdaptiveAvgPool2d((1, 3)),
+            flat=nn.Flatten(),
+            fc=nn.Linear(9, 4),
+        )
+    )
+
+
+def method_of(name: str, net: nn.Module, **settings: Any) -> Any:
+    return resolve(METHODS[name])(MaskConfig(method=name, **settings), net, RECIPE, single())
+
+
+def scores_of(method: Any, data: MemoryData) -> Tensor:
+    scores: Tensor = method.scores(data, ScoreShards(method.weights, single()))
+    return scores
+
+
+def chunked(data: MemoryData, choice: Any, size: int) -> list[tuple[Tensor, Tensor]]:
+    """The images a score sees, in float64, taken from the epoch's batches one image at a time."""
+    images, labels = [], []
+    for batch in data.train(0):
+        for image, label in zip(batch.images, batch.labels, strict=True):
+            if choice.take(int(label)):
+                images.append(image.double())
+                labels.append(label)
+    return list(zip(torch.stack(images).split(size), torch.stack(labels).split(size), strict=True))
+
+
+def loss_of(net: nn.Module, chunks: list[tuple[Tensor, Tensor]], temperature: float = 1.0) -> Callable[[Tensor], float]:
+    """Summed cross-entropy as a function of all prunable weights laid end to end, batch norm in training mode."""
+    twin = tiny().double()
+    twin.load_state_dict(net.state_dict())
+    shapes = {n: p.shape for n, p in twin.named_parameters() if n in ("conv1.weight", "conv2.weight", "fc.weight")}
+
+    @torch.no_grad()
+    def loss(flat: Tensor) -> float:
+        pieces = flat.split([s.numel() for s in shapes.values()])
+        weights = {n: p.view(s) for (n, s), p in zip(shapes.items(), pieces, strict=True)}
+        total = 0.0
+        for images, labels in chunks:
+            log = (functional_call(twin, weights, (images,)) / temperature).log_softmax(1)
+            total -= float(log[torch.arange(len(labels)), labels].sum())
+        return total
+
+    return loss
+
+
+def differences(function: Callable[[Tensor], float], at: Tensor, step: float) -> Tensor:
+    """The gradient by central differences."""
+    result = torch.empty_like(at)
+    for i in range(len(at)):
+        move = torch.zeros_like(at)
+        move[i] = step
+        result[i] = (function(at + move) - function(at - move)) / (2 * step)
+    return result
+
+
+def flat_weights(method: Any) -> Tensor:
+    return torch.cat([w.detach().double().reshape(-1) for w in method.weights.values()])
+
+
+def close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    return float((a - b).abs().max()) <= tolerance * float(b.abs().max())
+
+
+def test_snip_scores_are_the_change_of_the_loss_with_each_mask_entry() -> None:
+    net, data = tiny(), MemoryData(single())
+    method = method_of("snip", net, score_batch=10, score_batches=2)
+    loss, w = loss_of(net, chunked(data, First(20), 10)), flat_weights(method)
+    assert len(w) == 180
+    by_mask = differences(lambda mask: loss(mask * w), torch.ones_like(w), 1e-5)
+    assert close(scores_of(method, data).double(), by_mask.abs(), 1e-5)
+
+
+def test_grasp_scores_are_minus_the_papers_by_differences_of_differences() -> None:
+    net, data = tiny(), MemoryData(single())
+    method = method_of("grasp", net, score_batch=7, samples_per_class=3)
+    chunks = chunked(data, PerClass(4, 3), 7)
+    assert [len(labels) for _, labels in chunks] == [7, 5]
+    assert torch.cat([labels for _, labels in chunks]).bincount().tolist() == [3, 3, 3, 3]
+    loss, w = loss_of(net, chunks, TEMPERATURE), flat_weights(method)
+    g = differences(loss, w, 1e-3)
+    step = 0.02 / float(g.norm())
+    hessian_g = (differences(loss, w + step * g, 1e-3) - differences(loss, w - step * g, 1e-3)) / (2 * step)
+    assert close(scores_of(method, data).double(), w * hessian_g, 2e-3)
+    removed_first = (-w * hessian_g).argsort(descending=True)[:20]
+    masks = method_of("grasp", net, score_batch=7, samples_per_class=3, density=0.5).find(data)
+    assert not torch.cat([m.reshape(-1) for m in masks.values()])[removed_first].any()
+
+
+def linear(*widths: int) -> nn.Module:
+    torch.manual_seed(1)
+    layers = [nn.Linear(a, b, bias=False) for a, b in pairwise(widths)]
+    return nn.Sequential(nn.Flatten(), *layers)
+
+
+class Shape(MemoryData):
+    """Images of another shape: all that SynFlow reads of the data."""
+
+    image_shape = (1, 2, 3)
+
+    def __init__(self) -> None:
+        pass
+
+
+def test_synflow_on_a_linear_network_follows_its_closed_form() -> None:
+    """R = 1' |W3| |W2| |W1| 1, and the score of W2[i, j] is (1' |W3|)_i |W2|_ij (|W1| 1)_j."""
+    net = linear(6, 7, 5, 4)
+    method = method_of("synflow", net, density=0.2, iterations=9)
+    full = [w.detach().double().abs().numpy() for w in method.weights.values()]
+    sizes = [m.size for m in full]
+    masks = [np.ones_like(m) for m in full]
+    for i in range(1, 10):
+        one, two, three = (w * m for w, m in zip(full, masks, strict=True))
+        ahead = [np.ones(4) @ three @ two, np.ones(4) @ three, np.ones(4)]
+        behind = [np.ones(6), one @ np.ones(6), two @ one @ np.ones(6)]
+        scores = [np.outer(a, b) * w for a, b, w in zip(ahead, behind, (one, two, three), strict=True)]
+        flow = float(np.ones(4) @ three @ two @ one @ np.ones(6))
+        assert all(abs(score.sum() - flow) < 1e-9 * flow for score in scores), "each layer holds all of the flow"
+        flat = np.concatenate([np.where(m > 0, s, -1).ravel() for m, s in zip(masks, scores, strict=True)])
+        kept = np.zeros(sum(sizes))
+        kept[np.argsort(-flat, kind="stable")[: kept_count(0.2 ** (i / 9), sum(sizes))]] = 1
+        masks = [p.reshape(m.shape) for p, m in zip(np.split(kept, np.cumsum(sizes)[:-1]), masks, strict=True)]
+    found = method.find(Shape())
+    assert all(np.array_equal(a.numpy(), b > 0) for a, b in zip(found.values(), masks, strict=True))
+
+
+def test_synflow_scores_of_every_layer_of_a_convolutional_network_add_up_to_its_output() -> None:
+    from masks.synflow import flow_scores
+
+    net = build_model(ModelConfig(name="conv4"), 4, (3, 8, 8), 3).double()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.abs_()
+    ones = torch.ones(1, 3, 8, 8, dtype=torch.float64)
+    totals = [float(s.sum()) for s in flow_scores(net, list(net.parameters()), ones)]
+    assert totals == pytest.approx([float(net(ones).sum().detach())] * 7, rel=1e-9)
+
+
+def patches(layer: nn.Module, x: Tensor) -> Iterator[Tensor]:
+    """The inputs of each use of a layer's weights for one image, laid out as a row of its weight, by explicit loops."""
+    if isinstance(layer, nn.Linear):
+        yield x
+        return
+    assert isinstance(layer, nn.Conv2d)
+    (ph, pw), (sh, sw), (dh, dw), (kh, kw) = layer.padding, layer.stride, layer.dilation, layer.kernel_size  # type: ignore[misc]
+    padded = torch.zeros(x.shape[0], x.shape[1] + 2 * ph, x.shape[2] + 2 * pw, dtype=x.dtype)
+    padded[:, ph : ph + x.shape[1], pw : pw + x.shape[2]] = x
+    for top in range(0, padded.shape[1] - dh * (kh - 1), sh):
+        for left in range(0, padded.shape[2] - dw * (kw - 1), sw):
+            block = padded[:, top : top + dh * (kh - 1) + 1 : dh, left : left + dw * (kw - 1) + 1 : dw]
+            yield block.reshape(-1)
+
+
+def test_mlprune_scores_are_those_of_explicit_kronecker_products() -> None:
+    net, data, damping = tiny(), MemoryData(single()), 0.01
+    net(torch.randn(40, 3, 8, 8))  # running statistics other than 0 and 1
+    method = method_of("mlprune", net, score_batch=6, score_batches=2, damping=damping)
+    twin = tiny().double()
+    twin.load_state_dict(net.state_dict())
+    twin.eval()
+    layers = {n: twin.get_submodule(n.removesuffix(".weight")) for n in method.weights}
+    factors = {n: [torch.zeros(w[0].numel(), w[0].numel()).double(), torch.zeros(len(w), len(w)).double()]
+               for n, w in method.weights.items()}  # fmt: skip
+    images = torch.cat([images for images, _ in chunked(data, First(12), 6)])
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: (inputs[0], output)}))
+    for number, image in enumerate(images):
+        logits = twin(image[None])
+        label = int(drawn_labels(logits.detach(), torch.tensor([number]), RECIPE.seed))
+        gradients = torch.autograd.grad(-logits.log_softmax(1)[0, label], [seen[n][1] for n in layers])
+        for (name, layer), gradient in zip(layers.items(), gradients, strict=True):
+            for a in patches(layer, seen[name][0][0].detach()):
+                factors[name][0] += torch.outer(a, a)
+            for g in gradient[0].reshape(gradient.shape[1], -1).T:
+                factors[name][1] += torch.outer(g, g)
+    expected = []
+    for name, w in method.weights.items():
+        a, g = (m + damping * m.trace() / len(m) * torch.eye(len(m)) for m in factors[name])
+        inverse = torch.linalg.inv(torch.kron(g, a)).diagonal()
+        score = w.detach().double().reshape(-1) ** 2 / inverse
+        expected.append(score / score.sum())
+    assert close(scores_of(method, data), torch.cat(expected), 1e-4)
+
+
+def test_labels_are_drawn_with_the_probabilities_of_the_network() -> None:
+    logits = torch.tensor([0.1, 0.6, 0.05, 0.25]).log().expand(4000, 4) + 3
+    labels = drawn_labels(logits, torch.arange(4000), 0)
+    assert torch.allclose(labels.bincount() / 4000, torch.tensor([0.1, 0.6, 0.05, 0.25]), atol=0.025)
+    assert torch.equal(drawn_labels(logits[:9], torch.arange(70, 79), 0), labels[70:79])
+
+
+def test_images_are_chosen_in_the_order_of_the_epoch_and_numbered() -> None:
+    data = MemoryData(single())
+    everything: list[Batch] = list(data.train(0))
+    found = list(chosen_images(data, 0, First(50), 20, single()))
+    assert [len(c.labels) for c in found] == [20, 20, 10]
+    assert torch.cat([c.numbers for c in found]).tolist() == list(range(50))
+    assert torch.equal(torch.cat([c.images for c in found]), torch.cat([b.images for b in everything])[:50])
+    assert len(list(chosen_images(data, 0, First(10**6), 96, single()))) == 1, "one epoch holds no more"
+
+
+def test_masks_follow_the_scores() -> None:
+    net, data = tiny(), MemoryData(single())
+    method = method_of("snip", net, score_batch=20, density=0.3)
+    masks = torch.cat([m.reshape(-1) for m in method.find(data).values()])
+    assert torch.equal(masks, topk_masks([scores_of(method, data)], kept_count(0.3, 180))[0])
