@@ -22,7 +22,8 @@ from models.config import TOST_PRESETS, TostConfig
 Section = TypeVar("Section")
 
 PRESETS: dict[type, dict[str, dict[str, Any]]] = {TostConfig: TOST_PRESETS}
-"""Sections that can be given one word (tost=all, in YAML tost: all) -> what the words stand for."""
+"""Sections that can be given one word (tost=all, in YAML tost: all) -> word -> the settings that it adds to the
+section; a word without settings empties it."""
 
 
 def load_config(path: str | None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -138,6 +139,8 @@ def _override(values: dict[str, Any], item: str, given: set[str]) -> None:
         section = values.setdefault(key, {})
         if not isinstance(section, dict):
             raise _is_section(key, section)
+        if not preset:
+            section.clear()
         section.update(preset)
         return
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
@@ -152,7 +155,8 @@ def _override(values: dict[str, Any], item: str, given: set[str]) -> None:
 
 def _without_preset(cls: type, value: Any) -> Any:
     """The settings that a preset's name stands for; any other value as it is."""
-    return dict(PRESETS.get(cls, {}).get(value, {})) or value if isinstance(value, str) else value
+    words = PRESETS.get(cls, {})
+    return dict(words[value]) if isinstance(value, str) and value in words else value
 
 
 def _sections_with_presets() -> list[str]:

@@ -30,7 +30,8 @@ ACTIVATIONS = ("pswish", "swish", "mish")
 @dataclass(frozen=True)
 class TostConfig:
     """ToST: tweaks that train any given mask better, each on its own. `tost=all` turns all four on with the paper's
-    values, `tost=none` all off. Their schedules run over the main phase; fine-tuning trains the plain network."""
+    values, `tost=none` puts every setting to its default. Their schedules run over the main phase; fine-tuning trains
+    the plain network."""
 
     ghost_skip: bool = False
     """Extra skips (1x1 convolution, batch norm) around the 3x3 convolutions, faded out and then removed."""
@@ -79,6 +80,6 @@ class TostConfig:
 
 TOST_PRESETS: dict[str, dict[str, bool | float]] = {
     "all": {"ghost_skip": True, "ghost_swish": True, "label_smoothing": 0.1, "lrsi": True},
-    "none": {"ghost_skip": False, "ghost_swish": False, "label_smoothing": 0.0, "lrsi": False},
+    "none": {},
 }
-"""What `tost=all` and `tost=none` stand for; other settings of the section stay as they are."""
+"""What `tost=all` adds to the section; `tost=none` empties it, so that every setting has its default."""

@@ -1,0 +1,109 @@
+"""What does ToST bring? Several masks at several densities, without and with ToST, over several seeds, as a table.
+
+    ghostmask prepare digits_tost
+    python -m benchmarks.tost_table digits_tost --methods random,snip --densities 0.1,0.02 --seeds 3 train.epochs=10
+
+One rank, one process. A run that is finished is not run again: an interrupted table goes on where it was, and --print
+shows what there is. Without ToST is tost=none, with it is the configuration's own tost section.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+
+from engine.errors import InputError
+from launcher.config import RunConfig
+from launcher.environment import prepare_environment
+from launcher.settings import load_config, to_dict
+
+EXTRA = {"magnitude": ["finetune.epochs=2", "finetune.lr=1e-2"]}
+"""Settings that only one method takes."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is missing, seed by seed, and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tost_table", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("config", help="YAML file or shipped config, with ToST on")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of every run")
+    parser.add_argument("--methods", default="random,snip,grasp,synflow,magnitude", help="mask.method, with commas")
+    parser.add_argument("--densities", default="0.1,0.05,0.02", help="mask.density, with commas")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ...")
+    parser.add_argument("--folder", type=Path, default=Path("runs/tost"), help="where the runs go")
+    parser.add_argument("--print", action="store_true", help="run nothing, print the table of what is there")
+    args = parser.parse_intermixed_args(argv)
+    methods, densities = args.methods.split(","), args.densities.split(",")
+    cells = list(itertools.product(range(args.seeds), densities, methods, ("none", "all")))
+    runs = {cell: _config(args.config, args.settings, args.folder, cell) for cell in cells}
+    if not args.print:
+        train_all([config for config in runs.values() if accuracy(config) is None])
+    print(table({cell: accuracy(config) for cell, config in runs.items()}, methods, densities, args.seeds))
+    return 0
+
+
+def train_all(configs: Sequence[RunConfig]) -> None:
+    """Train each to its end, in one process: DeepSpeed does not survive a second process group."""
+    if not configs:
+        return
+    prepare_environment(configs[0].train.device)
+    from engine.world import connect
+    from launcher.run import assemble, build_method, open_data
+    from launcher.train import finish, open_folder
+
+    with connect(configs[0].train.device) as world, redirect_stdout(sys.stderr):
+        for config in configs:
+            folder = Path(config.run)
+            data = open_data(config, world)
+            method = build_method(config, world, data)
+            saved, store = open_folder(folder, config, world)
+            with assemble(config, folder, data, method, store, saved).closing() as run:
+                run.execute(saved)
+                finish(run, folder)
+
+
+def accuracy(config: RunConfig) -> float | None:
+    """Test accuracy in percent of a finished run, None for one that is not. Raises InputError for another's folder."""
+    summary = Path(config.run) / "export" / "summary.json"
+    if not summary.exists():
+        return None
+    found = json.loads(summary.read_text())
+    if found["config"] != json.loads(json.dumps(to_dict(config))):
+        raise InputError(f"run = {config.run!r}: the folder holds a run with other settings; give another --folder")
+    return 100 * float(found["accuracy"])
+
+
+def table(
+    scores: dict[tuple[int, str, str, str], float | None], methods: Sequence[str], densities: Sequence[str], seeds: int
+) -> str:
+    """Markdown: a row per method and density; mean +- sample standard deviation, and the difference seed by seed."""
+    lines = ["| mask | density | without ToST | with ToST | difference | seeds |", "|" + " --- |" * 6]
+    for method, density in itertools.product(methods, densities):
+        pairs = [(scores[s, density, method, "none"], scores[s, density, method, "all"]) for s in range(seeds)]
+        whole = [(a, b) for a, b in pairs if a is not None and b is not None]
+        columns = [[a for a, _ in whole], [b for _, b in whole], [b - a for a, b in whole]]
+        lines.append(f"| {method} | {density} | {' | '.join(_spread(c) for c in columns)} | {len(whole)} |")
+    return "\n".join(lines)
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    return f"{statistics.mean(values):.2f} +- {statistics.stdev(values) if len(values) > 1 else 0.0:.2f}"
+
+
+def _config(name: str, settings: Sequence[str], folder: Path, cell: tuple[int, str, str, str]) -> RunConfig:
+    seed, density, method, tost = cell
+    run = os.path.join(folder, f"{method}-{density}-{tost}-seed{seed}")
+    own = [f"mask.method={method}", f"mask.density={density}", f"seed={seed}", f"run={run}", *EXTRA.get(method, [])]
+    return load_config(name, [*settings, *own, *(["tost=none"] if tost == "none" else [])])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
