@@ -9,6 +9,8 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from masks.append_cpu import append
+
 F = np.float32
 LARGEST, ZERO, ONE = F(2.0**24), F(0), F(1)
 EXPONENT = np.uint32(0x7F800000)
@@ -60,25 +62,28 @@ def histogram(z, first, end, base, shift, bins):  # type: ignore[no-untyped-def]
     table = np.zeros((2, bins + 1), np.int64)
     packed = np.zeros((2, 4, bins + 1), np.int64)  # of z and of z - 1; the last bin takes what belongs to none
     place, rest = np.empty(CHUNK, np.uint32), np.empty(CHUNK, np.uint32)
+    marked, above = np.empty(CHUNK, np.uint8), np.empty(CHUNK, F)
     shift_, low_bits, base_, bins_ = np.uint32(shift), np.uint32((1 << shift) - 1), np.uint32(base), np.uint32(bins)
     for section in range(first, end, SECTION):
         for start in range(section, min(section + SECTION, end), CHUNK):
             part = z[start : min(start + CHUNK, end)]
-            bad, above_one = np.int32(0), np.int32(0)
+            bad, found = np.int32(0), np.uint8(0)
             for i in range(len(part)):
                 bad += np.int32((F(part[i]).view(np.uint32) & EXPONENT) == EXPONENT)
                 bits = _image(part[i])
                 place[i] = min(np.uint32((bits >> shift_) - base_), bins_)
                 rest[i] = bits & low_bits
-                above_one += np.int32(part[i] > ONE)
+                marked[i] = np.uint8(part[i] > ONE)
+                found |= marked[i]
             table[0, bins] += bad
             _add(packed[0], place, rest, len(part))
-            if above_one > 0:
-                for i in range(len(part)):
-                    bits = _image(_below_one(part[i]))
+            if found:
+                count = append(part, marked, above, np.int64(0))
+                for i in range(count):
+                    bits = _image(_below_one(above[i]))
                     place[i] = min(np.uint32((bits >> shift_) - base_), bins_)
                     rest[i] = bits & low_bits
-                _add(packed[1], place, rest, len(part))
+                _add(packed[1], place, rest, count)
         for j in range(bins):
             for turn in range(4):
                 plus, minus = packed[0, turn, j], packed[1, turn, j]
@@ -106,9 +111,7 @@ def select(z, first, end, low, width, out):  # type: ignore[no-untyped-def]
         if found:
             if count + len(part) > len(out):
                 return -1
-            for i in range(len(part)):  # without a branch: what is not meant is overwritten by the next
-                out[count] = part[i]
-                count += np.int64(inside[i])
+            count = append(part, inside, out, count)
     return count
 
 
