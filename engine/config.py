@@ -50,7 +50,7 @@ class OptimConfig:
     schedule: str = "cosine"
     """cosine (to 0), step (x gamma at each milestone) or constant, evaluated at every optimizer step."""
     warmup: str = "0ep"
-    """Linear rise from 0 at the start of the run's first phase, such as 5ep or 500st."""
+    """Linear rise from 0 at the start of the main phase (of lth: of every round), such as 5ep or 500st."""
     milestones: tuple[int, ...] = ()
     """Epochs at which schedule=step multiplies the rate by gamma."""
     gamma: float = 0.1

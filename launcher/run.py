@@ -135,12 +135,12 @@ def plan(method: MaskMethod, steps_per_epoch: int) -> list[Phase]:
 
 
 def learning_rate(config: RunConfig, phase: Phase) -> LearningRate:
-    """The schedule of a phase: the main recipe's, or fine-tuning's; the warm-up belongs to the run's first steps."""
+    """The schedule of a phase: the main recipe's with its warm-up, anew in every round of lth, or fine-tuning's."""
     total = phase.epochs * phase.steps_per_epoch
     if phase.name == FINETUNE:
         return LearningRate(config.finetune.schedule, total)
     optim = config.optim
-    warmup = Duration.parse(optim.warmup).steps(phase.steps_per_epoch) if phase.first_epoch == 0 else 0
+    warmup = Duration.parse(optim.warmup).steps(phase.steps_per_epoch)
     milestones = tuple(m * phase.steps_per_epoch for m in optim.milestones)
     return LearningRate(optim.schedule, total, warmup, milestones, optim.gamma)
 

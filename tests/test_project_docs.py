@@ -102,7 +102,7 @@ def test_every_command_in_the_documents_is_one(document: str, arguments: str) ->
 def test_the_readme_shows_both_commands_and_every_subcommand() -> None:
     commands = [command for document, command in command_lines() if document == "README.md"]
     assert {"make smoke", "make test"} <= set(commands)
-    for name in ("train", "evaluate", "export", "prepare", "show"):
+    for name in ("train", "find-mask", "evaluate", "export", "prepare", "show"):
         assert any(command.startswith(f"ghostmask {name} ") for command in commands), name
 
 

@@ -1,0 +1,108 @@
+"""Do lottery-ticket rounds prune what is left, and do they rewind to exactly the state they say?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from memory_run import CONFIG, configured, memory_run
+from torch import Tensor
+
+from engine.config import FinetuneConfig, OptimConfig
+from engine.errors import InputError
+from engine.hooks import Hook
+from engine.registry import resolve
+from engine.spawn import run_distributed
+from engine.trainer import Trainer
+from engine.world import World, single
+from launcher.config import RunConfig
+from launcher.run import learning_rate, plan
+from masks.config import MaskConfig
+from masks.method import Recipe
+from masks.registry import METHODS
+from masks.topk import kept_count
+from models.build import build_model
+from models.config import ModelConfig
+
+LTH = configured(
+    CONFIG, model={"name": "digits_resnet"}, mask={"method": "lth", "round_fraction": 0.5}, train={"epochs": 2}
+)
+
+
+class Recorder(Hook):
+    """The network at the start of every phase and after each step, and the phase's masks."""
+
+    def __init__(self, run: Any) -> None:
+        self.run, self.states, self.starts, self.masks = run, {}, [], []  # type: ignore[var-annotated]
+
+    def on_start(self, trainer: Trainer) -> None:
+        self.starts.append(self.state())
+        self.masks.append({n: m.clone() for n, m in self.run.method.masks().items()})
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        self.states[trainer.position.step] = self.state()
+
+    def state(self) -> dict[str, Tensor]:
+        return {n: t.clone() for n, t in self.run.net.state_dict().items()}
+
+
+def recorded(world: World, folder: str, config: RunConfig) -> tuple[Any, ...]:
+    run, saved = memory_run(world, Path(folder), config)
+    recorder = Recorder(run)
+    run.hooks = (recorder,)
+    run.execute(saved)
+    final = {n: m.clone() for n, m in run.masks().items()}
+    run.close()
+    return recorder.starts, recorder.masks, final, recorder.states
+
+
+@pytest.mark.parametrize(("rewind", "step"), [("0ep", None), ("3st", 3)])
+def test_every_round_starts_from_the_rewind_point_under_a_smaller_mask(
+    rewind: str, step: int | None, tmp_path: Path
+) -> None:
+    config = configured(LTH, mask={"rewind": rewind})
+    starts, masks, final, states = run_distributed(recorded, 1, str(tmp_path), config)[0]
+    assert len(starts) == 5  # density 1, 0.5, 0.25, 0.125, 0.1
+    point = starts[0] if step is None else states[step]
+    for start in starts[1:]:
+        assert all(torch.equal(start[n], t) for n, t in point.items())
+    total = sum(m.numel() for m in final.values())
+    assert [sum(int(m.sum()) for m in round_.values()) for round_ in masks] == [
+        kept_count(d, total) for d in (1.0, 0.5, 0.25, 0.125, 0.1)
+    ]
+    for before, after in zip(masks, [*masks[1:], final], strict=True):
+        assert not any(bool((after[n] & ~before[n]).any()) for n in after), "a pruned weight returned"
+    ends = [states[8 * (i + 1)] for i in range(4)]
+    for end, before, after in zip(ends, masks, masks[1:], strict=False):
+        kept = torch.cat([end[n][after[n]].abs() for n in after])
+        pruned = torch.cat([end[n][before[n] & ~after[n]].abs() for n in after])
+        assert kept.min() >= pruned.max(), "not the smallest weights of the round's end were pruned"
+
+
+def lottery(**settings: Any) -> Any:
+    net = build_model(ModelConfig(name="conv4"), 4, (3, 8, 8), seed=0)
+    recipe = Recipe(OptimConfig(), FinetuneConfig(), epochs=2, seed=0)
+    return resolve(METHODS["lth"])(MaskConfig(method="lth", **settings), net, recipe, single())
+
+
+def test_rounds_prune_a_fifth_of_what_is_left_until_the_density_is_reached() -> None:
+    assert lottery(density=0.5).densities() == pytest.approx([1, 0.8, 0.64, 0.512, 0.5])
+    assert lottery(density=0.64).densities() == pytest.approx([1, 0.8, 0.64])
+    assert lottery(density=1.0).densities() == [1.0]
+    assert len(lottery(density=0.05).densities()) == 15
+    assert lottery(density=0.5).phases()[-1] == ("round4", 2)
+
+
+def test_every_round_has_the_whole_learning_rate_schedule() -> None:
+    config = configured(LTH, optim={"warmup": "1ep"})
+    first, second = (learning_rate(config, phase) for phase in plan(lottery(density=0.8), 4))
+    assert first == second
+    assert first.warmup == 4
+
+
+def test_a_rewind_point_beyond_the_round_is_refused(tmp_path: Path) -> None:
+    method = lottery(rewind="9st")
+    with pytest.raises(InputError, match=r"mask\.rewind = '9st': a round has 8 steps"):
+        method.enter(plan(method, 4)[0])
