@@ -7,10 +7,12 @@ import gc
 import os
 import platform
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from time import perf_counter, sleep
 
 import torch
@@ -106,6 +108,15 @@ class _ResidentMemory(threading.Thread):
         self.done.set()
         self.join()
         return max(self.most, _resident_bytes()) - self.before
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder for large files under runs/, where a run's own files would be; gone at the end."""
+    runs = Path("runs").absolute()
+    runs.mkdir(exist_ok=True)
+    with TemporaryDirectory(dir=runs, prefix=".bench-") as folder:
+        yield Path(folder)
 
 
 def machine() -> Row:

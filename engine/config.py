@@ -114,6 +114,8 @@ class TrainConfig:
     """auto (CUDA where there is one), cpu or cuda."""
     threads: int = may_change(0)
     """torch threads per rank on the CPU; 0 = cores / ranks on this machine."""
+    profile: bool = may_change(False)
+    """Write a trace of three early steps of each phase to RUN/profile/, for TensorBoard or ui.perfetto.dev."""
     log_every: int = may_change(20)
     """Optimizer steps between lines of metrics.jsonl, TensorBoard scalars and progress."""
     eval_every: int = may_change(1)

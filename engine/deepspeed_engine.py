@@ -15,8 +15,10 @@ from engine.optimizer import ParameterGroup, ProjectedOptimizer
 from engine.shards import Shard, flatten_parameters, zero_shard
 from engine.world import World
 
-BUCKET_ELEMENTS = 50_000_000
-"""Gradients are reduced in buckets of at most this many elements."""
+REDUCE_ELEMENTS = 8_000_000
+"""Gradients are reduced in buckets of at most this many elements (32 MB): the first ones while backward still runs."""
+GATHER_ELEMENTS = 50_000_000
+"""Updated parameters are gathered in pieces of at most this many elements; nothing is left to overlap with."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ def shard_model(
     if zero_stage == 0:
         shards = tuple(flat)
     else:
+        _send_as_bf16(engine.optimizer, [p for g in groups if g.bf16_gradients for p in g.parameters.values()])
         partitions = engine.optimizer.single_partition_of_fp32_groups
         shards = tuple(
             zero_shard(g.parameters, part, world.rank, world.size) for g, part in zip(groups, partitions, strict=True)
@@ -112,6 +115,21 @@ def shard_model(
     for group, shard in zip(optimizer.param_groups, shards, strict=True):
         group["shard"] = shard
     return ShardedEngine(engine, optimizer, shards, zero_stage)
+
+
+def _send_as_bf16(zero: Any, parameters: list[nn.Parameter]) -> None:
+    """Reduce the gradients of these parameters as bfloat16, in buckets of their own.
+
+    DeepSpeed's `communication_data_type` is one type for all gradients; its buckets are kept per type all the same (for
+    torch_autocast, which would change the forward pass too), and asking for a parameter's type is a method of its own.
+    The mean over ranks is divided in float32 before, and added to float32 after.
+    """
+    if not parameters:
+        return
+    chosen, usual = {id(p) for p in parameters}, zero.communication_data_type
+    bucket = type(zero.ipg_buckets[usual])
+    zero.ipg_buckets[torch.bfloat16] = bucket()
+    zero.get_param_comm_dtype = lambda param: torch.bfloat16 if id(param) in chosen else usual
 
 
 def _settings(world: World, zero_stage: int, micro_batch: int, microsteps: int, clip: float) -> dict[str, Any]:
@@ -124,8 +142,8 @@ def _settings(world: World, zero_stage: int, micro_batch: int, microsteps: int, 
             "stage": zero_stage,
             "overlap_comm": world.device.type == "cuda",
             "contiguous_gradients": True,
-            "reduce_bucket_size": BUCKET_ELEMENTS,
-            "allgather_bucket_size": BUCKET_ELEMENTS,
+            "reduce_bucket_size": REDUCE_ELEMENTS,
+            "allgather_bucket_size": GATHER_ELEMENTS,
         },
         # Our optimizer is one DeepSpeed has not seen; it is only ever called on the slices, which is all it needs.
         "zero_allow_untested_optimizer": True,

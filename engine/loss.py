@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.profiler import record_function
 
 from engine.precision import autocast
 
@@ -24,8 +25,9 @@ class LossModule(nn.Module):
         self._forward = (torch.compile(model) if compiled else model,)
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        with autocast(images.device, self.precision):
-            logits = self._forward[0](images)
-        logits = logits.float()
-        loss = functional.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        with record_function("forward"):
+            with autocast(images.device, self.precision):
+                logits = self._forward[0](images)
+            logits = logits.float()
+            loss = functional.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         return loss, (logits.detach().argmax(1) == labels).sum()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
+from torch.profiler import record_function
 
 from engine.shards import Shard
 
@@ -79,6 +80,8 @@ class ParameterGroup:
     rule: UpdateRule
     lr: float
     projection: Projection | None = field(default=None)
+    bf16_gradients: bool = False
+    """Whether ranks send each other this group's gradients as bfloat16 (ZeRO 1 and 2 only)."""
 
 
 class ProjectedOptimizer(torch.optim.Optimizer):
@@ -119,7 +122,9 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             if not params:
                 continue
             grads = [p.grad for p in params]
-            group["rule"].update(params, grads, [self.state[p] for p in params], group["lr"], group["updates"])
+            with record_function("optimizer"):
+                group["rule"].update(params, grads, [self.state[p] for p in params], group["lr"], group["updates"])
             group["updates"] += 1
             if group["projection"] is not None:
-                group["projection"](group["shard"])
+                with record_function("projection"):
+                    group["projection"](group["shard"])

@@ -17,7 +17,7 @@ READ_BY_METHOD = {
     "gmp": {"density", "dense_layers", "constraint", "start_fraction", "end_fraction", "update_every"},
     "probmask": {
         "density", "dense_layers", "constraint", "lr", "samples", "noise", "start_fraction", "end_fraction",
-        "temperature_end", "train_weights", "final", "candidates",
+        "temperature_end", "train_weights", "final", "candidates", "gradient_bf16",
     },
     "random": {"density", "dense_layers", "path", "allocation", "min_per_layer"},
     "snip": {
@@ -102,6 +102,8 @@ def _check_mask(config: RunConfig) -> None:
         raise _not_read("mask", mask, name, f"mask.method={method}", f"mask.method={' or '.join(readers)}")
     if "candidates" in given and mask.final != "best_of":
         raise _not_read("mask", mask, "candidates", f"mask.final={mask.final}", "mask.final=best_of")
+    if mask.gradient_bf16 and config.train.zero_stage == 0:
+        raise _not_read("mask", mask, "gradient_bf16", "train.zero_stage=0", "train.zero_stage=1 or 2")
     if method not in FINETUNED and config.finetune.epochs > 0:
         for name in sorted(_given(config.finetune)):
             fix = f"mask.method={' or '.join(FINETUNED)}, or finetune.epochs=0"

@@ -18,6 +18,7 @@ from engine.errors import InputError, RunStopped
 from engine.hooks import Hook
 from engine.metrics import MetricWriter
 from engine.position import Duration, Phase
+from engine.profile import ProfileSteps
 from engine.progress import Progress
 from engine.registry import resolve
 from engine.reporting import Reporter
@@ -122,7 +123,8 @@ def assemble(
     phases = plan(method, data.steps_per_epoch)
     writer = MetricWriter(folder, method.world, saved.step if saved else None)
     reporter = Reporter(writer, Progress(method.world, phases[-1].end_step), method.world)
-    return Run(config, method.world, data, method.net, method, phases, store, reporter)
+    hooks = (ProfileSteps(folder / "profile"),) if config.train.profile else ()
+    return Run(config, method.world, data, method.net, method, phases, store, reporter, hooks)
 
 
 def plan(method: MaskMethod, steps_per_epoch: int) -> list[Phase]:

@@ -19,7 +19,7 @@ from launcher.run import Run, assemble, build_method, open_data
 from launcher.settings import differences, load_config, run_folder, to_dict, to_yaml
 from launcher.summary import closing_table
 
-WRITTEN = ("checkpoints", "tensorboard", "export", "hessian", "metrics.jsonl", "config.yaml")
+WRITTEN = ("checkpoints", "tensorboard", "profile", "export", "hessian", "metrics.jsonl", "config.yaml")
 """What a run writes into its folder, and so what --restart removes."""
 
 

@@ -31,6 +31,8 @@ class MaskConfig:
     """probmask: noise samples I per step that the loss is averaged over (eq. 3-5)."""
     noise: str = "per_rank"
     """probmask: per_rank (every rank draws its own noise) or shared (all ranks the same)."""
+    gradient_bf16: bool = False
+    """probmask: ranks send each other the gradients of the probabilities as bfloat16, half the bytes (ZeRO 1 and 2)."""
     start_fraction: float = 0.16
     """Where the density begins to fall (t1 of eq. 7), as a fraction of train.epochs."""
     end_fraction: float = 0.6

@@ -63,7 +63,12 @@ class ProbMask(MaskMethod):
         self.relaxed = RelaxedMasks(self.weights, self.config.constraint).to(self.world.device)
         search = _Search(self, self.relaxed)
         probabilities = ParameterGroup(
-            "probability", self.relaxed.probabilities(), Adam(), self.config.lr, search.project
+            "probability",
+            self.relaxed.probabilities(),
+            Adam(),
+            self.config.lr,
+            search.project,
+            self.config.gradient_bf16,
         )
         groups = [self.weight_group(phase), probabilities]
         if not self.config.train_weights:

@@ -1,0 +1,160 @@
+"""How many images per second does the FFCV pipeline read, against torchvision's DataLoader on the same images?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+
+from benchmarks.row import Row, more_per_second
+from benchmarks.timing import Bench, scratch
+from data_pipelines.cifar import PAD_CROP_FLIP
+from data_pipelines.config import DataConfig
+from data_pipelines.open import open_dataset, prepare
+from data_pipelines.source import Source
+from engine.data import DataPipeline
+from engine.world import World
+
+WORKERS = 2
+PHOTOGRAPHS = ("data/imagenet/train", "../shared/data/imagenet_fullres", "../shared/data/imagenette224/train")
+"""Where real JPEGs in class folders are looked for, from the working directory; without them some are generated."""
+COPIES = 2
+"""Times a small folder of photographs is linked, so that an epoch is long enough to time."""
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def rows(bench: Bench) -> list[Row]:
+    """Cases loader_imagenet (half of the images JPEG, as by default), loader_imagenet_jpeg (all) and loader_cifar."""
+    with scratch() as folder:
+        source, what = photographs(folder, bench.quick)
+        found = [
+            _photographs_row(case, source, what, fraction, bench)
+            for case, fraction in (("loader_imagenet", 0.5), ("loader_imagenet_jpeg", 1.0))
+        ]
+        return [*found, _cifar_row(folder, bench)]
+
+
+def photographs(folder: Path, quick: bool) -> tuple[Path, str]:
+    """(root with train/CLASS and val/CLASS, what they are)."""
+    real = next((Path(p).resolve() for p in PHOTOGRAPHS if Path(p).is_dir()), None)
+    root = folder / "photographs"
+    if real is None or quick:
+        _generate(root, 16 if quick else 1000)
+        return root, "generated 500 x 375 JPEGs"
+    classes = sorted(p for p in real.iterdir() if p.is_dir())
+    for split in ("train", "val"):  # whose classes must be the same
+        (root / split).mkdir(parents=True)
+        for copy in range(COPIES):
+            for path in classes:
+                (root / split / f"{path.name}_{copy}").symlink_to(path)
+    return root, f"{real.parent.name}/{real.name}"
+
+
+def _photographs_row(case: str, root: Path, what: str, jpeg_fraction: float, bench: Bench) -> Row:
+    from torchvision import datasets
+    from torchvision.transforms import v2
+
+    size = 8 if bench.quick else 32
+    config = DataConfig(
+        dataset="imagefolder", root=str(root), batch_size=size, num_workers=WORKERS, jpeg_fraction=jpeg_fraction
+    )
+    prepare(config, progress=False)
+    ours = open_dataset(config, 0, bench.world)
+    transform = v2.Compose(
+        [
+            v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD),
+        ]
+    )  # fmt: skip
+    theirs = _data_loader(datasets.ImageFolder(str(root / "train"), transform), size)
+    rates = _interleaved(ours, theirs, 1 if bench.quick else 3, bench.world)
+    ours.close()
+    note = f"{what}, 224 x 224 random resized crops, {WORKERS} workers, {jpeg_fraction:.0%} stored as JPEG"
+    return more_per_second(case, *rates, "images/s", f"{note}; baseline: torchvision's DataLoader; bar: 2x")
+
+
+def _cifar_row(folder: Path, bench: Bench) -> Row:
+    from torchvision.transforms import v2
+
+    from data_pipelines.pipeline import BetonPipeline
+    from data_pipelines.write import write_images
+
+    count, size = (64, 16) if bench.quick else (20_000, 256)
+    images = _Pixels(count, 32, None)
+    paths = {"train": folder / "train.beton", "eval": folder / "eval.beton"}
+    for path in paths.values():
+        write_images(images, path, jpeg_fraction=None, num_workers=1, name=None)
+    source = Source("pixels", 10, 32, MEAN, STD, PAD_CROP_FLIP, lambda _: images, lambda: "pixels", files=False)
+    config = DataConfig(dataset="cifar10", batch_size=size, num_workers=WORKERS)
+    ours = BetonPipeline(config, source, paths, 10, seed=0, world=bench.world)
+    transform = v2.Compose(
+        [
+            v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD),
+        ]
+    )  # fmt: skip
+    theirs = _data_loader(_Pixels(count, 32, transform), size)
+    rates = _interleaved(ours, theirs, 1 if bench.quick else 3, bench.world)
+    ours.close()
+    note = f"{count:,} random 32 x 32 images as torchvision's CIFAR10 hands them out, pad-crop-flip, {WORKERS} workers"
+    return more_per_second("loader_cifar", *rates, "images/s", f"{note}; baseline: its DataLoader; bar: 5x")
+
+
+class _Pixels(Dataset[Any]):
+    """Random images in memory, as (PIL image through a transform, label), or as an array without one."""
+
+    def __init__(self, count: int, side: int, transform: Any) -> None:
+        self.pixels = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), np.uint8)
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int, /) -> tuple[Any, int]:
+        pixels: NDArray[np.uint8] = self.pixels[index]
+        return (self.transform(Image.fromarray(pixels)) if self.transform else pixels), index % 10
+
+
+def _data_loader(dataset: Any, size: int) -> Iterable[Any]:
+    sampler = RandomSampler(dataset)
+    return DataLoader(
+        dataset, size, sampler=sampler, num_workers=WORKERS, drop_last=True, persistent_workers=True, pin_memory=False
+    )
+
+
+def _interleaved(ours: DataPipeline, theirs: Iterable[Any], repeats: int, world: World) -> tuple[float, float]:
+    """(images/s of ours, of theirs): medians over epochs that take turns, after one epoch of each to warm up."""
+    rates: dict[str, list[float]] = {"ours": [], "theirs": []}
+    for epoch in range(1 + repeats):
+        rates["ours"].append(_rate(ours.train(epoch), world))
+        rates["theirs"].append(_rate(theirs, world))
+    return median(rates["ours"][1:]), median(rates["theirs"][1:])
+
+
+def _rate(batches: Iterable[Any], world: World) -> float:
+    start, count = perf_counter(), 0
+    for images, labels in batches:
+        count += len(images.to(world.device, memory_format=torch.channels_last, non_blocking=True))
+        labels.to(world.device, non_blocking=True)
+    if world.device.type == "cuda":
+        torch.cuda.synchronize()
+    return count / (perf_counter() - start)
+
+
+def _generate(root: Path, count: int) -> None:
+    """Smooth random JPEGs in two classes."""
+    generator = np.random.default_rng(0)
+    for split, number in (("train", count), ("val", 4)):
+        for index in range(number):
+            folder = root / split / f"class{index % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            small = Image.fromarray(generator.integers(0, 256, (24, 32, 3), np.uint8))
+            small.resize((500, 375), Image.Resampling.BICUBIC).save(folder / f"{index}.jpg", quality=90)

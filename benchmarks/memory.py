@@ -1,0 +1,128 @@
+"""How many bytes does a rank hold at 1 to 1,024 ranks and ZeRO stages 0 to 2: a model, and what is really held.
+
+With n = weights + probabilities, R ranks, in float32:
+
+                      stage 0          stage 1                    stage 2
+    parameters        4 n              4 n                        4 n
+    master slice      -                4 n / R                    4 n / R
+    optimizer         4 W + 8 S        (4 W + 8 S) / R            (4 W + 8 S) / R
+    gradients         4 n              4 n / R                    4 n / R
+
+DeepSpeed drops what a rank does not own at the end of backward in stage 1 too. During backward come the activations
+and, in stages 1 and 2, a bucket of 4 x REDUCE_ELEMENTS bytes (two on CUDA).
+
+The measurement adds up the storages of all tensors that are alive between the backward pass and the update: on real
+processes up to 4 ranks, beyond that on rank 0 of a fake process group. It needs no GPU.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+
+from benchmarks.fake_ranks import on_fake_ranks
+from benchmarks.row import Row
+from benchmarks.timing import Bench
+from benchmarks.trainers import Workload, make_trainer
+from engine.config import TrainConfig
+from engine.signals import StopSignals
+from engine.spawn import run_distributed
+from engine.trainer import Trainer
+from engine.world import World
+
+REAL_RANKS, FAKE_RANKS = (1, 2, 4), (8, 64, 1024)
+STAGES = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of one rank."""
+
+    parameters: int
+    masters: int
+    optimizer: int
+    gradients: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.parameters + self.masters + self.optimizer + self.gradients
+
+    def __str__(self) -> str:
+        mb = [f"{x / 1e6:.0f}" for x in (self.parameters, self.masters, self.optimizer, self.gradients)]
+        return f"parameters {mb[0]}, masters {mb[1]}, optimizer {mb[2]}, gradients {mb[3]} MB"
+
+
+def rows(bench: Bench) -> list[Row]:
+    """Case memory, one row per stage and number of ranks: value measured, baseline the model."""
+    work = Workload("resnet20", 2, 32, 10) if bench.quick else Workload("resnet50", 2, 32)
+    real, fake = ((2,), (64,)) if bench.quick else (REAL_RANKS, FAKE_RANKS)
+    found = []
+    for stage in STAGES:
+        for ranks in (*real, *fake):
+            if ranks in real:
+                held, weights, probabilities = run_distributed(measure, ranks, work, stage)[0]
+            else:
+                held, weights, probabilities = on_fake_ranks(measure, ranks, work, stage)
+            model = modelled(weights, probabilities, ranks, stage)
+            what = f"stage {stage}, {ranks} {'processes' if ranks in real else 'ranks (fake group)'}"
+            note = f"{what}: {held}; baseline: model"
+            found.append(Row("memory", held.total / 1e6, "MB", model.total / 1e6, held.total / model.total, note))
+    return found
+
+
+def modelled(weights: int, probabilities: int, ranks: int, stage: int) -> Held:
+    """The table above. weights, probabilities: their numbers, over the whole network."""
+    n, split = weights + probabilities, ranks if stage else 1
+    masters = 4 * n // ranks if stage else 0
+    return Held(4 * n, masters, (4 * weights + 8 * probabilities) // split, 4 * n // split)
+
+
+def measure(world: World, work: Workload, stage: int) -> tuple[Held, int, int]:
+    """Collective: (bytes that this rank holds after backward, weights, probabilities)."""
+    whole = Workload(work.model, work.batch_size * world.size, work.side, work.num_classes)
+    config = TrainConfig(zero_stage=stage, log_every=100_000)
+    with TemporaryDirectory() as folder:
+        trainer = make_trainer("probmask", whole, world, Path(folder), config)
+        found: list[Held] = []
+
+        update = trainer.sharded.engine.step
+
+        def look_and_update() -> None:
+            found.append(_held(trainer))
+            update()
+
+        trainer.sharded.engine.step = look_and_update
+        trainer.step(next(iter(trainer.data.train(trainer.position.epoch))), StopSignals())
+        sizes = [sum(p.numel() for p in group.parameters.values()) for group in trainer.task.groups]
+    return found[0], sizes[0], sizes[1]
+
+
+def _held(trainer: Trainer) -> Held:
+    parameters = [p.data for p in trainer.model.parameters()]
+    masters = [s.tensor for s in trainer.sharded.shards]
+    state = [t for values in trainer.sharded.optimizer.state.values() for t in values.values()]
+    other = [*trainer.model.buffers(), *next(iter(trainer.data.evaluate()))]
+    alive = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and t.layout == torch.strided]
+    grads = [t.grad for t in alive if t.is_leaf and t.grad is not None]
+    seen: set[int] = set()
+    _, parameter_bytes, master_bytes, state_bytes, gradient_bytes = (
+        _new_bytes(tensors, seen) for tensors in (other, parameters, masters, state, [*alive, *grads])
+    )
+    return Held(parameter_bytes, master_bytes, state_bytes, gradient_bytes)
+
+
+def _new_bytes(tensors: list[Tensor], seen: set[int]) -> int:
+    """Bytes of the storages behind the tensors that are not in `seen`, which they then are."""
+    total = 0
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            total += storage.nbytes()
+    return total

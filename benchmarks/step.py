@@ -1,0 +1,116 @@
+"""What does a step of ProbMask cost over a dense step of the same engine, and where does its time go?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import profile, record_function
+
+from benchmarks.breakdown import CATEGORIES, seconds_by_category
+from benchmarks.row import Row, more_per_second, share
+from benchmarks.timing import Bench, Work, interleaved
+from benchmarks.trainers import OneBatch, Workload, make_trainer, train_config, workload
+from engine.data import Batch
+from engine.profile import activities
+from engine.signals import StopSignals
+from engine.trainer import Trainer
+from models.build import build_model
+from models.config import ModelConfig
+
+
+def rows(bench: Bench) -> list[Row]:
+    """Cases probmask_step_overhead, probmask_step_added, step_images_per_s, dense_images_per_s, step_where."""
+    work = workload(bench)
+    with TemporaryDirectory() as folder:
+        config = train_config(bench)
+        trainers = {m: make_trainer(m, work, bench.world, Path(folder) / m, config) for m in ("dense", "probmask")}
+        steps: dict[str, Work] = {name: _step_of(trainer, bench) for name, trainer in trainers.items()}
+        cuda = bench.device.type == "cuda"
+        steps["plain"] = plain_step(work, bench)
+        repeats = 2 if bench.quick else 30 if cuda else 4
+        seconds = interleaved(steps, repeats, bench.device, warm_up=10 if cuda else 1)
+        where = {name: _profiled(steps[name], bench) for name in trainers}
+        for trainer in trainers.values():
+            trainer.store.close()
+            trainer.reporter.close()
+            trainer.close()
+    extra = seconds["probmask"] / seconds["dense"] - 1
+    precision = f"{config.precision}, {'compiled' if config.compile else 'eager'}"
+    found = [
+        share(
+            "probmask_step_overhead", 1000 * seconds["probmask"], 1000 * seconds["dense"], "ms",
+            f"{extra:+.1%}; {work}, I = 1, {precision}; baseline: dense step, same engine; bar: 1.15 (CPU), 1.05 (GPU)",
+        )
+    ]  # fmt: skip
+    added = where["probmask"]["mask operator"] + where["probmask"]["projection"]
+    added += max(where["probmask"]["optimizer"] - where["dense"]["optimizer"], 0.0)
+    others = sum(where["probmask"].values()) - added
+    note = f"{added / others:+.1%}: mask operator + projection + Adam, in one trace; baseline: what else is in it"
+    found.append(share("probmask_step_added", 1000 * added, 1000 * others, "ms", note))
+    plain = "plain PyTorch DDP + channels_last + SGD" + (" + torch.compile + bf16" if cuda else "")
+    for case, name in (("step_images_per_s", "probmask"), ("dense_images_per_s", "dense")):
+        rate, base = work.batch_size / seconds[name], work.batch_size / seconds["plain"]
+        found.append(more_per_second(case, rate, base, "images/s", f"{name}; baseline: {plain}; bar on a GPU: 1"))
+    return [*found, *_where_rows(where)]
+
+
+def plain_step(work: Workload, bench: Bench) -> Work:
+    """One training step as a good plain PyTorch script has it: DDP, channels_last, and on CUDA compile and bf16."""
+    cuda = bench.device.type == "cuda"
+    data = OneBatch(work, bench.world)
+    batch = data.batch
+    # "resnet50" is torchvision's own.
+    net = build_model(ModelConfig(name=work.model), work.num_classes, data.image_shape, 0)
+    net = net.to(bench.device).to(memory_format=torch.channels_last)
+    wrapped = nn.parallel.DistributedDataParallel(net, process_group=bench.world.group)
+    parallel: Any = torch.compile(wrapped) if cuda else wrapped
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
+
+    def step() -> object:
+        with torch.autocast(bench.device.type, torch.bfloat16, enabled=cuda):
+            loss = nn.functional.cross_entropy(parallel(batch.images), batch.labels)
+        torch.autograd.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    return step
+
+
+def _step_of(trainer: Trainer, bench: Bench) -> Work:
+    signals = StopSignals()
+    batches: Iterator[Batch] = iter(trainer.data.train(trainer.position.epoch))
+
+    def step() -> object:
+        with record_function("data wait"):
+            batch = next(batches)
+        return trainer.step(batch, signals)
+
+    return step
+
+
+def _profiled(step: Work, bench: Bench) -> dict[str, float]:
+    count = 1 if bench.quick or bench.device.type == "cpu" else 5
+    with profile(activities=activities()) as trace:
+        for _ in range(count):
+            with record_function("step"):
+                step()
+        if bench.device.type == "cuda":
+            torch.cuda.synchronize()
+    return {name: s / count for name, s in seconds_by_category(trace, bench.device).items()}
+
+
+def _where_rows(where: dict[str, dict[str, float]]) -> list[Row]:
+    total = sum(where["probmask"].values())
+    return [
+        Row(
+            "step_where", 1000 * where["probmask"][name], "ms", 1000 * where["dense"][name], None,
+            f"{name}: {where['probmask'][name] / total:.1%} of ProbMask's traced step; baseline: dense",
+        )
+        for name in (*CATEGORIES, "rest")
+    ]  # fmt: skip

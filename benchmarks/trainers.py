@@ -1,0 +1,116 @@
+"""How does a benchmark get the system's own trainer: the main phase of a mask method on one batch, again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from itertools import repeat
+from pathlib import Path
+
+import torch
+
+from benchmarks.timing import Bench
+from engine.checkpoint import CheckpointStore
+from engine.config import CheckpointConfig, FinetuneConfig, OptimConfig, TrainConfig
+from engine.data import Batch
+from engine.metrics import MetricWriter
+from engine.position import Phase
+from engine.progress import Progress
+from engine.registry import resolve
+from engine.reporting import Reporter
+from engine.schedule import LearningRate
+from engine.trainer import Task, Trainer
+from engine.world import World
+from masks.config import MaskConfig
+from masks.method import Recipe
+from masks.registry import METHODS
+from models.build import build_model
+from models.config import ModelConfig
+
+EPOCHS, STEPS_PER_EPOCH, EPOCH = 100, 1000, 50
+"""Steps are timed in the middle of a long run, where density has fallen and the projection binds."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained. batch_size: images of all ranks together; side: of an image, in pixels."""
+
+    model: str
+    batch_size: int
+    side: int
+    num_classes: int = 1000
+
+    def __str__(self) -> str:
+        return f"{self.model}, batch {self.batch_size}, {self.side} x {self.side} pixels"
+
+
+class OneBatch:
+    """A DataPipeline whose every batch is the same random one, on the device: data costs nothing."""
+
+    steps_per_epoch = STEPS_PER_EPOCH
+
+    def __init__(self, work: Workload, world: World) -> None:
+        self.num_classes, self.batch_size, self.image_shape = (
+            work.num_classes,
+            work.batch_size,
+            (3, work.side, work.side),
+        )
+        self.num_train, self.num_eval = STEPS_PER_EPOCH * work.batch_size, work.batch_size
+        generator = torch.Generator(world.device).manual_seed(5 + world.rank)
+        shape = (work.batch_size // world.size, *self.image_shape)
+        images = torch.randn(shape, generator=generator, device=world.device)
+        labels = torch.randint(work.num_classes, shape[:1], generator=generator, device=world.device)
+        self.batch = Batch(images.contiguous(memory_format=torch.channels_last), labels)
+
+    def train(self, epoch: int, first_step: int = 0) -> Generator[Batch]:
+        """The batch, for the rest of the epoch."""
+        yield from repeat(self.batch, STEPS_PER_EPOCH - first_step)
+
+    def evaluate(self) -> Generator[Batch]:
+        """The batch, once."""
+        yield self.batch
+
+    def close(self) -> None:
+        """Nothing to stop."""
+
+
+def workload(bench: Bench) -> Workload:
+    """ResNet-50 at 224 pixels: batch 32 on a CPU, 256 on a GPU; quick: a small network on small images."""
+    if bench.quick:
+        return Workload("resnet20", 4, 32, 10)
+    return Workload("resnet50", 256 if bench.device.type == "cuda" else 32, 224)
+
+
+def make_trainer(
+    method: str, work: Workload, world: World, folder: Path, config: TrainConfig, *, gradient_bf16: bool = False
+) -> Trainer:
+    """Collective: the trainer of the main phase of `method` ("probmask" with one noise sample, or "dense")."""
+    data = OneBatch(work, world)
+    net = build_model(ModelConfig(name=work.model), work.num_classes, data.image_shape, 0).to(world.device)
+    mask = MaskConfig(method="dense")
+    if method != "dense":
+        mask = MaskConfig(method=method, density=0.1, samples=1, gradient_bf16=gradient_bf16)
+    recipe = Recipe(OptimConfig(lr=1e-3), FinetuneConfig(), EPOCHS, 0)
+    chosen = resolve(METHODS[method])(mask, net, recipe, world)
+    phase = Phase(chosen.phases()[0][0], 0, EPOCHS, STEPS_PER_EPOCH)
+    setup = chosen.enter(phase)
+    task = Task(
+        phase, setup.model.to(world.device), setup.groups, LearningRate("constant", phase.end_step),
+        setup.hooks, setup.passes,
+    )  # fmt: skip
+    # Never saves: no group of its own, which fake ranks could not make.
+    store = CheckpointStore(folder / "checkpoints", replace(world, group=None))
+    reporter = Reporter(MetricWriter(folder, world, None), Progress(world, phase.end_step), world)
+    trainer = Trainer(task, data, config, CheckpointConfig(every_minutes=0), world, store, reporter, {})
+    trainer.position = replace(trainer.position, step=EPOCH * STEPS_PER_EPOCH)
+    trainer.model.train()
+    for hook in task.hooks:
+        hook.on_start(trainer)
+        hook.on_epoch_start(trainer)
+    return trainer
+
+
+def train_config(bench: Bench) -> TrainConfig:
+    """On CUDA bf16 and torch.compile, channels_last everywhere; nothing is reported while steps are timed."""
+    fast = bench.device.type == "cuda"
+    return TrainConfig(precision="bf16" if fast else "fp32", compile=fast, log_every=100_000)

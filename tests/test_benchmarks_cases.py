@@ -1,0 +1,136 @@
+"""Does every benchmark run, on the CPU and at tiny sizes, and give rows that mean what they say? No time is judged."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import textbook
+from benchmarks.registry import BENCHMARKS
+from benchmarks.row import Row, faster, more_per_second, share, table
+from benchmarks.timing import peak_extra_bytes
+from engine.world import single
+from launcher.cli import run_command
+from masks.projection import project_
+
+ROOT = Path(__file__).resolve().parents[1]
+CASES = {
+    "mask": {"mask_operator", "mask_operator_memory", "mask_operator_floor"},
+    "projection": {
+        "projection", "projection_start", "projection_floor", "projection_collectives", "projection_error",
+        "projection_model", "projection_model_check",
+    },
+    "step": {"probmask_step_overhead", "probmask_step_added", "step_images_per_s", "dense_images_per_s", "step_where"},
+    "loader": {"loader_imagenet", "loader_imagenet_jpeg", "loader_cifar"},
+    "checkpoint": {"checkpoint_stall", "checkpoint_first_stall", "checkpoint_share", "checkpoint_bandwidth"},
+    "memory": {"memory"},
+    "communication": {"communication"},
+}  # fmt: skip
+"""Benchmark -> the cases that its file holds."""
+ON_A_GPU = ("mask", "projection", "step", "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def gpu_script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that benchmarks/gpu.sh filled, tried on the CPU at tiny sizes."""
+    folder = tmp_path_factory.mktemp("gpu")
+    environment = {**os.environ, "BENCH": "--quick --device cpu", "PYTHON": sys.executable}
+    done = subprocess.run(
+        ["bash", str(ROOT / "benchmarks/gpu.sh"), str(folder)],
+        env=environment, capture_output=True, text=True, timeout=290, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(case in done.stdout for name in ON_A_GPU for case in CASES[name])
+    return folder
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(path.read_text())
+    for row in rows:
+        assert list(row) == ["case", "value", "unit", "baseline", "ratio", "note"]
+        numbers = [row[key] for key in ("value", "baseline", "ratio") if row[key] is not None]
+        assert all(math.isfinite(number) and number >= 0 for number in numbers), row
+    return rows
+
+
+def test_every_benchmark_is_tested_here() -> None:
+    assert set(CASES) == set(BENCHMARKS)
+
+
+@pytest.mark.parametrize("name", ON_A_GPU)
+def test_the_gpu_script_writes_the_rows_of_each_benchmark(name: str, gpu_script: Path) -> None:
+    rows = rows_of(gpu_script / f"{name}.json")
+    assert {row["case"] for row in rows} == {"machine", *CASES[name]}
+
+
+def test_the_projection_needs_at_most_four_collectives(gpu_script: Path) -> None:
+    (row,) = [r for r in rows_of(gpu_script / "projection.json") if r["case"] == "projection_collectives"]
+    assert 1 <= row["value"] <= 4
+
+
+def run_here(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    monkeypatch.chdir(folder)
+    threads = torch.get_num_threads()
+    assert run_command(["bench", name, "--quick", "--device", "cpu", "--json", "rows.json"]) == 0
+    torch.set_num_threads(threads)
+    rows = rows_of(folder / "rows.json")
+    assert {row["case"] for row in rows} == {"machine", *CASES[name]}
+    return rows[1:]
+
+
+def test_the_loader_is_timed_beside_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(row["ratio"] > 0 for row in run_here("loader", tmp_path, monkeypatch))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "rows.json"]
+
+
+def test_a_rank_holds_the_bytes_that_the_model_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for row in run_here("memory", tmp_path, monkeypatch):
+        assert row["ratio"] == pytest.approx(1, abs=0.02), row["note"]
+
+
+def test_bf16_gradients_of_the_probabilities_halve_their_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = {
+        row["note"].split(": ")[1].split(";")[0]: row["value"]
+        for row in run_here("communication", tmp_path, monkeypatch)
+    }
+    dense, usual = sent["dense, stage 1"], sent["probmask, stage 1"]
+    # An all-reduce of gradients in float32 sends 2 of 3 of a step's bytes; those of s are half of both.
+    saved = usual - sent["probmask, stage 1, mask.gradient_bf16"]
+    assert saved == pytest.approx((usual - dense) / 3, rel=0.02)
+
+
+def test_ratios_read_like_the_bars() -> None:
+    assert faster("a", 2.0, 10.0, "ms", "").ratio == 5
+    assert more_per_second("b", 10.0, 5.0, "images/s", "").ratio == 2
+    assert share("c", 1.0, 4.0, "MB", "").ratio == 0.25
+    lines = table([Row("d", 12345.6, "ms"), faster("a", 2.0, 10.0, "ms", "note")]).splitlines()
+    assert lines[1].split() == ["d", "12,346", "ms", "-", "-"]
+    assert lines[2].split() == ["a", "2", "ms", "10", "5", "note"]
+
+
+def test_the_textbook_projection_is_the_projection() -> None:
+    z = torch.rand(10_000, generator=torch.Generator().manual_seed(0)) * 1.4 - 0.2
+    expected = textbook.project(z, 900.0)
+    project_(z, 900.0, len(z), 0, single())
+    assert torch.allclose(z, expected, atol=1e-5)
+
+
+def test_the_textbook_mask_keeps_a_weight_with_its_probability() -> None:
+    torch.manual_seed(0)
+    probability = torch.full((100_000,), 0.3)
+    (masked,) = textbook.masked_weights([torch.ones(100_000)], [probability], 0.5)
+    kept = float((masked >= 0.5).float().mean())
+    assert kept == pytest.approx(0.3, abs=4 * math.sqrt(0.21 / 100_000))
+
+
+def test_peak_memory_counts_what_is_held_at_once() -> None:
+    megabytes = peak_extra_bytes(lambda: [torch.ones(5_000_000), torch.ones(5_000_000)], torch.device("cpu")) / 1e6
+    assert 36 <= megabytes <= 60
