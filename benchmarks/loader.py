@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing as mp
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.row import Row, more_per_second
 from benchmarks.timing import Bench, scratch
@@ -124,10 +125,13 @@ class _Pixels(Dataset[Any]):
 
 
 def _data_loader(dataset: Any, size: int) -> Iterable[Any]:
-    sampler = RandomSampler(dataset)
+    # Not a fork: this process has threads of numba's. The workers start before the clock does, and stay.
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torchvision.transforms.v2", "benchmarks.loader"])
     return DataLoader(
-        dataset, size, sampler=sampler, num_workers=WORKERS, drop_last=True, persistent_workers=True, pin_memory=False
-    )
+        dataset, size, shuffle=True, num_workers=WORKERS, drop_last=True, persistent_workers=True,
+        multiprocessing_context=context,
+    )  # fmt: skip
 
 
 def _interleaved(ours: DataPipeline, theirs: Iterable[Any], repeats: int, world: World) -> tuple[float, float]:
