@@ -3,6 +3,7 @@
 With AVX-512 by its compress instruction, which numba has no word for; elsewhere one element after the other.
 """
 
+# mypy: disable-error-code="no-untyped-call"
 from __future__ import annotations
 
 from typing import Any
