@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from engine.world import World
 from masks.score_images import Chunk
-from masks.scored_copy import scored_copy, share_batch_statistics
+from masks.scored_copy import full_float32, scored_copy, share_batch_statistics
 
 Chunks = Callable[[], Iterator[Chunk]]
 
@@ -28,6 +28,7 @@ class ScoreLoss:
         share_batch_statistics(self.twin, world)
         self.chunks, self.world, self.temperature = chunks, world, temperature
 
+    @full_float32()
     def gradient(self) -> list[Tensor]:
         """Collective: this rank's summand of the gradient, shaped like the weights; the sum over the ranks is it."""
         total = [torch.zeros_like(w) for w in self.weights.values()]
@@ -35,6 +36,7 @@ class ScoreLoss:
             _add(total, torch.autograd.grad(self._loss(chunk), list(self.weights.values())))
         return total
 
+    @full_float32()
     def hessian_product(self, vectors: list[Tensor]) -> list[Tensor]:
         """Collective: this rank's summand of H v, shaped like the weights; vectors: v, equal on every rank."""
         weights = list(self.weights.values())

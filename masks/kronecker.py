@@ -14,7 +14,7 @@ from torch.nn import functional
 from engine.errors import bad_value
 from engine.world import World
 from masks.score_images import Chunk
-from masks.scored_copy import scored_copy
+from masks.scored_copy import full_float32, scored_copy
 
 ROWS_BYTES = 1 << 28
 """Patches of a convolution are laid out for as many images at once as fit into this."""
@@ -42,6 +42,7 @@ class KroneckerFactors:
                 raise bad_value("mask.method", "mlprune", f"{name} is a grouped convolution, which it cannot score")
             layer.register_forward_hook(self._hook(name))
 
+    @full_float32()
     def add(self, chunk: Chunk) -> None:
         """Add this rank's images of a chunk."""
         logits = self.twin(chunk.images)

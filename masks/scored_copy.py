@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,6 +28,18 @@ def scored_copy(net: nn.Module, names: Mapping[str, Any], dtype: torch.dtype = t
             module.inplace = False  # scores read activations after the next layer has had them
     weights = {name: twin.get_parameter(name).requires_grad_(True) for name in names}
     return twin, weights
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Within, convolutions on CUDA do not round to TF32: its 10 bits would make masks depend on how images are shared
+    out over the ranks."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def share_batch_statistics(net: nn.Module, world: World) -> None:

@@ -52,6 +52,7 @@ def everything_about(net: nn.Module) -> dict[str, Any]:
         "trained": [(n, p.requires_grad, p.grad is None) for n, p in net.named_parameters()],
         "modes": [(n, m.training, type(m), getattr(m, "inplace", None)) for n, m in net.named_modules()],
         "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in net.modules()],
+        "tf32": torch.backends.cudnn.allow_tf32,
         "random": (torch.get_rng_state().tolist(), repr(np.random.get_state()), random.getstate()),
     }
 
@@ -70,13 +71,16 @@ def test_a_finder_leaves_the_network_and_the_random_numbers_exactly_as_they_were
 
 def found_by_all(world: World) -> dict[str, dict[str, Tensor]]:
     data = MemoryData(world)
-    return {name: finder(name, digits_net(), world).find(data) for name in SCORING}
+    # Chunks of 2 images leave one of three ranks without any.
+    small = {"grasp small": {"score_batch": 2, "samples_per_class": 1}, "mlprune small": {"score_batch": 2}}
+    settings: dict[str, dict[str, int]] = {**{name: {} for name in SCORING}, **small}
+    return {n: finder(n.split()[0], digits_net(), world, **s).find(data) for n, s in settings.items()}
 
 
 def test_three_ranks_find_the_same_masks_as_one_on_the_same_images() -> None:
     alone = run_distributed(found_by_all, 1)[0]
     ranks = run_distributed(found_by_all, 3)
-    for name in SCORING:
+    for name in alone:
         total = sum(m.numel() for m in alone[name].values())
         differing = sum(int((m != ranks[0][name][n]).sum()) for n, m in alone[name].items())
         assert differing <= 0.001 * total, f"{name}: {differing} of {total}"
