@@ -42,8 +42,8 @@ class Sgd:
     ) -> None:
         buffers: list[Tensor | None] = [s["momentum"] for s in state]
         sgd(
-            params, grads, buffers, weight_decay=self.weight_decay, momentum=self.momentum, lr=lr, dampening=0.0,
-            nesterov=self.nesterov, maximize=False, has_sparse_grad=False, foreach=len(params) > 1,
+            params, _laid_out_like(params, grads), buffers, weight_decay=self.weight_decay, momentum=self.momentum,
+            lr=lr, dampening=0.0, nesterov=self.nesterov, maximize=False, has_sparse_grad=False, fused=True,
         )  # fmt: skip
 
 
@@ -59,11 +59,11 @@ class Adam:
     def update(
         self, params: list[Tensor], grads: list[Tensor], state: list[dict[str, Tensor]], lr: float, updates: int
     ) -> None:
-        steps = [torch.tensor(float(updates)) for _ in params]
+        steps = list(torch.full((len(params),), float(updates), device=params[0].device).unbind())
         adam(
-            params, grads, [s["exp_avg"] for s in state], [s["exp_avg_sq"] for s in state], [], steps, amsgrad=False,
-            beta1=self.betas[0], beta2=self.betas[1], lr=lr, weight_decay=self.weight_decay, eps=self.eps,
-            maximize=False, foreach=len(params) > 1,
+            params, _laid_out_like(params, grads), [s["exp_avg"] for s in state], [s["exp_avg_sq"] for s in state], [],
+            steps, amsgrad=False, beta1=self.betas[0], beta2=self.betas[1], lr=lr, weight_decay=self.weight_decay,
+            eps=self.eps, maximize=False, fused=True,
         )  # fmt: skip
 
 
@@ -128,3 +128,9 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             if group["projection"] is not None:
                 with record_function("projection"):
                     group["projection"](group["shard"])
+
+
+def _laid_out_like(params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    """The gradients in the memory order of their parameters: torch's fused kernels take both as plain vectors."""
+    pairs = zip(params, grads, strict=True)
+    return [g if g.stride() == p.stride() else torch.empty_like(p).copy_(g) for p, g in pairs]
