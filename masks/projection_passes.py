@@ -28,7 +28,7 @@ class Breakpoints:
     """The breakpoints z and z - 1 of one budget's elements on this rank, to be counted in ever finer bins."""
 
     def __init__(self, pieces: list[Tensor], device: torch.device) -> None:
-        self.pieces, self.device, self.selected = pieces, device, False
+        self.pieces, self.device, self.selected = [p for p in pieces if len(p)], device, False
 
     def table(self, base: Tensor, shift: int, bins: int) -> Tensor:
         """int64 (2, bins + 1): counts of the breakpoints z less those of the breakpoints z - 1, and their remainders.
@@ -103,7 +103,7 @@ def subtract_and_clamp_(piece: Tensor, threshold: Tensor, first_index: int) -> N
     sharding. What float32 represents exactly (0 and 1, and all of it if threshold = 0) stays as it is.
     """
     kernels = kernels_for(piece, "masks.projection")
-    if kernels and piece.is_cuda:
+    if kernels and piece.is_cuda and len(piece):
         kernels.subtract_and_clamp(piece, threshold, first_index)
         return
     if kernels:
