@@ -1,8 +1,8 @@
 """What does the relaxed mask do with a bucket of tensors on CUDA: Triton kernels, one launch for all of them.
 
 The same words as masks.noise and the same formulas as the torch form in masks.relaxed_mask. A program takes 4096
-weights: from 1024 Philox counters, all four words of each. It finds its tensor in a table of addresses, which travels to
-the device with every launch (so a launch cannot be replayed from a CUDA graph).
+weights: from 1024 Philox counters, all four words of each. It finds its tensor in a table of addresses, which travels
+to the device with every launch (so a launch cannot be replayed from a CUDA graph).
 """
 
 from __future__ import annotations
