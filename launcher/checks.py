@@ -13,7 +13,7 @@ from launcher.values import as_text
 
 READ_BY_METHOD = {
     "dense": set[str](),
-    "magnitude": {"density", "dense_layers", "constraint", "path"},
+    "magnitude": {"density", "dense_layers", "constraint", "path", "min_per_layer"},
     "gmp": {"density", "dense_layers", "constraint", "start_fraction", "end_fraction", "update_every"},
     "probmask": {
         "density", "dense_layers", "constraint", "lr", "samples", "noise", "start_fraction", "end_fraction",
@@ -30,7 +30,7 @@ READ_BY_METHOD = {
     "mlprune": {
         "density", "dense_layers", "path", "constraint", "min_per_layer", "score_batch", "score_batches", "damping",
     },
-    "lth": {"density", "dense_layers", "constraint", "round_fraction", "rewind"},
+    "lth": {"density", "dense_layers", "constraint", "min_per_layer", "round_fraction", "rewind"},
     "file": {"dense_layers", "path"},
 }  # fmt: skip
 """mask.method -> the other settings of `mask` that it reads."""

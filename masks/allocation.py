@@ -8,14 +8,21 @@ from fractions import Fraction
 
 from torch import Tensor
 
+from engine.world import single
+from masks.score_shards import ScoreShards, largest
 from masks.topk import kept_count, topk_masks
 
 
-def kept_masks(scores: list[Tensor], density: float, constraint: str) -> list[Tensor]:
+def kept_masks(scores: list[Tensor], density: float, constraint: str, min_per_layer: int = 0) -> list[Tensor]:
     """Boolean masks of the largest scores: round(density n) over all ("global") or in every tensor ("layerwise").
 
     The scores are the same on every rank, and so are the masks; ties go to the earlier tensor and position.
+    min_per_layer: see `masks.score_shards.largest`, which raises InputError where it is too large.
     """
+    if min_per_layer:
+        whole = ScoreShards({str(number): score for number, score in enumerate(scores)}, single())
+        kept = largest(whole, whole.own(scores), density, constraint, min_per_layer)
+        return list(whole.gathered(kept).values())
     if constraint == "global":
         return topk_masks(scores, kept_count(density, sum(s.numel() for s in scores)))
     return [topk_masks([score], kept_count(density, score.numel()))[0] for score in scores]

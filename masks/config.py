@@ -50,9 +50,10 @@ class MaskConfig:
     allocation: str = "erk"
     """random: uniform (the same density in every layer), er or erk (by the layers' shapes; erk counts kernel sizes)."""
     min_per_layer: int = 0
-    """random, snip, grasp, synflow, mlprune: with constraint=global, weights that every layer keeps at least."""
+    """With constraint=global, weights that every layer keeps at least; not for probmask, gmp and file."""
     score_batch: int = 128
-    """snip, grasp, mlprune: images of all ranks that are scored at once; less needs less memory."""
+    """snip, grasp, mlprune: images of all ranks that are scored at once; less needs less memory (snip on ResNet-50 at
+    224 pixels: 0.11 GB per image)."""
     score_batches: int = 0
     """snip, mlprune: how many such batches are scored; 0 = 1 for snip (the paper's), 10 for mlprune."""
     samples_per_class: int = 10

@@ -13,6 +13,7 @@ class FromFile(OneShot):
     """The mask of a mask file, of a checkpoint's zeros or of a dict of tensors; the density is the file's."""
 
     read: dict[str, Tensor]
+    protects = False
 
     def prepare(self) -> None:
         self.read = read_masks(self.config.path, self.net, self.weights)

@@ -61,10 +61,11 @@ class LotteryTicket(MaskMethod):
         """Prune and rewind, here and not in begin(): the next phase's optimizer copies the weights when it is built."""
         assert self.rewindable is not None
         following = int(trainer.phase.name.removeprefix("round")) + 1
-        densities = self.densities()
+        config, densities = self.config, self.densities()
         if following == len(densities):
             return
-        masks = surviving(self.weights, self.rewindable.masks(), densities[following], self.config.constraint)
+        present = self.rewindable.masks()
+        masks = surviving(self.weights, present, densities[following], config.constraint, config.min_per_layer)
         check_agreement(masks, self.world)
         for line in report(masks):
             trainer.reporter.progress.message(line)
@@ -110,8 +111,8 @@ class _Remember(Hook):
 
 
 def surviving(
-    weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], density: float, constraint: str
+    weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], density: float, constraint: str, min_per_layer: int = 0
 ) -> dict[str, Tensor]:
     """Masks at the new density: the largest |w| among those that `masks` keep; nothing pruned returns."""
     scores = [torch.where(masks[n], w.detach().abs(), torch.full_like(w, -1.0)) for n, w in weights.items()]
-    return dict(zip(weights, kept_masks(scores, density, constraint), strict=True))
+    return dict(zip(weights, kept_masks(scores, density, constraint, min_per_layer), strict=True))

@@ -47,10 +47,14 @@ class Magnitude(MaskMethod):
         return self.fixed.masks()
 
     def _largest(self) -> dict[str, Tensor]:
-        return magnitude_masks(self.weights, self.config.density, self.config.constraint)
+        config = self.config
+        return magnitude_masks(self.weights, config.density, config.constraint, config.min_per_layer)
 
 
-def magnitude_masks(weights: Mapping[str, Tensor], density: float, constraint: str) -> dict[str, Tensor]:
-    """Masks of the largest |w|: exactly round(density n) of the network ("global") or of each layer ("layerwise")."""
+def magnitude_masks(
+    weights: Mapping[str, Tensor], density: float, constraint: str, min_per_layer: int = 0
+) -> dict[str, Tensor]:
+    """Masks of the largest |w|: exactly round(density n) of the network ("global", at least min_per_layer of each
+    layer) or of each layer ("layerwise")."""
     scores = [w.detach().abs() for w in weights.values()]
-    return dict(zip(weights, kept_masks(scores, density, constraint), strict=True))
+    return dict(zip(weights, kept_masks(scores, density, constraint, min_per_layer), strict=True))

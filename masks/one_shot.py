@@ -25,6 +25,8 @@ class OneShot(MaskMethod):
     """
 
     fixed: FixedMasks | None = None
+    protects = True
+    """Whether mask.min_per_layer can save a layer from being lost."""
 
     @abstractmethod
     def find(self, data: DataPipeline) -> dict[str, Tensor]:
@@ -46,7 +48,7 @@ class OneShot(MaskMethod):
     def begin(self, trainer: Trainer) -> None:
         masks = self.find(trainer.data)
         check_agreement(masks, self.world)
-        for line in report(masks):
+        for line in report(masks, self.protects):
             trainer.reporter.progress.message(line)
         assert self.fixed is not None
         self.fixed.replace(list(masks.values()))
@@ -60,12 +62,12 @@ class OneShot(MaskMethod):
         return ScoreShards(self.weights, self.world)
 
 
-def report(masks: Mapping[str, Tensor]) -> list[str]:
+def report(masks: Mapping[str, Tensor], protects: bool = True) -> list[str]:
     """What to tell about new masks: their density and, as a warning, the layers that lost all their weights."""
     kept, total = sum(int(m.sum()) for m in masks.values()), sum(m.numel() for m in masks.values())
     lines = [f"mask: density {kept / total:.6g}, {kept:,} of {total:,} weights in {len(masks)} layers"]
     empty = empty_layers(masks)
     if empty:
         named = f"{len(empty)} of {len(masks)} layers have no weight left: {', '.join(empty)}"
-        lines.append(f"warning: {named}; mask.min_per_layer=1 keeps some")
+        lines.append(f"warning: {named}" + ("; mask.min_per_layer=1 keeps some" if protects else ""))
     return lines

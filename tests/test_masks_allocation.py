@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from masks.allocation import layer_counts
+from masks.allocation import kept_masks, layer_counts
 from masks.random_mask import random_mask
 from masks.topk import kept_count
 
@@ -49,6 +49,14 @@ def test_a_minimum_per_layer_holds_and_the_rest_is_shared() -> None:
     assert sum(counts) == kept_count(1e-4, sum(SIZES))
     with pytest.raises(ValueError, match="5 layers need 500 weights, of 245"):
         layer_counts(SHAPES, 1e-4, "erk", min_per_layer=100)
+
+
+def test_the_largest_scores_leave_each_layer_its_minimum() -> None:
+    scores = [torch.arange(10.0), torch.arange(100.0) + 100, torch.tensor([5.0, 3.0])]
+    masks = kept_masks(scores, 0.1, "global", min_per_layer=3)
+    assert [int(mask.sum()) for mask in masks] == [3, 6, 2]
+    assert masks[0].nonzero().flatten().tolist() == [7, 8, 9]
+    assert masks[1].nonzero().flatten().tolist() == [94, 95, 96, 97, 98, 99]
 
 
 def test_a_random_mask_is_a_function_of_seed_and_name_and_evenly_spread() -> None:
