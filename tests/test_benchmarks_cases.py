@@ -42,7 +42,7 @@ ON_A_GPU = ("mask", "projection", "step", "checkpoint")
 def gpu_script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that benchmarks/gpu.sh filled, tried on the CPU at tiny sizes."""
     folder = tmp_path_factory.mktemp("gpu")
-    environment = {**os.environ, "BENCH": "--quick --device cpu", "PYTHON": sys.executable}
+    environment = {**os.environ, "BENCH": "--quick --device cpu", "PYTHON": sys.executable, "PATIENCE": "3"}
     done = subprocess.run(
         ["bash", str(ROOT / "benchmarks/gpu.sh"), str(folder)],
         env=environment, capture_output=True, text=True, timeout=290, check=False,
