@@ -95,7 +95,8 @@ def table(
 def _spread(values: Sequence[float]) -> str:
     if not values:
         return "-"
-    return f"{statistics.mean(values):.2f} +- {statistics.stdev(values) if len(values) > 1 else 0.0:.2f}"
+    mean = f"{statistics.mean(values):.2f}"
+    return f"{mean} +- {statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
 def _config(name: str, settings: Sequence[str], folder: Path, cell: tuple[int, str, str, str]) -> RunConfig:
