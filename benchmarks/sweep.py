@@ -11,11 +11,9 @@ import argparse
 import itertools
 import json
 import statistics
+import subprocess
 import sys
 from pathlib import Path
-
-from launcher.environment import prepare_environment
-from launcher.settings import load_config
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,11 +48,9 @@ def accuracy(config: str, settings: list[str], folder: Path) -> float:
     """Test accuracy in percent of one run, trained to its end unless it already is."""
     summary = folder / "export" / "summary.json"
     if not summary.exists():
-        run = load_config(config, [*settings, f"run={folder}"])
-        prepare_environment(run.train.device)
-        from launcher.train import train
-
-        train(run)
+        # A process per run: DeepSpeed keeps the process group of the first run of a process.
+        command = [sys.executable, "-m", "launcher", "train", config, *settings, f"run={folder}"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return 100 * float(json.loads(summary.read_text())["accuracy"])
 
 
