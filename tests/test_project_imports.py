@@ -33,8 +33,8 @@ LIGHT_FILES = ("config.py", "registry.py", "errors.py", "position.py")
 """Their importing must stay cheap: wrong input is answered before torch is loaded."""
 
 DEFINING_CALLS = re.compile(
-    r"re\.compile|logging\.getLogger|threading\.Lock|TypeVar|Path|frozenset|set|set\[\w+\]|tuple|dict|range|len|float"
-    r"|np\.(u?int|float)\d+|torch\.finfo|math\.\w+|types\.\w+|numba\.njit(\(.*\))?|[\w.]*\.resolve|[A-Z]\w*"
+    r"re\.compile|logging\.getLogger|threading\.Lock|TypeVar|Path|frozenset|set|set\[\w+\]|tuple|dict|range|len|float|bool"
+    r"|tl\.constexpr|binding\.\S+|np\.(u?int|float)\d+|torch\.finfo|math\.\w+|types\.\w+|numba\.njit(\(.*\))?|[\w.]*\.resolve|[A-Z]\w*"
 )
 """Calls that may stand in a module's constants: they compute a value and touch nothing else."""
 OPERATOR_CALLS = re.compile(
@@ -135,6 +135,7 @@ def test_every_library_that_is_imported_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     requirements = project["dependencies"] + project["optional-dependencies"]["digits"]
     declared = {normal(re.split(r"[^\w.-]", text)[0]) for text in requirements}
+    declared.add("triton")  # part of torch where there is a GPU to use it; nothing imports it elsewhere
     providers = importlib.metadata.packages_distributions()
     for path in FILES:
         for name in set(imported(ast.walk(parsed(path)))) - set(MAY_IMPORT) - set(sys.stdlib_module_names):
