@@ -20,7 +20,7 @@ from benchmarks.timing import Bench, scratch
 from data_pipelines.cifar import PAD_CROP_FLIP
 from data_pipelines.config import DataConfig
 from data_pipelines.open import open_dataset, prepare
-from data_pipelines.source import Source
+from data_pipelines.source import SPLITS, Source
 from engine.data import DataPipeline
 from engine.world import World
 
@@ -34,13 +34,26 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def rows(bench: Bench) -> list[Row]:
     """Cases loader_imagenet (half of the images JPEG, as by default), loader_imagenet_jpeg (all) and loader_cifar."""
+    from data_pipelines.write import write_images
+
     with scratch() as folder:
         source, what = photographs(folder, bench.quick)
-        found = [
-            _photographs_row(case, source, what, fraction, bench)
+        size = 8 if bench.quick else 32
+        configs = {
+            case: DataConfig(
+                dataset="imagefolder", root=str(source), batch_size=size, num_workers=WORKERS, jpeg_fraction=fraction
+            )
             for case, fraction in (("loader_imagenet", 0.5), ("loader_imagenet_jpeg", 1.0))
-        ]
-        return [*found, _cifar_row(folder, bench)]
+        }
+        # All files first: writing forks processes, and reading starts threads, which a fork does not like.
+        for config in configs.values():
+            prepare(config, progress=False)
+        pixels = _Pixels(64 if bench.quick else 20_000, 32, None)
+        paths = {split: folder / f"{split}.beton" for split in SPLITS}
+        for path in paths.values():
+            write_images(pixels, path, jpeg_fraction=None, num_workers=1, name=None)
+        found = [_photographs_row(case, config, what, bench) for case, config in configs.items()]
+        return [*found, _cifar_row(paths, pixels, bench)]
 
 
 def photographs(folder: Path, quick: bool) -> tuple[Path, str]:
@@ -59,15 +72,10 @@ def photographs(folder: Path, quick: bool) -> tuple[Path, str]:
     return root, f"{real.parent.name}/{real.name}"
 
 
-def _photographs_row(case: str, root: Path, what: str, jpeg_fraction: float, bench: Bench) -> Row:
+def _photographs_row(case: str, config: DataConfig, what: str, bench: Bench) -> Row:
     from torchvision import datasets
     from torchvision.transforms import v2
 
-    size = 8 if bench.quick else 32
-    config = DataConfig(
-        dataset="imagefolder", root=str(root), batch_size=size, num_workers=WORKERS, jpeg_fraction=jpeg_fraction
-    )
-    prepare(config, progress=False)
     ours = open_dataset(config, 0, bench.world)
     transform = v2.Compose(
         [
@@ -75,24 +83,19 @@ def _photographs_row(case: str, root: Path, what: str, jpeg_fraction: float, ben
             v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD),
         ]
     )  # fmt: skip
-    theirs = _data_loader(datasets.ImageFolder(str(root / "train"), transform), size)
+    theirs = _data_loader(datasets.ImageFolder(f"{config.root}/train", transform), config.batch_size)
     rates = _interleaved(ours, theirs, 1 if bench.quick else 3, bench.world)
     ours.close()
-    note = f"{what}, 224 x 224 random resized crops, {WORKERS} workers, {jpeg_fraction:.0%} stored as JPEG"
+    note = f"{what}, 224 x 224 random resized crops, {WORKERS} workers, {config.jpeg_fraction:.0%} stored as JPEG"
     return more_per_second(case, *rates, "images/s", f"{note}; baseline: torchvision's DataLoader; bar: 2x")
 
 
-def _cifar_row(folder: Path, bench: Bench) -> Row:
+def _cifar_row(paths: dict[str, Path], images: _Pixels, bench: Bench) -> Row:
     from torchvision.transforms import v2
 
     from data_pipelines.pipeline import BetonPipeline
-    from data_pipelines.write import write_images
 
-    count, size = (64, 16) if bench.quick else (20_000, 256)
-    images = _Pixels(count, 32, None)
-    paths = {"train": folder / "train.beton", "eval": folder / "eval.beton"}
-    for path in paths.values():
-        write_images(images, path, jpeg_fraction=None, num_workers=1, name=None)
+    count, size = len(images), 16 if bench.quick else 256
     source = Source("pixels", 10, 32, MEAN, STD, PAD_CROP_FLIP, lambda _: images, lambda: "pixels", files=False)
     config = DataConfig(dataset="cifar10", batch_size=size, num_workers=WORKERS)
     ours = BetonPipeline(config, source, paths, 10, seed=0, world=bench.world)
