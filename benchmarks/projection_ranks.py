@@ -4,7 +4,8 @@
 
 fixed and per_element are measured on one rank of this machine, for the exact projection (3 calls) and for bisection
 (one call for the check, one for the maximum, one per probe); latency is that of one small all-reduce on the network.
-The check runs R processes and puts in what they measure themselves: their local time and their all-reduce.
+The check runs R processes, on a quarter of the elements, and puts in what they measure themselves: their local time
+and their all-reduce.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def model_rows(bench: Bench) -> list[Row]:
             }
             note = f"model: {ranks} ranks, {latency} us per all-reduce; baseline: bisection"
             found.append(faster("projection_model", ms["exact"], ms["bisection"], "ms", note))
-    return [*found, *(row for ranks in ((2,) if bench.quick else (2, 4, 8)) for row in _check(ranks, numel))]
+    return [*found, *(row for ranks in ((2,) if bench.quick else (2, 4, 8)) for row in _check(ranks, numel // 4))]
 
 
 def _local_seconds(numel: int, bench: Bench) -> dict[str, float]:
@@ -97,7 +98,7 @@ def measure(world: World, numel: int) -> dict[str, tuple[float, float, float]]:
     found = {}
     for kind, (alone, together) in work.items():
         call = _median(lambda kind=kind: world.all_reduce(payload[kind]), 20, world)  # type: ignore[misc]
-        found[kind] = (_median(alone, 5, world, restore), call, _median(together, 5, world, restore))
+        found[kind] = (_median(alone, 3, world, restore), call, _median(together, 3, world, restore))
     return found
 
 
