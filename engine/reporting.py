@@ -91,7 +91,8 @@ class Reporter:
             self.writer.scalars(position.step, values, phase=position.phase, epoch=epoch, samples=position.samples)
         if evaluation is not None:
             scored = f"test accuracy {evaluation.accuracy:.2%}, test loss {evaluation.loss:.4f}"
-            self.progress.message(f"{position.phase} epoch {epoch}: {scored}")
+            place = f"{epoch - trainer.phase.first_epoch + 1}/{trainer.phase.epochs}"
+            self.progress.message(f"{position.phase} epoch {place}: {scored}")
         self.writer.flush()
         self.restart_clock()
 
