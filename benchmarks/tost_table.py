@@ -1,10 +1,12 @@
 """What does ToST bring? Several masks at several densities, without and with ToST, over several seeds, as a table.
 
     ghostmask prepare digits_tost
-    python -m benchmarks.tost_table digits_tost --methods random,snip --densities 0.1,0.02 --seeds 3 train.epochs=10
+    python -m benchmarks.tost_table digits_tost --masks random,lth --densities 0.1,0.02 --seeds 3 train.epochs=10
 
-One rank, one process. A run that is finished is not run again: an interrupted table goes on where it was, and --print
-shows what there is. Without ToST is tost=none, with it is the configuration's own tost section.
+Every mask is trained from the initialisation of its seed, once with tost=none and once with the configuration's own
+tost section. random, snip, grasp and synflow find it there; magnitude's and lth's is the result of a run of its own
+without ToST. One rank, one process. A run that is finished is not run again: an interrupted table goes on where it was,
+and --print shows what there is.
 """
 
 from __future__ import annotations
@@ -24,8 +26,11 @@ from launcher.config import RunConfig
 from launcher.environment import prepare_environment
 from launcher.settings import load_config, to_dict
 
-EXTRA = {"magnitude": ["finetune.epochs=2", "finetune.lr=1e-2"]}
-"""Settings that only one method takes."""
+TRAINED = {"magnitude": ["finetune.epochs=0"], "lth": ["mask.round_fraction=0.5"]}
+"""Masks that need training to be found, with the settings of that run."""
+
+Cell = tuple[int, str, str, str]
+"""(seed, density, mask, "none" or "all")."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,24 +38,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tost_table", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("config", help="YAML file or shipped config, with ToST on")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of every run")
-    parser.add_argument("--methods", default="random,snip,grasp,synflow,magnitude", help="mask.method, with commas")
+    parser.add_argument("--masks", default="random,snip,grasp,synflow,magnitude,lth", help="mask.method, with commas")
     parser.add_argument("--densities", default="0.1,0.05,0.02", help="mask.density, with commas")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ...")
     parser.add_argument("--folder", type=Path, default=Path("runs/tost"), help="where the runs go")
     parser.add_argument("--print", action="store_true", help="run nothing, print the table of what is there")
     args = parser.parse_intermixed_args(argv)
-    methods, densities = args.methods.split(","), args.densities.split(",")
-    cells = list(itertools.product(range(args.seeds), densities, methods, ("none", "all")))
+    masks, densities = args.masks.split(","), args.densities.split(",")
+    cells = list(itertools.product(range(args.seeds), densities, masks, ("none", "all")))
     runs = {cell: _config(args.config, args.settings, args.folder, cell) for cell in cells}
     if not args.print:
-        train_all([config for config in runs.values() if accuracy(config) is None])
-    print(table({cell: accuracy(config) for cell, config in runs.items()}, methods, densities, args.seeds))
+        found = {c: _source(args.config, args.settings, args.folder, *c[:3]) for c in cells if c[2] in TRAINED}
+        # Each source stands before the runs that read it; twice in the list, it is trained once.
+        order = [config for cell in cells for config in (found.get(cell), runs[cell]) if config is not None]
+        train_all(order)
+    print(table({cell: accuracy(config) for cell, config in runs.items()}, masks, densities, args.seeds))
     return 0
 
 
 def train_all(configs: Sequence[RunConfig]) -> None:
-    """Train each to its end, in one process: DeepSpeed does not survive a second process group."""
-    if not configs:
+    """Train each that is not finished to its end, in one process: DeepSpeed does not survive a second process group."""
+    if all(accuracy(config) is not None for config in configs):
         return
     prepare_environment(configs[0].train.device)
     from engine.world import connect
@@ -59,6 +67,8 @@ def train_all(configs: Sequence[RunConfig]) -> None:
 
     with connect(configs[0].train.device) as world, redirect_stdout(sys.stderr):
         for config in configs:
+            if accuracy(config) is not None:
+                continue
             folder = Path(config.run)
             data = open_data(config, world)
             method = build_method(config, world, data)
@@ -79,16 +89,14 @@ def accuracy(config: RunConfig) -> float | None:
     return 100 * float(found["accuracy"])
 
 
-def table(
-    scores: dict[tuple[int, str, str, str], float | None], methods: Sequence[str], densities: Sequence[str], seeds: int
-) -> str:
-    """Markdown: a row per method and density; mean +- sample standard deviation, and the difference seed by seed."""
+def table(scores: dict[Cell, float | None], masks: Sequence[str], densities: Sequence[str], seeds: int) -> str:
+    """Markdown: a row per mask and density; mean +- sample standard deviation, and the difference seed by seed."""
     lines = ["| mask | density | without ToST | with ToST | difference | seeds |", "|" + " --- |" * 6]
-    for method, density in itertools.product(methods, densities):
-        pairs = [(scores[s, density, method, "none"], scores[s, density, method, "all"]) for s in range(seeds)]
+    for mask, density in itertools.product(masks, densities):
+        pairs = [(scores[s, density, mask, "none"], scores[s, density, mask, "all"]) for s in range(seeds)]
         whole = [(a, b) for a, b in pairs if a is not None and b is not None]
         columns = [[a for a, _ in whole], [b for _, b in whole], [b - a for a, b in whole]]
-        lines.append(f"| {method} | {density} | {' | '.join(_spread(c) for c in columns)} | {len(whole)} |")
+        lines.append(f"| {mask} | {density} | {' | '.join(_spread(c) for c in columns)} | {len(whole)} |")
     return "\n".join(lines)
 
 
@@ -99,11 +107,22 @@ def _spread(values: Sequence[float]) -> str:
     return f"{mean} +- {statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
-def _config(name: str, settings: Sequence[str], folder: Path, cell: tuple[int, str, str, str]) -> RunConfig:
-    seed, density, method, tost = cell
-    run = os.path.join(folder, f"{method}-{density}-{tost}-seed{seed}")
-    own = [f"mask.method={method}", f"mask.density={density}", f"seed={seed}", f"run={run}", *EXTRA.get(method, [])]
+def _config(name: str, settings: Sequence[str], folder: Path, cell: Cell) -> RunConfig:
+    seed, density, mask, tost = cell
+    if mask in TRAINED:
+        source = _source(name, settings, folder, seed, density, mask).run
+        given = ["mask.method=file", "mask.density=1", f"mask.path={source}"]
+    else:
+        given = [f"mask.method={mask}", f"mask.density={density}"]
+    own = [*given, f"seed={seed}", f"run={os.path.join(folder, f'{mask}-{density}-{tost}-seed{seed}')}"]
     return load_config(name, [*settings, *own, *(["tost=none"] if tost == "none" else [])])
+
+
+def _source(name: str, settings: Sequence[str], folder: Path, seed: int, density: str, mask: str) -> RunConfig:
+    """The run, without ToST, whose result is the mask."""
+    run = os.path.join(folder, f"{mask}-{density}-found-seed{seed}")
+    own = [f"mask.method={mask}", f"mask.density={density}", f"seed={seed}", f"run={run}", *TRAINED[mask]]
+    return load_config(name, [*settings, *own, "tost=none"])
 
 
 if __name__ == "__main__":
