@@ -8,25 +8,20 @@ from torch import Tensor
 
 from engine.data import DataPipeline
 from masks.gradient_scores import ScoreLoss
-from masks.one_shot import OneShot
+from masks.one_shot import Scored
 from masks.score_images import Chunk, PerClass, chosen_images
-from masks.score_shards import ScoreShards, largest
+from masks.score_shards import ScoreShards
 
 TEMPERATURE = 200.0
 """T that the logits are divided by, as in the authors' code."""
 
 
-class Grasp(OneShot):
+class Grasp(Scored):
     """GraSP (Wang et al. 2020): the weights with the largest -w (H g) are removed; H and g of the loss at logits / T.
 
     Two passes over mask.samples_per_class images of every class, in chunks of mask.score_batch: one for g over all of
     them, one for H g. Batch norm in batch-statistics mode, chunk by chunk.
     """
-
-    def find(self, data: DataPipeline) -> dict[str, Tensor]:
-        config, shards = self.config, self.shards()
-        scores = self.scores(data, shards)
-        return shards.gathered(largest(shards, scores, config.density, config.constraint, config.min_per_layer))
 
     def scores(self, data: DataPipeline, shards: ScoreShards) -> Tensor:
         """Collective: w (H g) of this rank's slice, (end - first,), of the loss summed over the images: the largest

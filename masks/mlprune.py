@@ -8,25 +8,20 @@ from torch import Tensor
 
 from engine.data import DataPipeline
 from masks.kronecker import KroneckerFactors, inverse_diagonals, scores_of
-from masks.one_shot import OneShot
+from masks.one_shot import Scored
 from masks.score_images import Chunk, First, chosen_images
-from masks.score_shards import ScoreShards, largest
+from masks.score_shards import ScoreShards
 
 BATCHES = 10
 """Chunks of mask.score_batch images, unless mask.score_batches says otherwise."""
 
 
-class MlPrune(OneShot):
+class MlPrune(Scored):
     """MLPrune (Zeng & Urtasun 2019): score w^2 / (diag(G^-1) x diag(A^-1)), divided by its layer's sum.
 
     A = E[a a^T] over a layer's inputs (patches of a convolution), G = E[g g^T] over the gradients by its outputs,
     labels drawn from the network's own predictions. Meant for a trained network: give mask.path.
     """
-
-    def find(self, data: DataPipeline) -> dict[str, Tensor]:
-        config, shards = self.config, self.shards()
-        scores = self.scores(data, shards)
-        return shards.gathered(largest(shards, scores, config.density, config.constraint, config.min_per_layer))
 
     def scores(self, data: DataPipeline, shards: ScoreShards) -> Tensor:
         """Collective: the normalised score of this rank's slice, (end - first,), float64; larger = kept."""

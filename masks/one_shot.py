@@ -14,7 +14,7 @@ from engine.trainer import Trainer
 from masks.masked_model import FixedMasks, MaskedModel
 from masks.method import MaskMethod, Setup, check_agreement
 from masks.report import DensityReport
-from masks.score_shards import ScoreShards, empty_layers
+from masks.score_shards import ScoreShards, empty_layers, largest
 from masks.trained import load_trained
 
 
@@ -60,6 +60,19 @@ class OneShot(MaskMethod):
     def shards(self) -> ScoreShards:
         """This rank's slice of the prunable weights."""
         return ScoreShards(self.weights, self.world)
+
+
+class Scored(OneShot):
+    """A finder that scores every weight once and keeps the largest scores; a method is its `scores`."""
+
+    @abstractmethod
+    def scores(self, data: DataPipeline, shards: ScoreShards) -> Tensor:
+        """Collective: the scores of this rank's slice, (end - first,); larger = kept. The network is left as it is."""
+
+    def find(self, data: DataPipeline) -> dict[str, Tensor]:
+        config, shards = self.config, self.shards()
+        scores = self.scores(data, shards)
+        return shards.gathered(largest(shards, scores, config.density, config.constraint, config.min_per_layer))
 
 
 def report(masks: Mapping[str, Tensor], protects: bool = True) -> list[str]:

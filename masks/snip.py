@@ -8,21 +8,16 @@ from torch import Tensor
 
 from engine.data import DataPipeline
 from masks.gradient_scores import ScoreLoss
-from masks.one_shot import OneShot
+from masks.one_shot import Scored
 from masks.score_images import Chunk, First, chosen_images
-from masks.score_shards import ScoreShards, largest
+from masks.score_shards import ScoreShards
 
 BATCHES = 1
 """Chunks of mask.score_batch images, unless mask.score_batches says otherwise: the paper's one batch."""
 
 
-class Snip(OneShot):
+class Snip(Scored):
     """SNIP (Lee et al. 2019): score |dL/dm| at m = 1 = |w dL/dw|, batch norm in batch-statistics mode."""
-
-    def find(self, data: DataPipeline) -> dict[str, Tensor]:
-        config, shards = self.config, self.shards()
-        scores = self.scores(data, shards)
-        return shards.gathered(largest(shards, scores, config.density, config.constraint, config.min_per_layer))
 
     def scores(self, data: DataPipeline, shards: ScoreShards) -> Tensor:
         """Collective: |w dL/dw| of this rank's slice, (end - first,), L summed over the images; larger = kept."""
