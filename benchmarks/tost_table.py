@@ -3,10 +3,10 @@
     ghostmask prepare digits_tost
     python -m benchmarks.tost_table digits_tost --masks random,lth --densities 0.1,0.02 --seeds 3 train.epochs=10
 
-Every mask is trained from the initialisation of its seed, once with tost=none and once with the configuration's own
-tost section. random, snip, grasp and synflow find it there; magnitude's and lth's is the result of a run of its own
-without ToST. One rank, one process. A run that is finished is not run again: an interrupted table goes on where it was,
-and --print shows what there is.
+Every mask is trained from the initialisation of its seed, with tost=none and with each of --tweaks: all (the
+configuration's own tost section) or one of it. random, snip, grasp and synflow find it there; magnitude's and lth's is
+the result of a run of its own without ToST. One rank, one process. A run that is finished is not run again: an
+interrupted table goes on where it was, and --print shows what there is.
 """
 
 from __future__ import annotations
@@ -17,20 +17,26 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from engine.errors import InputError
+from engine.errors import EXIT_INPUT, InputError, unknown_name
+from launcher.checks import READ_BY_TWEAK
 from launcher.config import RunConfig
 from launcher.environment import prepare_environment
 from launcher.settings import load_config, to_dict
+from launcher.values import as_text
+from models.config import TostConfig
 
 TRAINED = {"magnitude": ["finetune.epochs=0"], "lth": ["mask.round_fraction=0.5"]}
 """Masks that need training to be found, with the settings of that run."""
 
+TWEAKS = ("all", "ghost_skip", "ghost_swish", "label_smoothing", "lrsi")
+WITHOUT = "none"
+
 Cell = tuple[int, str, str, str]
-"""(seed, density, mask, "none" or "all")."""
+"""(seed, density, mask, tweak or WITHOUT)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,19 +46,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of every run")
     parser.add_argument("--masks", default="random,snip,grasp,synflow,magnitude,lth", help="mask.method, with commas")
     parser.add_argument("--densities", default="0.1,0.05,0.02", help="mask.density, with commas")
+    parser.add_argument("--tweaks", default="all", help=f"with commas, of {', '.join(TWEAKS)}")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ...")
     parser.add_argument("--folder", type=Path, default=Path("runs/tost"), help="where the runs go")
     parser.add_argument("--print", action="store_true", help="run nothing, print the table of what is there")
     args = parser.parse_intermixed_args(argv)
-    masks, densities = args.masks.split(","), args.densities.split(",")
-    cells = list(itertools.product(range(args.seeds), densities, masks, ("none", "all")))
+    masks, densities, tweaks = args.masks.split(","), args.densities.split(","), args.tweaks.split(",")
+    for tweak in tweaks:
+        if tweak not in TWEAKS:
+            raise unknown_name("--tweaks", tweak, TWEAKS)
+    cells = list(itertools.product(range(args.seeds), densities, masks, (WITHOUT, *tweaks)))
     runs = {cell: _config(args.config, args.settings, args.folder, cell) for cell in cells}
     if not args.print:
         found = {c: _source(args.config, args.settings, args.folder, *c[:3]) for c in cells if c[2] in TRAINED}
         # Each source stands before the runs that read it; twice in the list, it is trained once.
         order = [config for cell in cells for config in (found.get(cell), runs[cell]) if config is not None]
         train_all(order)
-    print(table({cell: accuracy(config) for cell, config in runs.items()}, masks, densities, args.seeds))
+    print(table({cell: accuracy(config) for cell, config in runs.items()}, masks, densities, tweaks, args.seeds))
     return 0
 
 
@@ -89,14 +99,24 @@ def accuracy(config: RunConfig) -> float | None:
     return 100 * float(found["accuracy"])
 
 
-def table(scores: dict[Cell, float | None], masks: Sequence[str], densities: Sequence[str], seeds: int) -> str:
-    """Markdown: a row per mask and density; mean +- sample standard deviation, and the difference seed by seed."""
-    lines = ["| mask | density | without ToST | with ToST | difference | seeds |", "|" + " --- |" * 6]
+def table(
+    scores: Mapping[Cell, float | None], masks: Sequence[str], densities: Sequence[str], tweaks: Sequence[str],
+    seeds: int,
+) -> str:  # fmt: skip
+    """Markdown: a row per mask and density, of the seeds for which all its runs are there.
+
+    Mean +- sample standard deviation, and that of the differences seed by seed to the run without ToST.
+    """
+    columns = ["mask", "density", "without ToST", *(f"{tweak}, difference" for tweak in tweaks), "seeds"]
+    lines = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
     for mask, density in itertools.product(masks, densities):
-        pairs = [(scores[s, density, mask, "none"], scores[s, density, mask, "all"]) for s in range(seeds)]
-        whole = [(a, b) for a, b in pairs if a is not None and b is not None]
-        columns = [[a for a, _ in whole], [b for _, b in whole], [b - a for a, b in whole]]
-        lines.append(f"| {mask} | {density} | {' | '.join(_spread(c) for c in columns)} | {len(whole)} |")
+        rows = [[scores[seed, density, mask, tweak] for tweak in (WITHOUT, *tweaks)] for seed in range(seeds)]
+        whole = [[score for score in row if score is not None] for row in rows if None not in row]
+        cells = [_spread([row[0] for row in whole])]
+        for column in range(1, len(tweaks) + 1):
+            differences = _spread([row[column] - row[0] for row in whole])
+            cells.append(f"{_spread([row[column] for row in whole])}, {differences}")
+        lines.append(f"| {mask} | {density} | {' | '.join(cells)} | {len(whole)} |")
     return "\n".join(lines)
 
 
@@ -108,14 +128,22 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _config(name: str, settings: Sequence[str], folder: Path, cell: Cell) -> RunConfig:
-    seed, density, mask, tost = cell
+    seed, density, mask, tweak = cell
     if mask in TRAINED:
         source = _source(name, settings, folder, seed, density, mask).run
         given = ["mask.method=file", "mask.density=1", f"mask.path={source}"]
     else:
         given = [f"mask.method={mask}", f"mask.density={density}"]
-    own = [*given, f"seed={seed}", f"run={os.path.join(folder, f'{mask}-{density}-{tost}-seed{seed}')}"]
-    return load_config(name, [*settings, *own, *(["tost=none"] if tost == "none" else [])])
+    own = [*given, f"seed={seed}", f"run={os.path.join(folder, f'{mask}-{density}-{tweak}-seed{seed}')}"]
+    return load_config(name, [*settings, *own, *_tost(load_config(name, settings).tost, tweak)])
+
+
+def _tost(section: TostConfig, tweak: str) -> list[str]:
+    """The settings that leave `tweak` of the section."""
+    if tweak == "all":
+        return []
+    kept = [tweak, *READ_BY_TWEAK.get(tweak, ())] if tweak != WITHOUT else []
+    return ["tost=none", *(f"tost.{name}={as_text(getattr(section, name))}" for name in kept)]
 
 
 def _source(name: str, settings: Sequence[str], folder: Path, seed: int, density: str, mask: str) -> RunConfig:
@@ -126,4 +154,8 @@ def _source(name: str, settings: Sequence[str], folder: Path, seed: int, density
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except InputError as error:
+        print(f"tost_table: error: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_INPUT) from None
