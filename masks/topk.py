@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.errors import EXIT_NON_FINITE, RunStopped
 from engine.world import World, single
+from masks.compiled import load_kernels, split_over_threads
 
 BINS = 1 << 16
 """Bins of a pass: 16 bits of the scores' integer image, from the upper ones down."""
 CHUNK = 1 << 22
-"""Elements handled at once: bounds the extra memory to a few times 4 M int64."""
+"""Elements that torch handles at once: bounds the extra memory to a few times 4 M int64."""
+SMALLEST_RANGE = 1 << 16
+"""Elements worth a thread of their own."""
+INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
+"""Types that hold a score's bits."""
 
 
 def kept_count(density: float, prunable: int) -> int:
@@ -45,60 +51,71 @@ def topk_shard(scores: Tensor, kept: int, world: World) -> Tensor:
 
 
 def _largest(scores: list[Tensor], kept: int, world: World) -> list[Tensor]:
-    _check(scores, kept, world)
+    wide = any(score.dtype == torch.float64 for score in scores)
+    flat = [s.detach().reshape(-1).to(torch.float64 if wide else torch.float32).contiguous() for s in scores]
+    _check(flat, kept, world)
     if kept == 0:
         return [torch.zeros_like(score, dtype=torch.bool) for score in scores]
-    wide = any(score.dtype == torch.float64 for score in scores)
-    threshold, left = _threshold(scores, kept, wide, world)
-    return _cut(scores, wide, threshold, left, world)
+    threshold, left = _threshold(flat, kept, 4 if wide else 2, world)
+    masks = _cut(flat, threshold, left, world)
+    return [mask.view(score.shape) for mask, score in zip(masks, scores, strict=True)]
 
 
 def _check(scores: list[Tensor], kept: int, world: World) -> None:
-    counts = torch.tensor([[score.numel(), int(score.isnan().sum())] for score in scores])
-    everywhere = world.all_reduce(counts.clone())
-    total = int(everywhere[:, 0].sum())
+    # The largest of scores with a nan is nan.
+    nans = [int(score.isnan().sum()) if len(score) and score.amax().isnan() else 0 for score in scores]
+    everywhere = world.all_reduce(torch.tensor([[len(score) for score in scores], nans]))
+    total = int(everywhere[0].sum())
     if not 0 <= kept <= total:
         raise ValueError(f"kept = {kept}: give a number in [0, {total}], the number of scores")
-    for number, (numel, bad) in enumerate(everywhere.tolist()):
+    for number, (numel, bad) in enumerate(everywhere.T.tolist()):
         if bad:
             raise RunStopped(f"scores of tensor {number}: {bad} of {numel} are nan", EXIT_NON_FINITE)
 
 
-def _threshold(scores: list[Tensor], kept: int, wide: bool, world: World) -> tuple[float, int]:
+def _threshold(scores: list[Tensor], kept: int, digits: int, world: World) -> tuple[float, int]:
     """(the kept-th largest score, how many equal to it are kept): its digits of 16 bits, from the uppermost down."""
-    digits = 4 if wide else 2
+    prefix, left = 0, kept
+    for digit in reversed(range(digits)):
+        # The image is signed: so is its uppermost digit.
+        offset = BINS // 2 if digit == digits - 1 else 0
+        place, left = _bin(_counts(scores, digit, prefix, offset), left, world)
+        prefix = (prefix << 16) + place - offset
+    return _score_of(prefix, scores[0].dtype), left
+
+
+def _counts(scores: list[Tensor], digit: int, prefix: int, offset: int) -> Tensor:
+    """int64 (BINS,) on the CPU: how often digits + offset occur in the images that have `prefix` above this digit.
+
+    Images are integers that are ordered as the scores are, with -0.0 as 0.0. With an offset all images count.
+    """
+    kernels = load_kernels("masks.topk_cpu") if all(score.device.type == "cpu" for score in scores) else None
+    if kernels:
+        return _counts_on_cpu(kernels, scores, 16 * digit, prefix, offset)
     counts = torch.zeros(BINS, dtype=torch.int64)
-    for image in _images(scores, wide):
-        counts += torch.bincount((image >> 16 * (digits - 1)) + BINS // 2, minlength=BINS).cpu()
-    place, left = _bin(counts, kept, world)
-    prefix = place - BINS // 2  # the image is signed: so is its uppermost digit
-    inside = [image[image >> 16 * (digits - 1) == prefix] for image in _images(scores, wide)]
-    image = torch.cat(inside) if inside else torch.zeros(0, dtype=torch.int64)
-    for digit in reversed(range(digits - 1)):
-        counts = torch.bincount((image >> 16 * digit) & (BINS - 1), minlength=BINS).cpu()
-        place, left = _bin(counts, left, world)
-        prefix = (prefix << 16) | place
-        image = image[image >> 16 * digit == prefix]
-    return _score_of(prefix, wide), left
-
-
-def _images(scores: list[Tensor], wide: bool) -> Iterator[Tensor]:
-    """Chunk by chunk, int64 images that are ordered as the scores are; 32 bits of them count unless `wide`."""
     for score in scores:
-        for chunk in torch.split(score.detach().reshape(-1), CHUNK):
+        for chunk in torch.split(score, CHUNK):
             # Adding 0.0 turns -0.0 into 0.0.
-            floats = (chunk.double() if wide else chunk.float()) + 0.0
-            yield _flipped(floats.view(torch.int64 if wide else torch.int32)).long()
+            image = _flipped((chunk + 0.0).view(INTEGERS[chunk.dtype])).long() >> 16 * digit
+            image = image if offset else image[image >> 16 == prefix]
+            counts += torch.bincount((image + offset) & (BINS - 1), minlength=BINS).cpu()
+    return counts
 
 
-def _flipped(bits: Tensor) -> Tensor:
-    """Negative floats order in reverse: all bits below their sign are flipped. It is its own inverse."""
-    return torch.where(bits < 0, bits ^ torch.iinfo(bits.dtype).max, bits)
+def _counts_on_cpu(kernels: Any, scores: list[Tensor], shift: int, prefix: int, offset: int) -> Tensor:
+    below_sign = torch.iinfo(INTEGERS[scores[0].dtype]).max
+    bits = [score.view(INTEGERS[score.dtype]).numpy() for score in scores]
+    starts = np.cumsum([0, *map(len, bits)])
 
+    def work(first: int, end: int) -> Tensor:
+        """Of the scores first .. end - 1 of all tensors laid end to end."""
+        counts = torch.zeros(BINS, dtype=torch.int64)
+        for part, start in zip(bits, starts[:-1], strict=True):
+            low, high = max(first - start, 0), min(end - start, len(part))
+            kernels.count(part, low, high, below_sign, shift, prefix, offset, counts.numpy())
+        return counts
 
-def _score_of(image: int, wide: bool) -> float:
-    bits = _flipped(torch.tensor([image], dtype=torch.int64 if wide else torch.int32))
-    return bits.view(torch.float64 if wide else torch.float32).item()
+    return torch.stack(split_over_threads(work, int(starts[-1]), SMALLEST_RANGE)).sum(0)
 
 
 def _bin(counts: Tensor, kept: int, world: World) -> tuple[int, int]:
@@ -109,16 +126,25 @@ def _bin(counts: Tensor, kept: int, world: World) -> tuple[int, int]:
     return BINS - 1 - place, kept - above
 
 
-def _cut(scores: list[Tensor], wide: bool, threshold: float, ties_left: int, world: World) -> list[Tensor]:
+def _score_of(image: int, dtype: torch.dtype) -> float:
+    return _flipped(torch.tensor([image], dtype=INTEGERS[dtype])).view(dtype).item()
+
+
+def _flipped(bits: Tensor) -> Tensor:
+    """Negative floats order in reverse: all bits below their sign are flipped. It is its own inverse."""
+    return torch.where(bits < 0, bits ^ torch.iinfo(bits.dtype).max, bits)
+
+
+def _cut(scores: list[Tensor], threshold: float, ties_left: int, world: World) -> list[Tensor]:
     """The masks: all scores above the threshold and the first `ties_left` equal to it, lower ranks first."""
-    compared = [(s.detach().double() if wide else s.detach().float()).reshape(-1) for s in scores]
-    ties = [(score == threshold).nonzero().squeeze(1) for score in compared]
-    before = world.all_gather(torch.tensor([sum(len(t) for t in ties)]))[: world.rank].sum()
-    ties_left = max(0, ties_left - int(before))
-    masks = []
-    for score, like, tied in zip(compared, scores, ties, strict=True):
-        mask = score > threshold
-        mask[tied[:ties_left]] = True
-        ties_left -= min(ties_left, len(tied))
-        masks.append(mask.view(like.shape))
+    masks = [score > threshold for score in scores]
+    ties = sum(int((chunk == threshold).sum()) for score in scores for chunk in torch.split(score, CHUNK))
+    ties_left -= int(world.all_gather(torch.tensor([ties]))[: world.rank].sum())
+    for score, mask in zip(scores, masks, strict=True):
+        for chunk, part in zip(torch.split(score, CHUNK), torch.split(mask, CHUNK), strict=True):
+            if ties_left <= 0:
+                return masks
+            tied = (chunk == threshold).nonzero().squeeze(1)[:ties_left]
+            part[tied] = True
+            ties_left -= len(tied)
     return masks

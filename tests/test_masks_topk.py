@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from engine.errors import EXIT_NON_FINITE, RunStopped
 from engine.spawn import run_distributed
 from engine.world import World
 from masks import topk
+from masks.compiled import load_kernels
 from masks.topk import kept_count, topk_masks, topk_shard
 
 
@@ -36,9 +39,21 @@ KINDS = {
 }
 
 
+@pytest.fixture(params=["compiled", "torch"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """How scores are counted, in several chunks or by three threads even in tensors of a few hundred elements."""
+    monkeypatch.setattr(topk, "CHUNK", 37)
+    monkeypatch.setattr(topk, "SMALLEST_RANGE", 37)
+    if request.param == "torch":
+        monkeypatch.setattr(topk, "load_kernels", lambda name: None)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield request.param
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_masks_equal_those_of_a_stable_sort(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(topk, "CHUNK", 37)  # several chunks even in tensors of a few hundred elements
+def test_masks_equal_those_of_a_stable_sort(kind: str, path: str) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = [(7, 5, 3, 3), (1,), (64,), (10, 17), (0, 3)]
     for trial in range(6):
@@ -69,7 +84,7 @@ def test_shards_of_three_ranks_give_the_mask_of_one_rank_bit_for_bit() -> None:
         assert torch.equal(torch.cat([rank[number] for rank in ranks]), expected)
 
 
-def test_float64_scores_are_told_apart_where_float32_could_not() -> None:
+def test_float64_scores_are_told_apart_where_float32_could_not(path: str) -> None:
     steps = torch.arange(500, dtype=torch.float64)[torch.randperm(500, generator=torch.Generator().manual_seed(3))]
     scores = [1.0 + steps * 1e-14, 1e200 * steps, -1e-200 * steps, -steps]
     for kept in (1, 250, 700, 1200, 1600, 1999):
@@ -82,8 +97,9 @@ def test_ties_go_to_the_first_tensor_and_the_first_position() -> None:
     assert masks[1].tolist() == [[True, True], [False, False]]
 
 
-def test_both_zeros_tie_and_infinities_are_scores() -> None:
-    scores = [torch.tensor([-0.0, 0.0, -1.0, float("inf"), float("-inf")])]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_both_zeros_tie_and_infinities_are_scores(dtype: torch.dtype, path: str) -> None:
+    scores = [torch.tensor([-0.0, 0.0, -1.0, float("inf"), float("-inf")], dtype=dtype)]
     assert topk_masks(scores, 2)[0].tolist() == [True, False, False, True, False]
     assert topk_masks(scores, 4)[0].tolist() == [True, True, True, True, False]
 
@@ -104,6 +120,10 @@ def test_a_nan_score_stops_the_run_with_its_tensor_number() -> None:
 def test_a_count_out_of_range_is_refused(kept: int) -> None:
     with pytest.raises(ValueError, match=r"\[0, 4\]"):
         topk_masks([torch.ones(4)], kept)
+
+
+def test_counting_is_compiled_here() -> None:
+    assert load_kernels("masks.topk_cpu") is not None
 
 
 def test_kept_count_rounds_and_keeps_at_least_one_weight() -> None:
