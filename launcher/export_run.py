@@ -12,7 +12,11 @@ from launcher.train import finish, open_folder
 
 
 def export_run(run: Path) -> int:
-    """Write RUN/export from the newest intact checkpoint; a search that goes on gets the mask it would end with now."""
+    """Write RUN/export from the newest intact checkpoint.
+
+    A search by ProbMask that goes on gets the mask it would end with now. gmp and lth keep their present mask, at its
+    density: what they prune later, they prune after more training.
+    """
     config = load_config(str(run / "config.yaml"), [])
     with connect(config.train.device) as world:
         data = open_data(config, world)
@@ -25,6 +29,7 @@ def export_run(run: Path) -> int:
             built.execute(saved, train=False)
             last = built.phases[-1].end_step
             if world.is_main and saved.step < last:
-                built.reporter.progress.message(f"the run is not finished: step {saved.step} of {last}")
+                where = f"phase {saved.meta['phase']}, step {saved.step}"
+                built.reporter.progress.message(f"the run is not finished: {where} of {last}")
             finish(built, run)
     return 0

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipelines.open import open_dataset
+from engine.batchnorm import average_buffers
 from engine.checkpoint import CheckpointStore, Saved
 from engine.data import DataPipeline
 from engine.errors import InputError, RunStopped
@@ -50,7 +51,7 @@ class Run:
 
     def execute(self, saved: Saved | None, *, train: bool = True) -> None:
         """Collective: go through the phases from `saved` on (None: from the start); without `train`, only settle the
-        masks as if training ended at `saved`."""
+        masks as if training ended at `saved`, or leave them as they are where every phase has a result."""
         if saved is None:
             self.method.prepare()
         names = [p.name for p in self.phases]
@@ -63,6 +64,11 @@ class Run:
                 self.method.begin(trainer)
             if train:
                 trainer.fit()
+            else:
+                average_buffers(trainer.model, self.world)
+            if not train and self.method.every_phase_has_a_result:
+                trainer.close()
+                return
             self.method.leave(trainer)
             trainer.close()
 

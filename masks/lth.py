@@ -31,6 +31,7 @@ class LotteryTicket(MaskMethod):
     norm after mask.rewind of round 0 (0: the initialisation), travels in every checkpoint.
     """
 
+    every_phase_has_a_result = True
     rewindable: RewindableMasks | None = None
 
     def phases(self) -> tuple[tuple[str, int], ...]:

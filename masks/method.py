@@ -63,6 +63,9 @@ class MaskMethod(ABC):
     net is mask-free and stays so: its state dict has plain names at every moment.
     """
 
+    every_phase_has_a_result = False
+    """Whether each phase, and not the last one only, trains a network that can be exported under its present masks."""
+
     def __init__(self, config: MaskConfig, net: nn.Module, recipe: Recipe, world: World) -> None:
         self.config, self.net, self.recipe, self.world = config, net, recipe, world
         self.weights: dict[str, nn.Parameter] = prunable_weights(net, config.dense_layers)

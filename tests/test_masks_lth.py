@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from memory_run import CONFIG, configured, memory_run
 from torch import Tensor
 
 from engine.config import FinetuneConfig, OptimConfig
-from engine.errors import InputError
+from engine.errors import InputError, RunStopped
 from engine.hooks import Hook
 from engine.registry import resolve
 from engine.spawn import run_distributed
@@ -106,3 +108,46 @@ def test_a_rewind_point_beyond_the_round_is_refused(tmp_path: Path) -> None:
     method = lottery(rewind="9st")
     with pytest.raises(InputError, match=r"mask\.rewind = '9st': a round has 8 steps"):
         method.enter(plan(method, 4)[0])
+
+
+def exported(world: World, folder: str, config: RunConfig) -> tuple[dict[str, Tensor], ...]:
+    """What `ghostmask export` delivers of an unfinished run: its masks and network."""
+    run, saved = memory_run(world, Path(folder), config)
+    assert saved is not None
+    assert saved.meta["phase"] == "round1"
+    recorder = Recorder(run)
+    run.execute(saved, train=False)
+    masks = {n: m.clone() for n, m in run.masks().items()}
+    run.close()
+    return masks, recorder.state()
+
+
+def stopped(world: World, folder: str, config: RunConfig, step: int) -> dict[str, Tensor]:
+    """The network at `step`, where a signal stops the run after saving."""
+    run, _ = memory_run(world, Path(folder), config)
+    recorder = Recorder(run)
+    run.hooks = (recorder, SignalAt(step))
+    with pytest.raises(RunStopped):
+        run.execute(None)
+    run.close()
+    state: dict[str, Tensor] = recorder.states[step]
+    return state
+
+
+class SignalAt(Hook):
+    """SIGTERM to this process, as a scheduler sends it, at a step of the run."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_start(self, trainer: Trainer) -> None:
+        if trainer.position.step == self.step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_an_unfinished_run_exports_the_network_and_the_mask_of_its_present_round(tmp_path: Path) -> None:
+    live = run_distributed(stopped, 1, str(tmp_path), LTH, 13)[0]
+    masks, state = run_distributed(exported, 1, str(tmp_path), LTH)[0]
+    total = sum(m.numel() for m in masks.values())
+    assert sum(int(m.sum()) for m in masks.values()) == kept_count(0.5, total)
+    assert all(torch.equal(state[n], tensor) for n, tensor in live.items()), "it was rewound, or trained on"
