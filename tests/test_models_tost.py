@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +159,24 @@ def test_all_of_tost_with_every_other_mask_method_survives_a_kill(method: str, m
     prunable = sum(m.numel() for m in resumed.masks.values())
     assert prunable == sum(w.numel() for w in prunable_weights(plain).values()), "ghosts are counted in the density"
     assert method == "file" or resumed.kept == kept_count(0.1, prunable)
+
+
+def compiled(world: World, folder: str, config: RunConfig) -> tuple[dict[str, Tensor], int]:
+    """The weights a run ends with, and how many graphs torch.compile made of it; traced, but not lowered to C++."""
+    torch.compile = partial(torch.compile, backend="eager")  # in this rank's process
+    torch._dynamo.utils.counters.clear()
+    return complete(world, folder, config).weights, int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def test_a_compiled_run_goes_through_the_end_of_both_schedules_like_one_that_is_not(tmp_path: Path) -> None:
+    """One graph with ghosts and PSwish, one with ghosts and ReLU, one of the plain network."""
+    config = configured(
+        RESNET, train={"epochs": 2}, tost={**TOST_PRESETS["all"], "ghost_skip_fraction": 0.7, "lrsi_steps": 2},
+    )  # fmt: skip
+    traced = configured(config, train={"compile": True})
+    plain, none = run_distributed(compiled, 1, str(tmp_path / "plain"), config)[0]
+    weights, graphs = run_distributed(compiled, 1, str(tmp_path / "compiled"), traced)[0]
+    assert none == 0
+    assert graphs >= 3
+    for name, weight in plain.items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=1e-5, msg=name)
