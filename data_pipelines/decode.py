@@ -1,9 +1,10 @@
-"""How one batch of images is decoded: FFCV operations whose randomness comes from a word that travels with the index.
+"""How one batch of images is decoded and augmented: FFCV operations, random by a word that travels with the index.
 
 FFCV hands a compiled decoder the piece of the traversal order that makes a batch. Ours is a table (n, 2) of sample
-index and random word (see `order`), so the crop is a function of (seed, epoch, sample index) and nothing compiled has
-to know the epoch. The kernels are numba's, cached on disk: FFCV's own closures call C by address, cannot be cached, and
-compile for about 15 s in every process.
+index and random word (see `order`), so crop, shift and flip are functions of (seed, epoch, sample index) and nothing
+compiled has to know the epoch. All three happen here, in the loader's threads and while an image is in the cache: on
+whole batches, shift and flip took nine tenths of a CIFAR batch's time. The kernels are numba's, cached on disk: FFCV's
+own closures call C by address, cannot be cached, and compile for about 15 s in every process.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from ffcv.fields.rgb_image import SimpleRGBImageDecoder
 from ffcv.libffcv import ctypes_imdecode, ctypes_resize, lib
 from ffcv.pipeline.allocation_query import AllocationQuery
 from numba import prange, types
+
+from data_pipelines.source import Augmentation
 
 EVAL_CROP_SHARE = 224 / 256
 """Side of the evaluation crop as a share of the image's shorter side."""
@@ -64,18 +67,57 @@ def _random_box(height: Any, width: Any, word: Any) -> Any:
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def _copy_whole(rows: Any, storage: Any, pointers: Any, out: Any) -> None:
-    """out[k] = raw image rows[k, 0]; out: (n, bytes of an image) uint8."""
+def _draws(word: Any, pad: Any, flip: Any) -> Any:
+    """(shift down, shift right, whether to mirror): shifts in [0, 2 pad], from bit fields of the word.
+
+    The shifts' bias against uniform is below 2^-16 x (2 pad + 1).
+    """
+    places = np.uint64(2 * pad + 1)
+    down = ((word >> np.uint64(16)) & np.uint64(0xFFFF)) * places >> np.uint64(16)
+    right = ((word >> np.uint64(32)) & np.uint64(0xFFFF)) * places >> np.uint64(16)
+    return np.int64(down), np.int64(right), flip and (word & np.uint64(1)) != 0
+
+
+def _mirror(image: Any) -> None:
+    """Swap left and right of (H, W, 3) in place."""
+    height, width = image.shape[0], image.shape[1]
+    for row in range(height):
+        for left in range(width // 2):
+            for channel in range(3):
+                kept = image[row, left, channel]
+                image[row, left, channel] = image[row, width - 1 - left, channel]
+                image[row, width - 1 - left, channel] = kept
+
+
+def _copy_whole(rows: Any, storage: Any, pointers: Any, pad: Any, flip: Any, out: Any) -> None:
+    """out[k] = raw image rows[k, 0] among `pad` zeros, cropped and mirrored as its word says; out: (n, H, W, 3)."""
+    height, line = out.shape[1], out.shape[2] * 3
     for k in prange(rows.shape[0]):
+        down, right, mirrored = draws(rows[k, 1], pad, flip)
+        offset = (right - pad) * 3  # from a byte of the line to the one it comes from
+        first, end = max(0, -offset), min(line, line - offset)
         start = np.int64(pointers[np.int64(rows[k, 0])])
-        out[k, :] = storage[start : start + out.shape[1]]
+        for row in range(height):
+            pixels, source = out[k, row].reshape(line), row + down - pad
+            if 0 <= source < height:
+                from_ = start + source * line + offset
+                pixels[:first] = 0
+                pixels[first:end] = storage[from_ + first : from_ + end]
+                pixels[end:] = 0
+            else:
+                pixels[:] = 0
+        if mirrored:
+            mirror(out[k])
 
 
 def _crop(
-    rows: Any, storage: Any, pointers: Any, sizes: Any, heights: Any, widths: Any, jpeg: Any, share: float, out: Any,
-    damaged: Any,
+    rows: Any, storage: Any, pointers: Any, sizes: Any, heights: Any, widths: Any, jpeg: Any, share: float, flip: Any,
+    out: Any, damaged: Any,
 ) -> None:  # fmt: skip
-    """out[k] = a crop of image rows[k, 0], resized. share: of a centre square's side; 0 = random. damaged: (n,) out."""
+    """out[k] = a crop of image rows[k, 0], resized, mirrored with its word's lowest bit if `flip`.
+
+    share: of a centre square's side; 0 = random. damaged: (n,) out.
+    """
     side_h, side_w = out.shape[1], out.shape[2]
     for k in prange(rows.shape[0]):
         i = np.int64(rows[k, 0])
@@ -100,10 +142,14 @@ def _crop(
             top, left, h, w = random_box(height, width, rows[k, 1])
         resize(0, address, height, width, top, top + h, left, left + w, out[k].ctypes.data, side_h, side_w)
         damaged[k] = damaged[k] or pixels.size < 0  # keeps `pixels` alive until here
+        if draws(rows[k, 1], 0, flip)[2]:
+            mirror(out[k])
 
 
 next_word = numba.njit(nogil=True, error_model="numpy")(_next_word)
 random_box = numba.njit(nogil=True, error_model="numpy")(_random_box)
+draws = numba.njit(nogil=True, error_model="numpy")(_draws)
+mirror = numba.njit(nogil=True, error_model="numpy")(_mirror)
 copy_whole = numba.njit(nogil=True, error_model="numpy", parallel=True)(_copy_whole)
 crop = numba.njit(nogil=True, error_model="numpy", parallel=True)(_crop)
 
@@ -122,7 +168,11 @@ def load_kernels() -> None:
 
 
 class WholeImage(SimpleRGBImageDecoder):  # type: ignore[misc]  # FFCV has no types, and takes only its subclasses
-    """Raw images of one size, as they are: (n, H, W, 3) uint8."""
+    """Raw images of one size, shifted and mirrored as `augmentation` says: (n, H, W, 3) uint8."""
+
+    def __init__(self, augmentation: Augmentation) -> None:
+        super().__init__()
+        self.augmentation = augmentation
 
     def declare_state_and_memory(self, previous_state: Any) -> Any:
         """FFCV's question: what comes out, and which buffer is needed."""
@@ -135,20 +185,21 @@ class WholeImage(SimpleRGBImageDecoder):  # type: ignore[misc]  # FFCV has no ty
         """FFCV's question: the function that fills the buffer."""
         load_kernels()
         pointers = np.ascontiguousarray(self.metadata["data_ptr"])
+        pad, flip = self.augmentation.pad, self.augmentation.flip
 
         def decode(rows: Any, destination: Any, metadata: Any, storage_state: Any) -> Any:
-            copy_whole(rows, storage_state[0], pointers, destination.reshape(len(destination), -1))
+            copy_whole(rows, storage_state[0], pointers, pad, flip, destination)
             return destination
 
         return decode
 
 
 class ResizedCrop(SimpleRGBImageDecoder):  # type: ignore[misc]  # FFCV has no types
-    """Images of any size, cropped at random (or at their centre) and resized to (n, size, size, 3) uint8."""
+    """Images of any size, cropped at random or at their centre, resized and mirrored: (n, size, size, 3) uint8."""
 
-    def __init__(self, size: int, random: bool) -> None:
+    def __init__(self, size: int, augmentation: Augmentation) -> None:
         super().__init__()
-        self.size, self.random = size, random
+        self.size, self.augmentation = size, augmentation
 
     def declare_state_and_memory(self, previous_state: Any) -> Any:
         """FFCV's question: what comes out, and which buffer is needed."""
@@ -162,7 +213,7 @@ class ResizedCrop(SimpleRGBImageDecoder):  # type: ignore[misc]  # FFCV has no t
         load_kernels()
         heights, widths = (np.ascontiguousarray(self.metadata[f]) for f in ("height", "width"))
         pointers, jpeg = np.ascontiguousarray(self.metadata["data_ptr"]), self.metadata["mode"] == 0
-        share = 0.0 if self.random else EVAL_CROP_SHARE
+        share, flip = 0.0 if self.augmentation.resized_crop else EVAL_CROP_SHARE, self.augmentation.flip
         sizes: list[Any] = []
 
         def decode(rows: Any, destination: Any, metadata: Any, storage_state: Any) -> Any:
@@ -170,7 +221,7 @@ class ResizedCrop(SimpleRGBImageDecoder):  # type: ignore[misc]  # FFCV has no t
             if not sizes:
                 sizes.append(lengths[np.searchsorted(starts, pointers)])
             damaged = np.empty(len(rows), dtype=np.bool_)
-            crop(rows, storage, pointers, sizes[0], heights, widths, jpeg, share, destination, damaged)
+            crop(rows, storage, pointers, sizes[0], heights, widths, jpeg, share, flip, destination, damaged)
             if damaged.any():
                 raise DamagedImage(int(rows[damaged.argmax(), 0]))
             return destination

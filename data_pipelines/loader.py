@@ -63,8 +63,8 @@ class BetonLoader:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batches(self, rows: Words) -> Generator[tuple[Tensor, Words]]:
-        """(images (n, H, W, 3) uint8, the rows they belong to), batch_size at a time; rows: see `order`.
+    def batches(self, rows: Words) -> Generator[tuple[Tensor, Tensor]]:
+        """(images (n, H, W, 3) uint8, labels (n,) int64) of the rows (see `order`), batch_size at a time.
 
         The images lie in a buffer of FFCV's (page-locked where there is CUDA) that is overwritten after the next batch
         has been asked for. Raises InputError for an image that cannot be decoded.
@@ -79,7 +79,8 @@ class BetonLoader:
                 if first == 0:
                     # FFCV's thread has set torch's thread number by now, which new threads of this process inherit.
                     torch.set_num_threads(torch.get_num_threads())
-                yield torch.from_numpy(images), rows[first : first + self.batch_size]
+                labels = self.labels[rows[first : first + self.batch_size, 0]]
+                yield torch.from_numpy(images), torch.from_numpy(labels)
             if epoch.error is not None:
                 raise self._explained(epoch.error)
         finally:
@@ -109,6 +110,10 @@ class _Epoch(EpochIterator):  # type: ignore[misc]  # FFCV has no types
         super().__init__(loader, rows)
 
     def run(self) -> None:
+        stream = getattr(self, "current_stream", None)
+        if stream is not None:
+            # A thread starts on GPU 0, and FFCV's use of streams would take memory there for every rank.
+            torch.cuda.set_device(stream.device)
         try:
             super().run()
         except BaseException as error:

@@ -117,6 +117,38 @@ def test_crops_do_not_depend_on_ranks_or_threads(root: Path, num_workers: int) -
         assert len(share) == 1
 
 
+@pytest.mark.parametrize(("pad", "flip"), [(0, False), (2, True), (1, False), (0, True), (8, True)])
+def test_shift_and_flip_equal_padding_and_slicing_one_image(pad: int, flip: bool) -> None:
+    from data_pipelines.decode import copy_whole, draws
+
+    images = np.random.default_rng(0).integers(0, 256, (40, 7, 9, 3), dtype=np.uint8)
+    rows = np.stack([np.arange(40, dtype=np.uint64)[::-1], order.sample_words(1, 2, np.arange(40))], 1)
+    result = np.full((40, 7, 9, 3), 77, np.uint8)
+    copy_whole(rows, images.reshape(-1), np.arange(40, dtype=np.uint64) * 189, pad, flip, result)
+    for k in range(40):
+        down, right, mirrored = draws(rows[k, 1], pad, flip)
+        padded = np.pad(images[39 - k], ((pad, pad), (pad, pad), (0, 0)))
+        expected = padded[down : down + 7, right : right + 9]
+        np.testing.assert_array_equal(result[k], expected[:, ::-1] if mirrored else expected)
+
+
+def test_draws_cover_every_place_evenly() -> None:
+    from data_pipelines.decode import draws
+
+    down, right, flip = np.array([draws(word, 4, True) for word in order.sample_words(0, 0, np.arange(81_000))]).T
+    cells = np.bincount(down * 9 + right, minlength=81)
+    assert cells.shape == (81,)
+    assert abs(cells - 1000).max() < 5.5 * 1000**0.5
+    assert abs(flip.mean() - 0.5) < 0.01
+    assert abs(np.corrcoef(down, flip)[0, 1]) < 0.02
+
+
+def test_no_flip_without_flip() -> None:
+    from data_pipelines.decode import draws
+
+    assert not any(draws(word, 1, False)[2] for word in order.sample_words(0, 0, np.arange(1000)))
+
+
 def test_random_boxes_lie_inside_and_are_distributed_like_torchvisions() -> None:
     from torchvision.transforms import RandomResizedCrop
 

@@ -16,7 +16,7 @@ from data_pipelines.digits import digits, split_indices
 from data_pipelines.imagefolder import imagefolder, load_rgb
 from data_pipelines.open import describe
 from data_pipelines.registry import DATASETS
-from data_pipelines.source import Images
+from data_pipelines.source import Augmentation, Images
 from data_pipelines.synthetic import synthetic
 from engine.errors import InputError
 
@@ -146,7 +146,7 @@ def test_cifar100_comes_out_of_ffcv_pixel_by_pixel(cifar100_root: Path, tmp_path
     assert source.fingerprint() == source.fingerprint()
     images = _First(source.images("eval"), 300)
     write_images(images, tmp_path / "x.beton", jpeg_fraction=None, num_workers=1, name=None)
-    loader = BetonLoader(tmp_path / "x.beton", WholeImage(), 128, 1, 100)
+    loader = BetonLoader(tmp_path / "x.beton", WholeImage(Augmentation()), 128, 1, 100)
     pixels = np.concatenate([batch.numpy().copy() for batch, _ in loader.batches(eval_rows(300, 0, 1))])
     loader.close()
     official = torchvision.datasets.CIFAR100(cifar100_root, train=False)
