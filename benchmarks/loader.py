@@ -29,6 +29,9 @@ PHOTOGRAPHS = ("data/imagenet/train", "../shared/data/imagenet_fullres", "../sha
 """Where real JPEGs in class folders are looked for, from the working directory; without them some are generated."""
 COPIES = 2
 """Times a small folder of photographs is linked, so that an epoch is long enough to time."""
+CIFAR = {"data/cifar-10-batches-py": "CIFAR10", "data/cifar-100-python": "CIFAR100"}
+"""Where real CIFAR images are looked for, as torchvision unpacks them; without them pixels are random."""
+CIFAR_IMAGES = 20_000
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -48,12 +51,12 @@ def rows(bench: Bench) -> list[Row]:
         # All files first: writing forks processes, and reading starts threads, which a fork does not like.
         for config in configs.values():
             prepare(config, progress=False)
-        pixels = _Pixels(64 if bench.quick else 20_000, 32, None)
+        pixels, kind = small_images(bench.quick)
         paths = {split: folder / f"{split}.beton" for split in SPLITS}
         for path in paths.values():
-            write_images(pixels, path, jpeg_fraction=None, num_workers=1, name=None)
+            write_images(_Pixels(pixels, None), path, jpeg_fraction=None, num_workers=1, name=None)
         found = [_photographs_row(case, config, what, bench) for case, config in configs.items()]
-        return [*found, _cifar_row(paths, pixels, bench)]
+        return [*found, _cifar_row(paths, pixels, kind, bench)]
 
 
 def photographs(folder: Path, quick: bool) -> tuple[Path, str]:
@@ -70,6 +73,17 @@ def photographs(folder: Path, quick: bool) -> tuple[Path, str]:
             for path in classes:
                 (root / split / f"{path.name}_{copy}").symlink_to(path)
     return root, f"{real.parent.name}/{real.name}"
+
+
+def small_images(quick: bool) -> tuple[NDArray[np.uint8], str]:
+    """((n, 32, 32, 3) pixels, what they are)."""
+    folder = next((Path(path) for path in CIFAR if Path(path).is_dir()), None)
+    if folder is None or quick:
+        return np.random.default_rng(0).integers(0, 256, (64 if quick else CIFAR_IMAGES, 32, 32, 3), np.uint8), "random"
+    from torchvision import datasets
+
+    name = CIFAR[str(folder)]
+    return np.ascontiguousarray(getattr(datasets, name)(folder.parent, train=True).data[:CIFAR_IMAGES]), name
 
 
 def _photographs_row(case: str, config: DataConfig, what: str, bench: Bench) -> Row:
@@ -90,12 +104,12 @@ def _photographs_row(case: str, config: DataConfig, what: str, bench: Bench) -> 
     return more_per_second(case, *rates, "images/s", f"{note}; baseline: torchvision's DataLoader; bar: 2x")
 
 
-def _cifar_row(paths: dict[str, Path], images: _Pixels, bench: Bench) -> Row:
+def _cifar_row(paths: dict[str, Path], pixels: NDArray[np.uint8], kind: str, bench: Bench) -> Row:
     from torchvision.transforms import v2
 
     from data_pipelines.pipeline import BetonPipeline
 
-    count, size = len(images), 16 if bench.quick else 256
+    size, images = 16 if bench.quick else 256, _Pixels(pixels, None)
     source = Source("pixels", 10, 32, MEAN, STD, PAD_CROP_FLIP, lambda _: images, lambda: "pixels", files=False)
     config = DataConfig(dataset="cifar10", batch_size=size, num_workers=WORKERS)
     ours = BetonPipeline(config, source, paths, 10, seed=0, world=bench.world)
@@ -105,25 +119,25 @@ def _cifar_row(paths: dict[str, Path], images: _Pixels, bench: Bench) -> Row:
             v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD),
         ]
     )  # fmt: skip
-    theirs = _data_loader(_Pixels(count, 32, transform), size)
+    theirs = _data_loader(_Pixels(pixels, transform), size)
     rates = _interleaved(ours, theirs, 1 if bench.quick else 3, bench.world)
     ours.close()
-    note = f"{count:,} random 32 x 32 images as torchvision's CIFAR10 hands them out, pad-crop-flip, {WORKERS} workers"
+    what = f"{len(pixels):,} {kind} 32 x 32 images"
+    note = f"{what} as torchvision's CIFAR datasets hand them out, pad-crop-flip, {WORKERS} workers"
     return more_per_second("loader_cifar", *rates, "images/s", f"{note}; baseline: its DataLoader; bar: 5x")
 
 
 class _Pixels(Dataset[Any]):
-    """Random images in memory, as (PIL image through a transform, label), or as an array without one."""
+    """Images in memory, as (PIL image through a transform, label), or as an array without one."""
 
-    def __init__(self, count: int, side: int, transform: Any) -> None:
-        self.pixels = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), np.uint8)
-        self.transform = transform
+    def __init__(self, pixels: NDArray[np.uint8], transform: Any) -> None:
+        self.pixels, self.transform = pixels, transform
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def __getitem__(self, index: int, /) -> tuple[Any, int]:
-        pixels: NDArray[np.uint8] = self.pixels[index]
+        pixels = self.pixels[index]
         return (self.transform(Image.fromarray(pixels)) if self.transform else pixels), index % 10
 
 
