@@ -27,7 +27,6 @@ from launcher.config import RunConfig
 from launcher.environment import prepare_environment
 from launcher.settings import load_config, to_dict
 from launcher.values import as_text
-from models.config import TostConfig
 
 TRAINED = {"magnitude": ["finetune.epochs=0"], "lth": ["mask.round_fraction=0.5"]}
 """Masks that need training to be found, with the settings of that run."""
@@ -135,15 +134,11 @@ def _config(name: str, settings: Sequence[str], folder: Path, cell: Cell) -> Run
     else:
         given = [f"mask.method={mask}", f"mask.density={density}"]
     own = [*given, f"seed={seed}", f"run={os.path.join(folder, f'{mask}-{density}-{tweak}-seed{seed}')}"]
-    return load_config(name, [*settings, *own, *_tost(load_config(name, settings).tost, tweak)])
-
-
-def _tost(section: TostConfig, tweak: str) -> list[str]:
-    """The settings that leave `tweak` of the section."""
-    if tweak == "all":
-        return []
-    kept = [tweak, *READ_BY_TWEAK.get(tweak, ())] if tweak != WITHOUT else []
-    return ["tost=none", *(f"tost.{name}={as_text(getattr(section, name))}" for name in kept)]
+    if tweak in ("all", WITHOUT):
+        return load_config(name, [*settings, *own, *(["tost=none"] if tweak == WITHOUT else [])])
+    section, others = load_config(name, settings).tost, [s for s in settings if not s.startswith("tost")]
+    alone = [f"tost.{k}={as_text(getattr(section, k))}" for k in (tweak, *READ_BY_TWEAK.get(tweak, ()))]
+    return load_config(name, [*others, *own, "tost=none", *alone])
 
 
 def _source(name: str, settings: Sequence[str], folder: Path, seed: int, density: str, mask: str) -> RunConfig:
