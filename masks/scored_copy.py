@@ -59,7 +59,7 @@ class _GlobalBatchNorm(nn.Module):
         self.weight, self.bias, self.eps, self.world = layer.weight, layer.bias, layer.eps, world
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.world.size == 1:
+        if self.world.size == 1 and x.numel() > x.shape[1]:  # torch refuses a single value per channel
             return functional.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
         others = [d for d in range(x.dim()) if d != 1]
         count = self.world.all_reduce(torch.tensor([x.numel() // x.shape[1]], dtype=torch.float64))

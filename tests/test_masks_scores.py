@@ -117,7 +117,7 @@ def test_snip_scores_are_the_change_of_the_loss_with_each_mask_entry() -> None:
 
 def test_grasp_scores_are_minus_the_papers_by_differences_of_differences() -> None:
     net, data = tiny(), MemoryData(single())
-    method = method_of("grasp", net, score_batch=7, samples_per_class=3)
+    method = method_of("grasp", net, score_batch=20, samples_per_class=3)
     chunks = chunked(data, PerClass(4, 3), 7)
     assert [len(labels) for _, labels in chunks] == [7, 5]
     assert torch.cat([labels for _, labels in chunks]).bincount().tolist() == [3, 3, 3, 3]
@@ -127,7 +127,7 @@ def test_grasp_scores_are_minus_the_papers_by_differences_of_differences() -> No
     hessian_g = (differences(loss, w + step * g, 1e-3) - differences(loss, w - step * g, 1e-3)) / (2 * step)
     assert close(scores_of(method, data).double(), w * hessian_g, 2e-3)
     removed_first = (-w * hessian_g).argsort(descending=True)[:20]
-    masks = method_of("grasp", net, score_batch=7, samples_per_class=3, density=0.5).find(data)
+    masks = method_of("grasp", net, score_batch=20, samples_per_class=3, density=0.5).find(data)
     assert not torch.cat([m.reshape(-1) for m in masks.values()])[removed_first].any()
 
 
