@@ -42,7 +42,7 @@ def layer_counts(shapes: Sequence[Sequence[int]], density: float, allocation: st
     kept = kept_count(density, sum(sizes))
     low = [min(min_per_layer, size) for size in sizes]
     if sum(low) > kept:
-        raise ValueError(f"min_per_layer = {min_per_layer}: {len(sizes)} layers need {sum(low)} weights, of {kept}")
+        raise ValueError(f"{len(sizes)} layers need {sum(low)} weights, of {kept}")
     return _rounded(_within(shares, low, sizes, kept), kept)
 
 

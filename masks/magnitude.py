@@ -8,9 +8,11 @@ from torch import Tensor
 
 from engine.data import DataPipeline
 from engine.position import Phase
+from engine.trainer import Trainer
 from masks.allocation import kept_masks
 from masks.masked_model import FixedMasks, MaskedModel
 from masks.method import FINETUNE, MaskMethod, Setup
+from masks.one_shot import report
 from masks.report import DensityReport
 from masks.trained import load_trained
 
@@ -38,6 +40,12 @@ class Magnitude(MaskMethod):
         self.fixed = FixedMasks(self._largest())
         model = MaskedModel(self.net, list(self.weights), self.fixed)
         return Setup(model, [self.weight_group(phase)], [DensityReport(self.fixed)])
+
+    def begin(self, trainer: Trainer) -> None:
+        if self.fixed is not None:
+            for line in report(self.masks()):
+                trainer.reporter.progress.message(line)
+        super().begin(trainer)
 
     def find(self, data: DataPipeline) -> dict[str, Tensor]:
         return self._largest()

@@ -23,7 +23,8 @@ class Random(OneShot):
         try:
             counts = layer_counts(shapes, config.density, config.allocation, config.min_per_layer)
         except ValueError as error:
-            raise bad_value("mask.min_per_layer", config.min_per_layer, f"{error}; raise mask.density") from None
+            fix = f"{error}; lower it, or raise mask.density"
+            raise bad_value("mask.min_per_layer", config.min_per_layer, fix) from None
         return {
             name: random_mask(w, count, self.recipe.seed, name)
             for (name, w), count in zip(self.weights.items(), counts, strict=True)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from memory_data import MemoryData
-from memory_run import CONFIG, configured
+from memory_run import CONFIG, complete, configured
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -72,7 +74,7 @@ def test_a_finder_leaves_the_network_and_the_random_numbers_exactly_as_they_were
 def found_by_all(world: World) -> dict[str, dict[str, Tensor]]:
     data = MemoryData(world)
     # Chunks of 2 images leave one of three ranks without any.
-    small = {"grasp small": {"score_batch": 2, "samples_per_class": 1}, "mlprune small": {"score_batch": 2}}
+    small = {"grasp small": {"score_batch": 6, "samples_per_class": 1}, "mlprune small": {"score_batch": 2}}
     settings: dict[str, dict[str, int]] = {**{name: {} for name in SCORING}, **small}
     return {n: finder(n.split()[0], digits_net(), world, **s).find(data) for n, s in settings.items()}
 
@@ -87,6 +89,27 @@ def test_three_ranks_find_the_same_masks_as_one_on_the_same_images() -> None:
         for masks in (alone[name], *(rank[name] for rank in ranks)):
             assert sum(int(m.sum()) for m in masks.values()) == kept_count(0.1, total)
             assert all(torch.equal(m, ranks[0][name][n]) for n, m in masks.items() if masks is not alone[name])
+
+
+class Listener(World):
+    """Remembers the types of what is gathered from all ranks."""
+
+    gathered: ClassVar[list[torch.dtype]] = []
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        self.gathered.append(tensor.dtype)
+        return super().all_gather(tensor)
+
+
+def types_gathered(world: World) -> list[torch.dtype]:
+    found_by_all(Listener(world.rank, world.size, world.local_rank, world.device, world.group))
+    return Listener.gathered
+
+
+def test_scores_stay_on_their_rank_and_only_masks_labels_and_counts_are_gathered() -> None:
+    types = run_distributed(types_gathered, 2)[0]
+    assert torch.uint8 in types, "the masks"
+    assert not [dtype for dtype in types if dtype.is_floating_point]
 
 
 @pytest.mark.parametrize("name", ["snip", "grasp", "synflow", "mlprune"])
@@ -184,3 +207,21 @@ def test_a_mask_that_does_not_fit_is_refused_in_one_line(change: Any, said: str,
     with pytest.raises(InputError, match=said) as caught:
         read(tmp_path / "mask.pt", dense_layers=("fc.weight",))
     assert "\n" not in str(caught.value)
+
+
+def said(world: World, folder: str, config: Any) -> str:
+    """What a run prints while it trains."""
+    with redirect_stderr(StringIO()) as printed:
+        complete(world, folder, config)
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize("method", ["snip", "magnitude"])
+def test_a_run_names_the_layers_that_it_loses(method: str, tmp_path: Path) -> None:
+    config = configured(
+        CONFIG, model={"name": "digits_resnet"}, mask={"method": method, "density": 3e-5}, train={"epochs": 1},
+        finetune={"epochs": 1 if method == "magnitude" else 0},
+    )  # fmt: skip
+    printed = run_distributed(said, 1, str(tmp_path), config)[0]
+    assert "mask: density 2.9" in printed
+    assert "of 10 layers have no weight left: " in printed
