@@ -39,6 +39,8 @@ SEARCHING = ("probmask", "gmp", "lth")
 """Methods that find their mask while the main phase trains."""
 FINDERS = ("magnitude", "random", "snip", "grasp", "synflow", "mlprune", "file")
 """Methods that find their mask without training: `ghostmask find-mask` (magnitude: with mask.path)."""
+DENSITY_IS_GIVEN = ("dense", "file")
+"""Methods whose density is no choice."""
 FINETUNED = ("probmask", "magnitude")
 """Methods with a fine-tuning phase after the mask is found."""
 
@@ -95,11 +97,12 @@ def _check_batch(config: RunConfig, world_size: int) -> None:
 def _check_mask(config: RunConfig) -> None:
     mask, method = config.mask, config.mask.method
     given = _given(mask) - {"method"}
-    if method == "dense" and mask.density == 1:
+    if method in DENSITY_IS_GIVEN and mask.density == 1:  # what takes back the density of a configuration file
         given -= {"density"}
     for name in sorted(given - READ_BY_METHOD[method]):
         readers = [known for known, names in READ_BY_METHOD.items() if name in names]
-        raise _not_read("mask", mask, name, f"mask.method={method}", f"mask.method={' or '.join(readers)}")
+        other = "mask.density=1" if name == "density" else f"mask.method={' or '.join(readers)}"
+        raise _not_read("mask", mask, name, f"mask.method={method}", other)
     if "candidates" in given and mask.final != "best_of":
         raise _not_read("mask", mask, "candidates", f"mask.final={mask.final}", "mask.final=best_of")
     if mask.gradient_bf16 and config.train.zero_stage == 0:

@@ -172,6 +172,7 @@ def _add_topics(parser: _Parser) -> None:
 def _train(arguments: Namespace) -> int:
     config = settings.load_config(arguments.config, arguments.overrides)
     check_config(config, int(os.environ.get("WORLD_SIZE", "1")))
+    locate.check_writable(settings.run_folder(config), "run", config.run)
     prepare_environment(config.train.device)
     from launcher.train import train
 
@@ -209,6 +210,7 @@ def _find_mask(arguments: Namespace) -> int:
     out = Path(arguments.out) if arguments.out else settings.run_folder(config) / "mask.safetensors"
     if out.suffix != ".safetensors":
         raise bad_value("--out", str(out), "give a file ending in .safetensors")
+    locate.check_writable(out.parent, "--out", str(out))
     prepare_environment(config.train.device)
     from launcher.find_mask import find_mask
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import configs
@@ -41,6 +42,16 @@ def find_config(text: str) -> Path:
 def run_folder(run: str) -> Path:
     """runs/NAME for a name, the folder itself where the value has a slash."""
     return Path(run) if "/" in run else RUNS / run
+
+
+def check_writable(folder: Path, field: str, value: str) -> None:
+    """Raise InputError of `field` unless files can be written to `folder`, which need not exist yet."""
+    # os.path.exists says no where Path.exists raises: below a folder that this user may not enter.
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not there.is_dir():
+        raise bad_value(field, value, f"{there} is a file; give another place")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise bad_value(field, value, f"nothing can be written to {there}; give another place")
 
 
 def find_run(text: str) -> Path:

@@ -98,9 +98,18 @@ WRONG = {
 MORE_WRONG = {
     "prepare cifar10_resnet32_probmask seed=x": "seed = x: expected int",
     "show config cifar10_resnet32_probmask mask.path=x": "mask.path = x: is not read with mask.method=probmask",
+    "show config digits_tost mask.method=file mask.path=x": (
+        "mask.density = 0.05: is not read with mask.method=file; leave it out, or use mask.density=1"
+    ),
+    "train digits_tost mask.method=file": "mask.path = '': name the file for mask.method=file",
+    "train digits_probmask run=/dev/null/x": "run = '/dev/null/x': /dev/null is a file; give another place",
+    "find-mask no_such_config": "config = 'no_such_config' is not known",
+    "find-mask cifar10_resnet32_snip --out /dev/null/m.safetensors": "--out = '/dev/null/m.safetensors': /dev/null is",
+    "find-mask cifar10_resnet32_lth": "mask.method = 'lth': finds its mask by training",
     "evaluate no_such_run": "run = 'no_such_run'",
     "export no/such/run": "run = 'no/such/run'",
     "hessian no_such_run": "run = 'no_such_run'",
+    "hessian /dev": "run = '/dev': /dev is not a run: it holds no config.yaml",
     "hessian x --top 0": "argument --top: '0': give a whole number of at least 1",
     "train cifar10_resnet32_probmask --restrat": "unknown arguments: --restrat (see ghostmask --help)",
     "train": "the following arguments are required: CONFIG, key=value (see ghostmask train --help)",
