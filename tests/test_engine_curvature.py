@@ -12,6 +12,7 @@ import pytest
 import torch
 from memory_data import MemoryData
 from memory_run import CONFIG, complete, configured
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.func import functional_call, hessian
 from torch.nn import functional
@@ -103,6 +104,10 @@ def test_eigenvalues_along_the_checkpoints_of_a_run_are_written(tmp_path: Path) 
     lines = [json.loads(line) for line in (tmp_path / "hessian" / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["hessian/eigenvalue_1"]) for line in lines] == [(s, v[0]) for s, v, _ in both]
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    events = EventAccumulator(str(tmp_path / "hessian" / "tensorboard"))
+    events.Reload()
+    drawn = [(event.step, event.value) for event in events.Scalars("hessian/eigenvalue_1")]
+    assert drawn == [(s, pytest.approx(v[0])) for s, v, _ in both]
     alone, _ = run_distributed(measured, 1, str(tmp_path), config)[0]
     for (_, one, _), (_, two, _) in zip(alone, both, strict=True):
         assert one == pytest.approx(two, rel=2e-2)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from memory_data import MemoryData
 from memory_run import CONFIG, complete, configured, memory_run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader
 from torch.nn import functional
@@ -153,6 +154,11 @@ def test_the_schedules_are_in_the_metrics(inspected: Any) -> None:
     assert zeros[0] < 0.01
     assert zeros[-1] > 0.1
     assert any("lrsi/gradient_norm_first" in line for line in lines)
+    events = EventAccumulator(str(inspected[1] / "tensorboard"))
+    events.Reload()
+    assert [event.value for event in events.Scalars("tost/alpha")] == pytest.approx(alphas)
+    assert [event.value for event in events.Scalars("tost/beta")] == pytest.approx(betas)
+    assert {"tost/soft", "lrsi/gradient_norm_first", "zeros/layer1.0.relu.1"} <= set(events.Tags()["scalars"])
 
 
 def mask_of_search(world: World, folder: str, config: Any) -> tuple[int, int, list[bool]]:
