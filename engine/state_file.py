@@ -28,7 +28,10 @@ def read_state_dict(path: Path, field: str) -> dict[str, Tensor]:
         raise bad_value(field, str(path), "there is no such file")
     try:
         content = load_file(path) if path.suffix == ".safetensors" else _unpickle(path)
-    except (OSError, EOFError, RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError:  # torch's own text advises to execute what the file holds
+        fix = "cannot be read (it holds more than tensors, or is not whole); save net.state_dict() alone"
+        raise bad_value(field, str(path), fix) from None
+    except (OSError, EOFError, RuntimeError, ValueError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
         raise bad_value(field, str(path), f"cannot be read ({reason}); is the file whole?") from None
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
