@@ -1,8 +1,9 @@
 """What does the relaxed mask do with a bucket of tensors on CUDA: Triton kernels, one launch for all of them.
 
 The same words as masks.noise and the same formulas as the torch form in masks.relaxed_mask. A program takes 4096
-weights: from 1024 Philox counters, all four words of each. It finds its tensor in a table of addresses, which travels
-to the device with every launch (so a launch cannot be replayed from a CUDA graph).
+weights: from 1024 Philox counters, all four words of each. It finds its tensor in a table of addresses. A table holds
+nothing but addresses and sizes, so it is kept on the device for the next call with the same tensors: weights stay where
+they are, and the caching allocator gives gradients the same places again and again.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ ROLE = tl.constexpr(3)
 LANES_ = tl.constexpr(LANES)
 BLOCK_ = tl.constexpr(BLOCK)
 LIMIT = tl.constexpr(125.0)
+ROWS = 64
+"""Rows of a table unless a bucket has more tensors: one compilation for nearly all buckets."""
+TABLES = 256
+"""Tables kept; ResNet-50 needs 20 per step."""
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -43,8 +48,19 @@ def backward(grads: list[Tensor], weights: list[Tensor], probabilities: list[Ten
     _backward[(programs,)](table, len(weights), key, temperature, number, eps, rows, TYPES[grads[0].dtype])
 
 
-def _table(weights: list[Tensor], *others: list[Tensor]) -> tuple[Tensor, int, int]:
+_Table = tuple[Tensor, int, int]
+_tables: dict[tuple[object, ...], _Table] = {}
+
+
+def _table(weights: list[Tensor], *others: list[Tensor]) -> _Table:
     """(int64 (tensors, HEAD + ROLE x roles) on the tensors' device, number of programs, tensors up to a power of 2)."""
+    device = weights[0].device
+    # A stream of its own: the copy to the device is ordered before the launches of one stream only.
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+    places = ((t.data_ptr(), t.stride()) for role in (weights, *others) for t in role)
+    key = (device, stream, *(w.shape for w in weights), *places)
+    if (known := _tables.get(key)) is not None:
+        return known
     rows, programs = [], 0
     for tensors in zip(weights, *others, strict=True):
         row = [programs, tensors[0].numel()]
@@ -52,8 +68,11 @@ def _table(weights: list[Tensor], *others: list[Tensor]) -> tuple[Tensor, int, i
             row += [tensor.data_ptr(), *_reordering(tensors[0], tensor)]
         rows.append(row)
         programs += triton.cdiv(tensors[0].numel(), BLOCKS.value * BLOCK)
-    table = torch.tensor(rows, dtype=torch.int64, pin_memory=weights[0].is_cuda)
-    return table.to(weights[0].device, non_blocking=True), programs, triton.next_power_of_2(len(rows))
+    table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    if len(_tables) == TABLES:
+        del _tables[next(iter(_tables))]
+    _tables[key] = made = table, programs, max(ROWS, triton.next_power_of_2(len(rows)))
+    return made
 
 
 def _reordering(weight: Tensor, tensor: Tensor) -> tuple[int, int]:

@@ -84,6 +84,18 @@ def gradients_are_those_of_the_torch_form() -> None:
         close(grads_s, expected_s, 3e-6)
 
 
+def a_table_is_made_once_and_anew_for_another_order_in_memory() -> None:
+    memory = torch.rand(2, 5 * 4 * 3 * 3)
+    w, s = memory[0].view(5, 4, 3, 3), memory[1].view(5, 4, 3, 3)
+    table = relaxed_mask_triton._table([w], [s])[0]
+    assert relaxed_mask_triton._table([w], [s])[0] is table
+    turned = memory[1].view(5, 3, 3, 4).permute(0, 3, 1, 2)
+    assert relaxed_mask_triton._table([w], [turned])[0].tolist() == [[*table[0].tolist()[:6], 4, 9]]
+    for tensor in [torch.empty(3) for _ in range(relaxed_mask_triton.TABLES + 1)]:
+        relaxed_mask_triton._table([tensor], [tensor])
+    assert len(relaxed_mask_triton._tables) == relaxed_mask_triton.TABLES
+
+
 def a_nan_probability_is_not_hidden() -> None:
     w, s = torch.ones(3), torch.tensor([0.5, float("nan"), 0.0])
     out = torch.empty(3)
@@ -119,6 +131,7 @@ CHECKS: list[Callable[[], None]] = [
     words_are_those_of_the_torch_form,
     masked_weights_are_those_of_the_torch_form,
     gradients_are_those_of_the_torch_form,
+    a_table_is_made_once_and_anew_for_another_order_in_memory,
     a_nan_probability_is_not_hidden,
     tables_are_those_of_the_torch_form,
     projected_bits_are_those_of_the_torch_form,
