@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._C._autograd import DeviceType
 
 CATEGORIES = ("data wait", "forward", "backward", "mask operator", "optimizer", "projection", "communication")
 _TAKEN_OUT = ("mask operator", "communication")
@@ -19,6 +20,8 @@ def seconds_by_category(trace: Any, device: torch.device) -> dict[str, float]:
     """
     found = dict.fromkeys((*CATEGORIES, "rest"), 0.0)
     for event in trace.events():
+        if event.device_type != DeviceType.CPU:
+            continue  # kernels, which their ranges count, and the ranges once more as the GPU saw them
         name = _category(event.name)
         if name is None:
             continue
@@ -26,19 +29,23 @@ def seconds_by_category(trace: Any, device: torch.device) -> dict[str, float]:
         seconds = (event.device_time_total if device.type == "cuda" else event.cpu_time_total) / 1e6
         if name == "rest":
             found["rest"] += seconds
-        elif inside is None or (name in _TAKEN_OUT and inside in ("forward", "backward")):
+        elif inside in (None, "rest") or (name in _TAKEN_OUT and inside in ("forward", "backward")):
             found[name] += seconds
-            found[inside or "rest"] -= seconds
+            if inside is not None:
+                found[inside] -= seconds
     return {name: max(seconds, 0.0) for name, seconds in found.items()}
 
 
 def _enclosing(event: Any) -> str | None:
-    """The category of the nearest range around an event; None where only the step itself is around it."""
+    """The category of the nearest range around an event, "rest" for the step's own.
+
+    None where there is no range: on a GPU backward runs in a thread of autograd's, outside the step's range.
+    """
     parent = event.cpu_parent
     while parent is not None:
         name = _category(parent.name)
         if name is not None:
-            return None if name == "rest" else name
+            return name
         parent = parent.cpu_parent
     return None
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from benchmarks import textbook
 from benchmarks.row import Row, faster, share
-from benchmarks.timing import Bench, copy_bandwidth, interleaved, peak_extra_bytes
+from benchmarks.timing import Bench, Work, copy_bandwidth, device_seconds, interleaved, peak_extra_bytes
 from masks.noise import NoiseKey
 from masks.prunable import prunable_weights
 from masks.relaxed_mask import relaxed_weights
@@ -20,7 +20,7 @@ MOVED_BYTES = 4 * (3 + 5)
 
 
 def rows(bench: Bench) -> list[Row]:
-    """Cases mask_operator, mask_operator_memory, mask_operator_floor; on CUDA also mask_operator_compiled."""
+    """Cases mask_operator, mask_operator_memory, mask_operator_floor; on CUDA also _device and _compiled."""
     weights, probabilities, grads = network_tensors(bench)
     inputs = [*weights, *probabilities]
     numel = sum(w.numel() for w in weights)
@@ -34,7 +34,9 @@ def rows(bench: Bench) -> list[Row]:
 
     cuda = bench.device.type == "cuda"
     repeats = 3 if bench.quick else 50 if cuda else 7
-    seconds = interleaved({"operator": operator, "eager": eager}, repeats, bench.device, warm_up=3 if cuda else 1)
+    both: dict[str, Work] = {"operator": operator, "eager": eager}
+    seconds = interleaved(both, repeats, bench.device, warm_up=3 if cuda else 1)
+    on_device = device_seconds(both, repeats) if cuda else seconds
     results = 2 * 4 * numel
     peaks = {"operator": peak_extra_bytes(operator, bench.device), "eager": peak_extra_bytes(eager, bench.device)}
     extra = {name: max(peak - results, 4096) / 1e6 for name, peak in peaks.items()}
@@ -48,11 +50,15 @@ def rows(bench: Bench) -> list[Row]:
             f"beyond inputs and both gradients ({results / 1e6:.0f} MB); baseline: textbook eager; bar: 0.4",
         ),
         share(
-            "mask_operator_floor", ms["operator"], 1000 * floor, "ms",
+            "mask_operator_floor", 1000 * on_device["operator"], 1000 * floor, "ms",
             f"baseline: {MOVED_BYTES} bytes per weight at the bandwidth of a copy; bar on a GPU: 2",
         ),
     ]  # fmt: skip
-    return [*found, *_compiled(bench, operator, inputs, grads, len(weights))] if cuda else found
+    if not cuda:
+        return found
+    note = "the device's time, launches queued beforehand as in a step; baseline: textbook eager; bar: 10x"
+    device = faster("mask_operator_device", 1000 * on_device["operator"], 1000 * on_device["eager"], "ms", note)
+    return [*found, device, *_compiled(bench, operator, inputs, grads, len(weights))]
 
 
 def network_tensors(bench: Bench) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

@@ -22,6 +22,8 @@ from engine.world import World
 
 Work = Callable[[], object]
 COPY_ELEMENTS = 1 << 26
+PAUSE_CYCLES = 100_000_000
+"""Of a GPU's clock, about 50 ms, in which the host queues launches (the driver takes about 1000 of them)."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,26 @@ def interleaved(
             _wait(device)
             if repeat >= 0:
                 seconds[name].append(perf_counter() - start)
+    return {name: median(values) for name, values in seconds.items()}
+
+
+def device_seconds(work: Mapping[str, Work], repeats: int) -> dict[str, float]:
+    """Median seconds that the CUDA device needs for every piece of work, in turns, its launches queued beforehand.
+
+    What counts in a step, where the host runs ahead of the device; `interleaved` counts the host's time too.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for repeat in range(-1, repeats):
+        for name, function in work.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()
+            torch.cuda._sleep(PAUSE_CYCLES)  # type: ignore[no-untyped-call]
+            start.record()
+            function()
+            end.record()
+            torch.cuda.synchronize()
+            if repeat >= 0:
+                seconds[name].append(start.elapsed_time(end) / 1000)
     return {name: median(values) for name, values in seconds.items()}
 
 

@@ -188,7 +188,9 @@ class Trainer:
         raise RunStopped(f"stopped by a signal; {what}", EXIT_INTERRUPTED)
 
     def _flag(self, *values: bool) -> Tensor:
-        return torch.tensor([float(v) for v in values], device=self.world.device)
+        # Pinned: a copy from ordinary memory would wait for everything that the GPU has been given to do.
+        flags = torch.tensor([float(v) for v in values], pin_memory=self.world.device.type == "cuda")
+        return flags.to(self.world.device, non_blocking=True)
 
     def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         while True:
