@@ -56,8 +56,8 @@ class MaskConfig:
     third of them). On ResNet-50 at 224 pixels, 128 take 9 GB (grasp) to 12 GB (mlprune)."""
     score_batches: int = 0
     """snip, mlprune: how many such batches are scored; 0 = 1 for snip (the paper's), 10 for mlprune."""
-    samples_per_class: int = 10
-    """grasp: images of each class that are scored."""
+    samples_per_class: int = 0
+    """grasp: images of each class that are scored; 0 = the paper's 10, but 1 with more than 100 classes."""
     iterations: int = 100
     """synflow: pruning steps from density 1 to mask.density."""
     damping: float = 1e-3
@@ -79,7 +79,7 @@ class MaskConfig:
         require_number("mask.min_per_layer", self.min_per_layer, 0)
         require_number("mask.score_batch", self.score_batch, 1)
         require_number("mask.score_batches", self.score_batches, 0)
-        require_number("mask.samples_per_class", self.samples_per_class, 1)
+        require_number("mask.samples_per_class", self.samples_per_class, 0)
         require_number("mask.iterations", self.iterations, 1)
         require_number("mask.damping", self.damping, 0, above=True)
         require_number("mask.round_fraction", self.round_fraction, 0, 0.99, above=True)

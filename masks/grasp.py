@@ -30,12 +30,18 @@ class Grasp(Scored):
         """Collective: w (H g) of this rank's slice, (end - first,), of the loss summed over the images: the largest
         -w (H g) are removed, so the largest w (H g) are kept."""
         config = self.config
+        each = config.samples_per_class or default_per_class(data.num_classes)
 
         def chunks() -> Iterator[Chunk]:
-            choice = PerClass(data.num_classes, config.samples_per_class)
-            return chosen_images(data, 0, choice, -(-config.score_batch // SHARE), self.world)
+            return chosen_images(data, 0, PerClass(data.num_classes, each), -(-config.score_batch // SHARE), self.world)
 
         loss = ScoreLoss(self.net, self.weights, chunks, self.world, TEMPERATURE)
         gradient = [self.world.all_reduce(g) for g in loss.gradient()]
         product = shards.summed(loss.hessian_product(gradient))
         return shards.own(self.weights.values()) * product
+
+
+def default_per_class(num_classes: int) -> int:
+    """Images of each class unless mask.samples_per_class says otherwise: 10; 1 with more than 100 classes, since 10 of
+    each of ImageNet's would take a CPU hours."""
+    return 10 if num_classes <= 100 else 1

@@ -19,7 +19,7 @@ from engine.data import Batch
 from engine.registry import resolve
 from engine.world import single
 from masks.config import MaskConfig
-from masks.grasp import TEMPERATURE
+from masks.grasp import TEMPERATURE, default_per_class
 from masks.kronecker import drawn_labels
 from masks.method import Recipe
 from masks.registry import METHODS
@@ -113,6 +113,11 @@ def test_snip_scores_are_the_change_of_the_loss_with_each_mask_entry() -> None:
     assert len(w) == 180
     by_mask = differences(lambda mask: loss(mask * w), torch.ones_like(w), 1e-5)
     assert close(scores_of(method, data).double(), by_mask.abs(), 1e-5)
+
+
+@pytest.mark.parametrize(("num_classes", "images"), [(4, 40), (100, 1000), (101, 101), (1000, 1000)])
+def test_grasp_scores_about_a_thousand_images_at_most_unless_told(num_classes: int, images: int) -> None:
+    assert num_classes * default_per_class(num_classes) == images
 
 
 def test_grasp_scores_are_minus_the_papers_by_differences_of_differences() -> None:
