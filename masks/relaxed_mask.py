@@ -130,12 +130,12 @@ def _forward(
     if kernels and weights[0].is_cuda:
         kernels.forward(weights, probabilities, outs, key, temperature, number, EPS)
         return outs
-    for i, (w, s, out) in enumerate(zip(weights, probabilities, outs, strict=True), number):
-        direct = out.dtype == w.dtype and out.stride() == w.stride()
-        masked = out if direct else torch.empty_like(w)
-        _forward_one(kernels, w, s, masked, key, temperature, i)
-        if not direct:
-            out.copy_(masked)
+    direct = [out.dtype == w.dtype and out.stride() == w.stride() for w, out in zip(weights, outs, strict=True)]
+    masked = [out if same else torch.empty_like(w) for w, out, same in zip(weights, outs, direct, strict=True)]
+    _mask_all(kernels, weights, probabilities, masked, key, temperature, number)
+    for out, product, same in zip(outs, masked, direct, strict=True):
+        if not same:
+            out.copy_(product)
     return outs
 
 
@@ -155,12 +155,11 @@ def _backward(
         grads = [g if is_plain(g) else g.contiguous() for g in grads]
         kernels.backward(grads, weights, probabilities, grads_w, grads_s, key, temperature, number, EPS)
         return grads_w, grads_s
-    everything = zip(grads, weights, probabilities, grads_w, grads_s, strict=True)
-    for i, (g, w, s, grad_w, grad_s) in enumerate(everything, number):
-        direct = grad_s.stride() == grad_w.stride()
-        slope = grad_s if direct else torch.empty_like(w)
-        _backward_one(kernels, g.to(w.dtype), w, s, grad_w, slope, key, temperature, i)
-        if not direct:
+    direct = [a.stride() == b.stride() for a, b in zip(grads_s, grads_w, strict=True)]
+    slopes = [s if same else torch.empty_like(w) for s, w, same in zip(grads_s, grads_w, direct, strict=True)]
+    _gradients_of_all(kernels, grads, weights, probabilities, grads_w, slopes, key, temperature, number)
+    for grad_s, slope, same in zip(grads_s, slopes, direct, strict=True):
+        if not same:
             grad_s.copy_(slope)
     return grads_w, grads_s
 
@@ -226,42 +225,59 @@ def _with_gradients(
     return list(_Differentiable.apply(key, temperature, number, dtype, channels_last, *weights, *probabilities))
 
 
-def _forward_one(
-    kernels: Any, weight: Tensor, probability: Tensor, out: Tensor, key: Tensor, temperature: Tensor, number: int
-) -> None:
-    """out = w m; out has the weight's dtype and the memory order in which it is written."""
-    w, s, flat = _memory(weight, out), _memory(probability, out), _memory(out, out)
-    if kernels:
-        arrays = [t.numpy() for t in (w, s, flat)]
-        settings = _settings(key, temperature, number)
-        work = lambda a, b: kernels.forward(*arrays, a, b, *settings)  # noqa: E731
-        split_over_threads(work, -(-len(w) // BLOCK), SMALLEST_RANGE)
-        return
-    for start in range(0, len(w), CHUNK):
-        part = slice(start, start + CHUNK)
-        m, _ = relaxed_mask(s[part].clamp(EPS, 1 - EPS), key, temperature, number, start)
-        torch.mul(w[part], m, out=flat[part])
-
-
-def _backward_one(
-    kernels: Any, grad: Tensor, weight: Tensor, probability: Tensor, grad_w: Tensor, grad_s: Tensor,
-    key: Tensor, temperature: Tensor, number: int,
+def _mask_all(
+    kernels: Any, weights: list[Tensor], probabilities: list[Tensor], outs: list[Tensor], key: Tensor,
+    temperature: Tensor, number: int,
 ) -> None:  # fmt: skip
-    """Fill grad_w and grad_s, which have the weight's memory order."""
-    g, w, s = _memory(grad, grad_w), _memory(weight, grad_w), _memory(probability, grad_w)
-    flat_w, flat_s = _memory(grad_w, grad_w), _memory(grad_s, grad_w)
+    """outs = w m on the CPU; each has its weight's dtype and the memory order in which it is written."""
+    everything = zip(weights, probabilities, outs, strict=True)
+    vectors = [[_memory(t, out) for t in (w, s, out)] for w, s, out in everything]
     if kernels:
-        arrays = [t.numpy() for t in (g, w, s, flat_w, flat_s)]
-        settings = _settings(key, temperature, number)
-        work = lambda a, b: kernels.backward(*arrays, a, b, *settings)  # noqa: E731
-        split_over_threads(work, -(-len(w) // BLOCK), SMALLEST_RANGE)
+        _split_blocks(kernels.forward, vectors, key, temperature, number)
         return
-    for start in range(0, len(w), CHUNK):
-        part = slice(start, start + CHUNK)
-        limited = s[part].clamp(EPS, 1 - EPS)
-        m, rest = relaxed_mask(limited, key, temperature, number, start)
-        torch.mul(g[part], m, out=flat_w[part])
-        torch.mul(flat_w[part] * w[part], rest / (temperature * limited * (1 - limited)), out=flat_s[part])
+    for i, (w, s, out) in enumerate(vectors, number):
+        for start in range(0, len(w), CHUNK):
+            part = slice(start, start + CHUNK)
+            m, _ = relaxed_mask(s[part].clamp(EPS, 1 - EPS), key, temperature, i, start)
+            torch.mul(w[part], m, out=out[part])
+
+
+def _gradients_of_all(
+    kernels: Any, grads: list[Tensor], weights: list[Tensor], probabilities: list[Tensor], grads_w: list[Tensor],
+    grads_s: list[Tensor], key: Tensor, temperature: Tensor, number: int,
+) -> None:  # fmt: skip
+    """Fill grads_w and grads_s, which have their weights' memory order, on the CPU."""
+    everything = zip(grads, weights, probabilities, grads_w, grads_s, strict=True)
+    vectors = [
+        [_memory(t, grad_w) for t in (g.to(w.dtype), w, s, grad_w, grad_s)] for g, w, s, grad_w, grad_s in everything
+    ]
+    if kernels:
+        _split_blocks(kernels.backward, vectors, key, temperature, number)
+        return
+    for i, (g, w, s, grad_w, grad_s) in enumerate(vectors, number):
+        for start in range(0, len(w), CHUNK):
+            part = slice(start, start + CHUNK)
+            limited = s[part].clamp(EPS, 1 - EPS)
+            m, rest = relaxed_mask(limited, key, temperature, i, start)
+            torch.mul(g[part], m, out=grad_w[part])
+            torch.mul(grad_w[part] * w[part], rest / (temperature * limited * (1 - limited)), out=grad_s[part])
+
+
+def _split_blocks(kernel: Any, vectors: list[list[Tensor]], key: Tensor, temperature: Tensor, number: int) -> None:
+    """Run a kernel over all blocks of all tensors, laid end to end and shared between the threads."""
+    arrays = [[vector.numpy() for vector in group] for group in vectors]
+    blocks = [-(-len(group[0]) // BLOCK) for group in arrays]
+    starts = [0, *itertools.accumulate(blocks)]
+    bits = np.uint64(int(key) & 0xFFFFFFFFFFFFFFFF)
+    inverse, eps = np.float32(1 / float(temperature)), np.float32(EPS)
+
+    def work(first: int, end: int) -> None:
+        for i, (group, start, count) in enumerate(zip(arrays, starts[:-1], blocks, strict=True), number):
+            low, high = max(first - start, 0), min(end - start, count)
+            if low < high:
+                kernel(*group, low, high, bits, np.uint64(i), inverse, eps)
+
+    split_over_threads(work, starts[-1], SMALLEST_RANGE)
 
 
 def _empty(weight: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
@@ -289,8 +305,3 @@ def _kernels(weights: list[Tensor], probabilities: list[Tensor]) -> Any:
 def is_plain(tensor: Tensor) -> bool:
     """Whether the elements lie in memory as they are numbered, or in channels_last order."""
     return tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
-
-
-def _settings(key: Tensor, temperature: Tensor, number: int) -> tuple[Any, ...]:
-    bits = np.uint64(int(key) & 0xFFFFFFFFFFFFFFFF)
-    return bits, np.uint64(number), np.float32(1 / float(temperature)), np.float32(EPS)

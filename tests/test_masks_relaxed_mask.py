@@ -231,8 +231,8 @@ def test_compiled_backward_uses_the_noise_of_its_forward(
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     s, temperature = torch.full((300,), 0.5), torch.tensor(0.7)
-    runs, forward_one = [], module._forward_one
-    monkeypatch.setattr(module, "_forward_one", lambda *a: (runs.append(1), forward_one(*a)))
+    runs, mask_all = [], module._mask_all
+    monkeypatch.setattr(module, "_mask_all", lambda *a: (runs.append(1), mask_all(*a)))
 
     @torch.compile(backend="aot_eager_decomp_partition", fullgraph=True)
     def run(w: Tensor, key: Tensor) -> Tensor:
