@@ -1,0 +1,39 @@
+"""Do processes that the launcher prepares compute with the processor's whole vectors, and the same numbers?"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from llvmlite import binding
+
+MASKED = """
+import hashlib, sys
+if sys.argv[1] == "prepared":
+    from launcher.environment import prepare_environment
+    prepare_environment("cpu")
+import numba, torch
+from masks.noise import NoiseKey
+from masks.relaxed_mask import relaxed_weights
+generator = torch.Generator().manual_seed(0)
+w, s, g = (torch.rand(5000, generator=generator).requires_grad_() for _ in range(3))
+(out,) = relaxed_weights([w], [s], NoiseKey(0, 0, 0, 0), 0.3)
+gradients = torch.autograd.grad(out, [w, s], g.detach())
+total = numba.njit(lambda x: x * x + x)
+total(g.detach().numpy())
+print(hashlib.sha1(b"".join(t.detach().numpy().tobytes() for t in (out, *gradients))).hexdigest())
+print(any("zmm" in text for text in total.inspect_asm().values()))
+"""
+
+
+def lines(how: str) -> list[str]:
+    done = subprocess.run([sys.executable, "-c", MASKED, how], capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout.split()
+
+
+@pytest.mark.skipif(not binding.get_host_cpu_features().get("avx512f"), reason="this processor has no AVX-512")
+def test_kernels_take_whole_avx512_registers_and_give_the_same_bits() -> None:
+    prepared, plain = lines("prepared"), lines("plain")
+    assert prepared[0] == plain[0]
+    assert prepared[1] == "True"
