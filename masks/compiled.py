@@ -40,20 +40,32 @@ def load_kernels(module: str) -> Any:
     return kernels
 
 
-def split_over_threads(work: Callable[[int, int], Result], units: int, smallest: int = 1) -> list[Result]:
-    """[work(first, end), ...] over ranges that cover [0, units), one range per torch thread, in order.
+def split_over_threads(
+    work: Callable[[int, int], Result], units: int, smallest: int = 1, *, shares: int = 1
+) -> list[Result]:
+    """[work(first, end), ...] over ranges that cover [0, units), `shares` of them per torch thread, in order.
 
-    No range is shorter than `smallest` unless it is the only one. Not numba's parallel=True: FFCV's loader threads run
-    numba code in the same process, and numba's workqueue layer stops the process when two threads enter it.
+    No range is shorter than `smallest` unless it is the only one. A thread that is done takes the next range: with some
+    shares each, one that another job holds up does not hold up the others. Not numba's parallel=True: FFCV's loader
+    threads run numba code in the same process, and numba's workqueue layer stops the process when two threads enter it.
     """
-    threads = max(1, min(torch.get_num_threads(), units // max(smallest, 1)))
+    ranges = max(1, min(torch.get_num_threads() * shares, units // max(smallest, 1)))
+    threads = min(torch.get_num_threads(), ranges)
     if threads == 1:
         return [work(0, units)]
-    edges = [units * i // threads for i in range(threads + 1)]
-    # The calling thread does the last range itself.
-    others = [_pool(threads).submit(work, edges[i], edges[i + 1]) for i in range(threads - 1)]
-    last = work(edges[-2], edges[-1])
-    return [*(other.result() for other in others), last]
+    edges = [units * i // ranges for i in range(ranges + 1)]
+    results: dict[int, Result] = {}
+    left = iter(range(ranges))  # one after the other, whichever thread asks: the interpreter lock sees to it
+
+    def take() -> None:
+        for i in left:
+            results[i] = work(edges[i], edges[i + 1])
+
+    others = [_pool(threads).submit(take) for _ in range(threads - 1)]
+    take()  # the calling thread works too
+    for other in others:
+        other.result()
+    return [results[i] for i in range(ranges)]
 
 
 def _pool(threads: int) -> ThreadPoolExecutor:

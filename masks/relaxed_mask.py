@@ -31,6 +31,8 @@ CHUNK = 1 << 20
 """Weights per step of the torch form (a multiple of 1024): bounds its temporary memory to about 100 MB."""
 SMALLEST_RANGE = 16
 """Blocks of 1024 weights worth a thread of their own."""
+SHARES = 4
+"""Parts of a bucket per thread."""
 
 
 BUCKET = 1 << 21
@@ -277,7 +279,7 @@ def _split_blocks(kernel: Any, vectors: list[list[Tensor]], key: Tensor, tempera
             if low < high:
                 kernel(*group, low, high, bits, np.uint64(i), inverse, eps)
 
-    split_over_threads(work, starts[-1], SMALLEST_RANGE)
+    split_over_threads(work, starts[-1], SMALLEST_RANGE, shares=SHARES)
 
 
 def _empty(weight: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:

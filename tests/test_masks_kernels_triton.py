@@ -8,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 ROOT = Path(__file__).resolve().parent.parent
 CHECKS = [
     "words_are_those_of_the_torch_form",
@@ -26,6 +28,8 @@ CHECKS = [
 @pytest.fixture(scope="module")
 def results() -> dict[str, str]:
     """Of one process: Triton decides when it is imported whether kernels are interpreted."""
+    if VERSION < (3, 9) and np.lib.NumpyVersion(np.__version__) >= "2.5.0":
+        pytest.skip(f"the interpreter of triton {triton.__version__} does not work with numpy {np.__version__}")
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "triton_checks.py")], env=env, capture_output=True, text=True, check=False
@@ -62,7 +66,6 @@ def test_kernel_compiles_for_an_h100(module: str, name: str, arguments: dict, co
     """Triton brings its own assembler: no GPU is needed for this."""
     import importlib
 
-    import triton
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -73,6 +76,6 @@ def test_kernel_compiles_for_an_h100(module: str, name: str, arguments: dict, co
     signature = arguments | dict.fromkeys(constants, "constexpr")
     compiled = triton.compile(ASTSource(kernel, signature, constexprs=places), target=GPUTarget("cuda", 90, 32))
     assert len(compiled.asm["cubin"]) > 0
-    if name == "_histogram":  # additions that nobody waits for
+    if name == "_histogram" and VERSION >= (3, 9):  # additions that nobody waits for; 3.6 compiles waiting ones
         assert "red.global" in compiled.asm["ptx"]
         assert "atom.global" not in compiled.asm["ptx"]
