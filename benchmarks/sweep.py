@@ -2,7 +2,8 @@
 
     python -m benchmarks.sweep digits_probmask digits_magnitude --vary mask.density=0.1,0.05 --seeds 3 train.epochs=20
 
-A run that is finished is not run again, so an interrupted sweep goes on where it was.
+A run that is finished is not run again, so an interrupted sweep goes on where it was; one with other settings in its
+folder is an error.
 """
 
 from __future__ import annotations
@@ -10,10 +11,16 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+from engine.errors import EXIT_INPUT, InputError
+from launcher.config import RunConfig
+from launcher.settings import load_config, to_dict
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,29 +41,45 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     for config, *chosen in itertools.product(configs, *varied):
         name = "-".join([config, *(c.split("=")[1] for c in chosen)])
-        scores = [
-            accuracy(config, [*settings, *chosen, f"seed={seed}"], args.folder / f"{name}-seed{seed}")
-            for seed in range(args.seeds)
-        ]
+        scores = []
+        for seed in range(args.seeds):
+            own = [*settings, *chosen, f"seed={seed}", f"run={os.path.join(args.folder, f'{name}-seed{seed}')}"]
+            scores.append(trained(load_config(config, own), ["train", config, *own]))
         rows.append([config, *(c.split("=")[1] for c in chosen), spread(scores)])
         print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
     print(table(["config", *(v.partition("=")[0] for v in args.vary), f"test accuracy, {args.seeds} seeds"], rows))
     return 0
 
 
-def accuracy(config: str, settings: list[str], folder: Path) -> float:
-    """Test accuracy in percent of one run, trained to its end unless it already is."""
-    summary = folder / "export" / "summary.json"
-    if not summary.exists():
+def trained(config: RunConfig, command: list[str]) -> float:
+    """Test accuracy in percent of a run, made by `command` unless it is there; ends this process where that fails."""
+    if accuracy(config) is None:
         # A process per run: DeepSpeed keeps the process group of the first run of a process.
-        command = [sys.executable, "-m", "launcher", "train", config, *settings, f"run={folder}"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return 100 * float(json.loads(summary.read_text())["accuracy"])
+        done = subprocess.run([sys.executable, "-m", "launcher", *command], stdout=subprocess.DEVNULL, check=False)
+        if done.returncode:
+            raise SystemExit(done.returncode)
+    score = accuracy(config)
+    assert score is not None
+    return score
 
 
-def spread(scores: list[float]) -> str:
-    """Mean and sample standard deviation, such as "98.61 +- 0.28"."""
-    return f"{statistics.mean(scores):.2f} +- {statistics.stdev(scores) if len(scores) > 1 else 0.0:.2f}"
+def accuracy(config: RunConfig) -> float | None:
+    """Test accuracy in percent of a finished run, None for one that is not. Raises InputError for another's folder."""
+    summary = Path(config.run) / "export" / "summary.json"
+    if not summary.exists():
+        return None
+    found = json.loads(summary.read_text())
+    if found["config"] != json.loads(json.dumps(to_dict(config))):
+        raise InputError(f"run = {config.run!r}: the folder holds a run with other settings; give another --folder")
+    return 100 * float(found["accuracy"])
+
+
+def spread(scores: Sequence[float]) -> str:
+    """Mean and, of several, sample standard deviation, such as "98.61 +- 0.28"; "-" of none."""
+    if not scores:
+        return "-"
+    mean = f"{statistics.mean(scores):.2f}"
+    return f"{mean} +- {statistics.stdev(scores):.2f}" if len(scores) > 1 else mean
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -66,4 +89,8 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except InputError as error:
+        print(f"sweep: error: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_INPUT) from None

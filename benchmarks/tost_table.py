@@ -13,19 +13,18 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 
+from benchmarks.sweep import accuracy, spread
 from engine.errors import EXIT_INPUT, InputError, unknown_name
 from launcher.checks import READ_BY_TWEAK
 from launcher.config import RunConfig
 from launcher.environment import prepare_environment
-from launcher.settings import load_config, to_dict
+from launcher.settings import load_config
 from launcher.values import as_text
 
 TRAINED = {"magnitude": ["finetune.epochs=0"], "lth": ["mask.round_fraction=0.5"]}
@@ -87,17 +86,6 @@ def train_all(configs: Sequence[RunConfig]) -> None:
                 finish(run, folder)
 
 
-def accuracy(config: RunConfig) -> float | None:
-    """Test accuracy in percent of a finished run, None for one that is not. Raises InputError for another's folder."""
-    summary = Path(config.run) / "export" / "summary.json"
-    if not summary.exists():
-        return None
-    found = json.loads(summary.read_text())
-    if found["config"] != json.loads(json.dumps(to_dict(config))):
-        raise InputError(f"run = {config.run!r}: the folder holds a run with other settings; give another --folder")
-    return 100 * float(found["accuracy"])
-
-
 def table(
     scores: Mapping[Cell, float | None], masks: Sequence[str], densities: Sequence[str], tweaks: Sequence[str],
     seeds: int,
@@ -111,19 +99,12 @@ def table(
     for mask, density in itertools.product(masks, densities):
         rows = [[scores[seed, density, mask, tweak] for tweak in (WITHOUT, *tweaks)] for seed in range(seeds)]
         whole = [[score for score in row if score is not None] for row in rows if None not in row]
-        cells = [_spread([row[0] for row in whole])]
+        cells = [spread([row[0] for row in whole])]
         for column in range(1, len(tweaks) + 1):
-            differences = _spread([row[column] - row[0] for row in whole])
-            cells.append(f"{_spread([row[column] for row in whole])}, {differences}")
+            differences = spread([row[column] - row[0] for row in whole])
+            cells.append(f"{spread([row[column] for row in whole])}, {differences}")
         lines.append(f"| {mask} | {density} | {' | '.join(cells)} | {len(whole)} |")
     return "\n".join(lines)
-
-
-def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return "-"
-    mean = f"{statistics.mean(values):.2f}"
-    return f"{mean} +- {statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
 def _config(name: str, settings: Sequence[str], folder: Path, cell: Cell) -> RunConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +44,18 @@ class Shard:
         for s in self.segments:
             whole = parameters[s.name].reshape(-1)
             self.tensor[s.start : s.start + s.numel].copy_(whole[s.offset : s.offset + s.numel])
+
+
+def ranges_within(sizes: Iterable[int], first: int, end: int) -> Iterator[tuple[int, int]]:
+    """For each of several vectors laid end to end, its elements [low, high) among the whole's [first, end).
+
+    low == high where there are none.
+    """
+    start = 0
+    for size in sizes:
+        low = min(max(first - start, 0), size)
+        yield low, max(low, min(end - start, size))
+        start += size
 
 
 def flatten_parameters(parameters: Mapping[str, nn.Parameter]) -> Shard:

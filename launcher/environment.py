@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 
-from llvmlite import binding
-
 
 def prepare_environment(device: str) -> None:
     """Tell DeepSpeed its accelerator for train.device = auto, cpu or cuda; a value the user has set stays.
@@ -25,6 +23,7 @@ def use_whole_vectors() -> None:
 
     In numba's settings and not in NUMBA_CPU_FEATURES: processes on other machines would inherit what this one can do.
     """
+    from llvmlite import binding
     from numba import config
 
     try:

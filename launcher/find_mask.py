@@ -29,7 +29,7 @@ def find_mask(config: RunConfig, out: Path) -> int:
         check_agreement(masks, world)
         data.close()
         if world.is_main:
-            for line in report(masks, protects=config.mask.method != "file"):
+            for line in report(masks, method.protects):
                 print(f"ghostmask: {line}", file=sys.stderr, flush=True)
             meta = {"method": config.mask.method, "density": density_of(masks), "config": to_dict(config)}
             write_masks(out, masks, meta)

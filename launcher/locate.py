@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import configs
 from engine.errors import InputError, bad_value, unknown_name
@@ -50,8 +51,10 @@ def check_writable(folder: Path, field: str, value: str) -> None:
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     if not there.is_dir():
         raise bad_value(field, value, f"{there} is a file; give another place")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise bad_value(field, value, f"nothing can be written to {there}; give another place")
+    try:  # not os.access: it knows neither read-only disks nor what root may not do
+        TemporaryDirectory(dir=there, prefix=".ghostmask-").cleanup()
+    except OSError as error:
+        raise bad_value(field, value, f"nothing can be written to {there} ({error.strerror}); give another") from None
 
 
 def find_run(text: str) -> Path:

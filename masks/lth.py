@@ -32,6 +32,7 @@ class LotteryTicket(MaskMethod):
     """
 
     every_phase_has_a_result = True
+    protects = True
     rewindable: RewindableMasks | None = None
 
     def phases(self) -> tuple[tuple[str, int], ...]:
@@ -68,7 +69,7 @@ class LotteryTicket(MaskMethod):
         present = self.rewindable.masks()
         masks = surviving(self.weights, present, densities[following], config.constraint, config.min_per_layer)
         check_agreement(masks, self.world)
-        for line in report(masks):
+        for line in report(masks, self.protects):
             trainer.reporter.progress.message(line)
         self.rewindable.replace(list(masks.values()))
         self.rewindable.rewind(self.net)

@@ -24,6 +24,7 @@ class Magnitude(MaskMethod):
     """
 
     fixed: FixedMasks | None = None
+    protects = True
 
     def phases(self) -> tuple[tuple[str, int], ...]:
         dense = () if self.config.path else (("train", self.recipe.epochs),)
@@ -43,7 +44,7 @@ class Magnitude(MaskMethod):
 
     def begin(self, trainer: Trainer) -> None:
         if self.fixed is not None:
-            for line in report(self.masks()):
+            for line in report(self.masks(), self.protects):
                 trainer.reporter.progress.message(line)
         super().begin(trainer)
 

@@ -66,6 +66,9 @@ class MaskMethod(ABC):
     every_phase_has_a_result = False
     """Whether each phase, and not the last one only, trains a network that can be exported under its present masks."""
 
+    protects = False
+    """Whether it reads mask.min_per_layer, which saves a layer from losing all its weights."""
+
     def __init__(self, config: MaskConfig, net: nn.Module, recipe: Recipe, world: World) -> None:
         self.config, self.net, self.recipe, self.world = config, net, recipe, world
         self.weights: dict[str, nn.Parameter] = prunable_weights(net, config.dense_layers)

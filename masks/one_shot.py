@@ -26,7 +26,6 @@ class OneShot(MaskMethod):
 
     fixed: FixedMasks | None = None
     protects = True
-    """Whether mask.min_per_layer can save a layer from being lost."""
 
     @abstractmethod
     def find(self, data: DataPipeline) -> dict[str, Tensor]:
@@ -75,8 +74,11 @@ class Scored(OneShot):
         return shards.gathered(largest(shards, scores, config.density, config.constraint, config.min_per_layer))
 
 
-def report(masks: Mapping[str, Tensor], protects: bool = True) -> list[str]:
-    """What to tell about new masks: their density and, as a warning, the layers that lost all their weights."""
+def report(masks: Mapping[str, Tensor], protects: bool) -> list[str]:
+    """What to tell about new masks: their density and, as a warning, the layers that lost all their weights.
+
+    protects: MaskMethod.protects of the method that made them.
+    """
     kept, total = sum(int(m.sum()) for m in masks.values()), sum(m.numel() for m in masks.values())
     lines = [f"mask: density {kept / total:.6g}, {kept:,} of {total:,} weights in {len(masks)} layers"]
     empty = empty_layers(masks)

@@ -15,6 +15,7 @@ every run starts, and at s = 0 the sigmoid would saturate and no probability wou
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from engine.shards import ranges_within
 from masks.compiled import kernels_for, split_over_threads
 from masks.noise import BLOCK, NoiseKey, random_words
 
@@ -166,25 +168,13 @@ def _backward(
     return grads_w, grads_s
 
 
-def _forward_shapes(
-    weights: list[Tensor],
-    probabilities: list[Tensor],
-    key: Tensor,
-    temperature: Tensor,
-    number: int,
-    dtype: torch.dtype,
-    channels_last: bool,
-) -> list[Tensor]:
+def _forward_shapes(weights: list[Tensor], *others: Any) -> list[Tensor]:
+    dtype, channels_last = others[-2:]
     return [_empty(w, dtype, channels_last) for w in weights]
 
 
 def _backward_shapes(
-    grads: list[Tensor],
-    weights: list[Tensor],
-    probabilities: list[Tensor],
-    key: Tensor,
-    temperature: Tensor,
-    number: int,
+    grads: list[Tensor], weights: list[Tensor], probabilities: list[Tensor], *others: Any
 ) -> tuple[list[Tensor], list[Tensor]]:
     return [torch.empty_like(w) for w in weights], [torch.empty_like(s) for s in probabilities]
 
@@ -194,37 +184,31 @@ torch.library.register_fake("ghostmask::relaxed_bucket_backward", _backward_shap
 
 
 class _Differentiable(torch.autograd.Function):
-    """The operator with its gradients. tensors: weights, then as many probabilities."""
+    """The operator with its gradients. tensors: weights, then as many probabilities; others: the other arguments."""
 
     @staticmethod
-    def forward(ctx: Any, key: Tensor, temperature: Tensor, number: int, *settings: Any) -> tuple[Tensor, ...]:
-        dtype, channels_last, *tensors = settings
+    def forward(ctx: Any, others: tuple[Any, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+        key, temperature, ctx.number, _, _ = others
         ctx.save_for_backward(*tensors, key, temperature)
-        ctx.number = number
-        weights, probabilities = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
         with torch._C._AutoDispatchBelowAutograd():
-            return tuple(relaxed_bucket(weights, probabilities, key, temperature, number, dtype, channels_last))
+            return tuple(relaxed_bucket(*_halves(tensors), *others))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *both, key, temperature = ctx.saved_tensors
-        weights, probabilities = both[: len(both) // 2], both[len(both) // 2 :]
-        grads_w, grads_s = relaxed_bucket_backward(list(grads), weights, probabilities, key, temperature, ctx.number)
-        return None, None, None, None, None, *grads_w, *grads_s
+        *tensors, key, temperature = ctx.saved_tensors
+        grads_w, grads_s = relaxed_bucket_backward(list(grads), *_halves(tensors), key, temperature, ctx.number)
+        return None, *grads_w, *grads_s
 
 
 @torch.library.impl("ghostmask::relaxed_bucket", "Autograd")
-def _with_gradients(
-    weights: list[Tensor],
-    probabilities: list[Tensor],
-    key: Tensor,
-    temperature: Tensor,
-    number: int,
-    dtype: torch.dtype,
-    channels_last: bool,
-) -> list[Tensor]:
-    return list(_Differentiable.apply(key, temperature, number, dtype, channels_last, *weights, *probabilities))
+def _with_gradients(weights: list[Tensor], probabilities: list[Tensor], *others: Any) -> list[Tensor]:
+    return list(_Differentiable.apply(others, *weights, *probabilities))
+
+
+def _halves(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """(weights, probabilities) of weights and then as many probabilities."""
+    return list(tensors[: len(tensors) // 2]), list(tensors[len(tensors) // 2 :])
 
 
 def _mask_all(
@@ -269,17 +253,15 @@ def _split_blocks(kernel: Any, vectors: list[list[Tensor]], key: Tensor, tempera
     """Run a kernel over all blocks of all tensors, laid end to end and shared between the threads."""
     arrays = [[vector.numpy() for vector in group] for group in vectors]
     blocks = [-(-len(group[0]) // BLOCK) for group in arrays]
-    starts = [0, *itertools.accumulate(blocks)]
     bits = np.uint64(int(key) & 0xFFFFFFFFFFFFFFFF)
     inverse, eps = np.float32(1 / float(temperature)), np.float32(EPS)
 
     def work(first: int, end: int) -> None:
-        for i, (group, start, count) in enumerate(zip(arrays, starts[:-1], blocks, strict=True), number):
-            low, high = max(first - start, 0), min(end - start, count)
+        for i, (group, (low, high)) in enumerate(zip(arrays, ranges_within(blocks, first, end), strict=True), number):
             if low < high:
                 kernel(*group, low, high, bits, np.uint64(i), inverse, eps)
 
-    split_over_threads(work, starts[-1], SMALLEST_RANGE, shares=SHARES)
+    split_over_threads(work, sum(blocks), SMALLEST_RANGE, shares=SHARES)
 
 
 def _empty(weight: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:

@@ -2,7 +2,7 @@
 
 The same numbers as the torch form in masks.relaxed_mask. log2 and exp2 are polynomials, because calls of libm would
 keep LLVM from vectorising the loops. A block goes through four short loops rather than one long one: what depends on
-one another is then short enough for a processor to work on several rounds at once (a third of the time, measured).
+one another is then short enough for a processor to work on several rounds at once (a third less time, measured).
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import bad_value
+from engine.shards import ranges_within
 from engine.world import World
 from masks.topk import kept_count, topk_shard
 
@@ -58,11 +59,7 @@ class ScoreShards:
 
     def _ranges(self) -> Iterator[tuple[int, int]]:
         """For each weight, the elements of it that lie in this rank's slice: [low, high), empty where low == high."""
-        start = 0
-        for w in self.weights.values():
-            low = min(max(self.first - start, 0), w.numel())
-            yield low, max(low, min(self.end - start, w.numel()))
-            start += w.numel()
+        return ranges_within((w.numel() for w in self.weights.values()), self.first, self.end)
 
 
 def largest(

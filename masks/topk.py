@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from engine.errors import EXIT_NON_FINITE, RunStopped
+from engine.shards import ranges_within
 from engine.world import World, single
 from masks.compiled import load_kernels, split_over_threads
 
@@ -105,17 +105,16 @@ def _counts(scores: list[Tensor], digit: int, prefix: int, offset: int) -> Tenso
 def _counts_on_cpu(kernels: Any, scores: list[Tensor], shift: int, prefix: int, offset: int) -> Tensor:
     below_sign = torch.iinfo(INTEGERS[scores[0].dtype]).max
     bits = [score.view(INTEGERS[score.dtype]).numpy() for score in scores]
-    starts = np.cumsum([0, *map(len, bits)])
+    sizes = [len(part) for part in bits]
 
     def work(first: int, end: int) -> Tensor:
         """Of the scores first .. end - 1 of all tensors laid end to end."""
         counts = torch.zeros(BINS, dtype=torch.int64)
-        for part, start in zip(bits, starts[:-1], strict=True):
-            low, high = max(first - start, 0), min(end - start, len(part))
+        for part, (low, high) in zip(bits, ranges_within(sizes, first, end), strict=True):
             kernels.count(part, low, high, below_sign, shift, prefix, offset, counts.numpy())
         return counts
 
-    return torch.stack(split_over_threads(work, int(starts[-1]), SMALLEST_RANGE)).sum(0)
+    return torch.stack(split_over_threads(work, sum(sizes), SMALLEST_RANGE)).sum(0)
 
 
 def _bin(counts: Tensor, kept: int, world: World) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from engine.errors import InputError
+from engine.registry import resolve
 from launcher.checks import FINETUNED, READ_BY_METHOD, check_config
 from launcher.config import RunConfig
 from launcher.locate import find_config, find_run, shipped_configs
@@ -382,6 +383,7 @@ def test_the_table_of_what_a_method_reads_agrees_with_its_source(method: str) ->
     read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and _is_config(node.value)} & names
     # MaskMethod itself reads dense_layers, which means nothing to a method without masks.
     assert READ_BY_METHOD[method] == read | ({"dense_layers"} if read else set())
+    assert resolve(METHODS[method]).protects == ("min_per_layer" in read)
     assert (method in FINETUNED) == any(isinstance(node, ast.Name) and node.id == "FINETUNE" for node in ast.walk(tree))
 
 

@@ -115,9 +115,15 @@ def test_snip_scores_are_the_change_of_the_loss_with_each_mask_entry() -> None:
     assert close(scores_of(method, data).double(), by_mask.abs(), 1e-5)
 
 
-@pytest.mark.parametrize(("num_classes", "images"), [(4, 40), (100, 1000), (101, 101), (1000, 1000)])
-def test_grasp_scores_about_a_thousand_images_at_most_unless_told(num_classes: int, images: int) -> None:
-    assert num_classes * default_per_class(num_classes) == images
+@pytest.mark.parametrize(("num_classes", "each"), [(4, 10), (100, 10), (101, 1), (1000, 1)])
+def test_grasp_takes_ten_images_of_each_class_but_one_of_each_of_many(num_classes: int, each: int) -> None:
+    assert default_per_class(num_classes) == each
+    net, data = tiny(), MemoryData(single())
+    data.num_classes = num_classes
+    chosen, told = method_of("grasp", net), method_of("grasp", net, samples_per_class=each)
+    other = method_of("grasp", net, samples_per_class=11 - each)
+    assert torch.equal(scores_of(chosen, data), scores_of(told, data))
+    assert not torch.equal(scores_of(chosen, data), scores_of(other, data))
 
 
 def test_grasp_scores_are_minus_the_papers_by_differences_of_differences() -> None:
