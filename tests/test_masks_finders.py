@@ -122,12 +122,13 @@ def test_a_lost_layer_is_named_and_a_minimum_protects_it() -> None:
     lost = finder("snip", digits_net(), single(), density=3e-5).find(MemoryData(single()))
     names = empty_layers(lost)
     assert names
-    assert report(lost)[1].startswith(f"warning: {len(names)} of 10 layers have no weight left: {', '.join(names)}; ")
+    lines = report(lost, protects=True)
+    assert lines[1].startswith(f"warning: {len(names)} of 10 layers have no weight left: {', '.join(names)}; ")
     for name in SCORING:
         kept = finder(name, digits_net(), single(), density=1e-3, min_per_layer=3).find(MemoryData(single()))
         assert all(int(m.sum()) >= 3 for m in kept.values()), name
         assert density_of(kept) == pytest.approx(1e-3, rel=2e-3)
-        assert len(report(kept)) == 1
+        assert len(report(kept, protects=True)) == 1
 
 
 @pytest.mark.parametrize("name", ["snip", "random"])
