@@ -18,25 +18,17 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from engine.shards import ranges_within
-from masks.compiled import kernels_for, split_over_threads
-from masks.noise import BLOCK, NoiseKey, random_words
+from masks import relaxed_mask_torch
+from masks.compiled import kernels_for
+from masks.memory_order import is_plain
+from masks.noise import NoiseKey
 
 EPS = 1e-6
 """Nearest that a probability comes to 0 and 1 in the sampling; the projection may well put s at 0 and 1 exactly."""
-CHUNK = 1 << 20
-"""Weights per step of the torch form (a multiple of 1024): bounds its temporary memory to about 100 MB."""
-SMALLEST_RANGE = 16
-"""Blocks of 1024 weights worth a thread of their own."""
-SHARES = 4
-"""Parts of a bucket per thread."""
-
-
 BUCKET = 1 << 21
 """Weights after which a bucket is full: about ten launches for ResNet-50."""
 
@@ -83,22 +75,6 @@ def _buckets(sizes: list[int]) -> list[tuple[int, int]]:
     return list(itertools.pairwise(edges))
 
 
-def relaxed_mask(
-    probability: Tensor, key: Tensor, temperature: Tensor, number: int, first: int = 0
-) -> tuple[Tensor, Tensor]:
-    """(m, 1 - m) of a vector of limited probabilities, the weights first, first + 1, ... of tensor `number`.
-
-    In the probabilities' type; the operator's torch form, and with float64 the reference of the tests. 1 - m is
-    computed as a sigmoid of its own: small values keep their digits.
-    """
-    words = random_words(key.to(probability.device), number, first, len(probability))
-    # u / (1 - u) from the word and its complement: neither can be 0, and neither end loses digits.
-    odds = (words.to(probability.dtype) + 0.5) * probability
-    odds = odds / (((0xFFFFFFFF - words).to(probability.dtype) + 0.5) * (1 - probability))
-    x = odds.log() / temperature
-    return x.sigmoid(), (-x).sigmoid()
-
-
 # Operators of torch's library, so that torch.compile, autograd and DeepSpeed take them as torch's own. Not through
 # `torch.library.custom_op`: its handling of lists of tensors doubles the operator's time on the host.
 torch.library.define(
@@ -130,16 +106,8 @@ def _forward(
     key: int64 scalar; temperature: float32 scalar.
     """
     outs = [_empty(w, dtype, channels_last) for w in weights]
-    kernels = _kernels(weights, probabilities)
-    if kernels and weights[0].is_cuda:
-        kernels.forward(weights, probabilities, outs, key, temperature, number, EPS)
-        return outs
-    direct = [out.dtype == w.dtype and out.stride() == w.stride() for w, out in zip(weights, outs, strict=True)]
-    masked = [out if same else torch.empty_like(w) for w, out, same in zip(weights, outs, direct, strict=True)]
-    _mask_all(kernels, weights, probabilities, masked, key, temperature, number)
-    for out, product, same in zip(outs, masked, direct, strict=True):
-        if not same:
-            out.copy_(product)
+    form = _form([*weights, *probabilities])
+    form.forward(weights, probabilities, outs, key, temperature, number, EPS)
     return outs
 
 
@@ -154,17 +122,8 @@ def _backward(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """(dL/dw, dL/ds) = (g m, g w m (1 - m) / (tau s (1 - s))) of each tensor, each laid out as w and s are."""
     grads_w, grads_s = [torch.empty_like(w) for w in weights], [torch.empty_like(s) for s in probabilities]
-    kernels = _kernels(weights, probabilities)
-    if kernels and weights[0].is_cuda:
-        grads = [g if is_plain(g) else g.contiguous() for g in grads]
-        kernels.backward(grads, weights, probabilities, grads_w, grads_s, key, temperature, number, EPS)
-        return grads_w, grads_s
-    direct = [a.stride() == b.stride() for a, b in zip(grads_s, grads_w, strict=True)]
-    slopes = [s if same else torch.empty_like(w) for s, w, same in zip(grads_s, grads_w, direct, strict=True)]
-    _gradients_of_all(kernels, grads, weights, probabilities, grads_w, slopes, key, temperature, number)
-    for grad_s, slope, same in zip(grads_s, slopes, direct, strict=True):
-        if not same:
-            grad_s.copy_(slope)
+    form = _form([*weights, *probabilities])
+    form.backward(grads, weights, probabilities, grads_w, grads_s, key, temperature, number, EPS)
     return grads_w, grads_s
 
 
@@ -211,81 +170,15 @@ def _halves(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     return list(tensors[: len(tensors) // 2]), list(tensors[len(tensors) // 2 :])
 
 
-def _mask_all(
-    kernels: Any, weights: list[Tensor], probabilities: list[Tensor], outs: list[Tensor], key: Tensor,
-    temperature: Tensor, number: int,
-) -> None:  # fmt: skip
-    """outs = w m on the CPU; each has its weight's dtype and the memory order in which it is written."""
-    everything = zip(weights, probabilities, outs, strict=True)
-    vectors = [[_memory(t, out) for t in (w, s, out)] for w, s, out in everything]
-    if kernels:
-        _split_blocks(kernels.forward, vectors, key, temperature, number)
-        return
-    for i, (w, s, out) in enumerate(vectors, number):
-        for start in range(0, len(w), CHUNK):
-            part = slice(start, start + CHUNK)
-            m, _ = relaxed_mask(s[part].clamp(EPS, 1 - EPS), key, temperature, i, start)
-            torch.mul(w[part], m, out=out[part])
-
-
-def _gradients_of_all(
-    kernels: Any, grads: list[Tensor], weights: list[Tensor], probabilities: list[Tensor], grads_w: list[Tensor],
-    grads_s: list[Tensor], key: Tensor, temperature: Tensor, number: int,
-) -> None:  # fmt: skip
-    """Fill grads_w and grads_s, which have their weights' memory order, on the CPU."""
-    everything = zip(grads, weights, probabilities, grads_w, grads_s, strict=True)
-    vectors = [
-        [_memory(t, grad_w) for t in (g.to(w.dtype), w, s, grad_w, grad_s)] for g, w, s, grad_w, grad_s in everything
-    ]
-    if kernels:
-        _split_blocks(kernels.backward, vectors, key, temperature, number)
-        return
-    for i, (g, w, s, grad_w, grad_s) in enumerate(vectors, number):
-        for start in range(0, len(w), CHUNK):
-            part = slice(start, start + CHUNK)
-            limited = s[part].clamp(EPS, 1 - EPS)
-            m, rest = relaxed_mask(limited, key, temperature, i, start)
-            torch.mul(g[part], m, out=grad_w[part])
-            torch.mul(grad_w[part] * w[part], rest / (temperature * limited * (1 - limited)), out=grad_s[part])
-
-
-def _split_blocks(kernel: Any, vectors: list[list[Tensor]], key: Tensor, temperature: Tensor, number: int) -> None:
-    """Run a kernel over all blocks of all tensors, laid end to end and shared between the threads."""
-    arrays = [[vector.numpy() for vector in group] for group in vectors]
-    blocks = [-(-len(group[0]) // BLOCK) for group in arrays]
-    bits = np.uint64(int(key) & 0xFFFFFFFFFFFFFFFF)
-    inverse, eps = np.float32(1 / float(temperature)), np.float32(EPS)
-
-    def work(first: int, end: int) -> None:
-        for i, (group, (low, high)) in enumerate(zip(arrays, ranges_within(blocks, first, end), strict=True), number):
-            if low < high:
-                kernel(*group, low, high, bits, np.uint64(i), inverse, eps)
-
-    split_over_threads(work, sum(blocks), SMALLEST_RANGE, shares=SHARES)
-
-
 def _empty(weight: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
     order = torch.channels_last if channels_last and weight.dim() == 4 else torch.preserve_format
     return torch.empty_like(weight, dtype=dtype, memory_format=order)
 
 
-def _memory(tensor: Tensor, like: Tensor) -> Tensor:
-    """The tensor's elements in the order of `like`'s memory, as a vector: a view where their strides agree."""
-    same = all(a == b for a, b, size in zip(tensor.stride(), like.stride(), like.shape, strict=True) if size > 1)
-    if not same:
-        tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
-    return tensor.detach().as_strided((like.numel(),), (1,), tensor.storage_offset())
-
-
-def _kernels(weights: list[Tensor], probabilities: list[Tensor]) -> Any:
-    """The kernels for tensors like these; None where the torch form has to do."""
-    every, device = [*weights, *probabilities], weights[0].device
-    ours = all(t.dtype == torch.float32 and t.device == device for t in every)
+def _form(tensors: list[Tensor]) -> Any:
+    """The module that computes with tensors like these: compiled kernels, or torch where there are none."""
+    device = tensors[0].device
+    ours = all(t.dtype == torch.float32 and t.device == device for t in tensors)
     # On the CPU another order in memory is copied; on CUDA the kernels follow the two that networks have.
-    ours = ours and (device.type == "cpu" or all(is_plain(t) for t in every))
-    return kernels_for(weights[0], "masks.relaxed_mask") if ours else None
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether the elements lie in memory as they are numbered, or in channels_last order."""
-    return tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
+    ours = ours and (device.type == "cpu" or all(is_plain(t) for t in tensors))
+    return (kernels_for(tensors[0], "masks.relaxed_mask") if ours else None) or relaxed_mask_torch

@@ -1,23 +1,37 @@
-"""What does the relaxed mask do with one tensor on the CPU: numba kernels that release the interpreter lock.
+"""What does the relaxed mask do with a bucket of tensors on the CPU: numba kernels that release the interpreter lock.
 
-The same numbers as the torch form in masks.relaxed_mask. log2 and exp2 are polynomials, because calls of libm would
-keep LLVM from vectorising the loops. A block goes through four short loops rather than one long one: what depends on
-one another is then short enough for a processor to work on several rounds at once (a third less time, measured).
+The same numbers as masks.relaxed_mask_torch. A kernel gets a table of addresses, as on CUDA, and a range of the blocks
+of all tensors laid end to end: one call per thread's share, not one per tensor. log2 and exp2 are polynomials, because
+calls of libm would keep LLVM from vectorising the loops. A block goes through four short loops rather than one long
+one: what depends on one another is then short enough for a processor to work on several rounds at once (a third less
+time, measured).
 """
 
+# mypy: disable-error-code="no-untyped-call,attr-defined"
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import numba
 import numpy as np
+import torch
+from numba import types
+from numba.extending import intrinsic
+from torch import Tensor
 
-BLOCK = 1024
-"""Weights per unit of work; see masks.noise."""
-LANES = 256
+from masks.compiled import split_over_threads
+from masks.memory_order import filled, laid_out
+from masks.noise import BLOCK, LANES, ROUNDS
+
+SMALLEST_RANGE = 16
+"""Blocks of 1024 weights worth a thread of their own."""
+SHARES = 4
+"""Parts of a bucket per thread."""
 WORD = np.uint64(0xFFFFFFFF)
 SHIFT = np.uint64(32)
 MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
-ROUNDS = 10
 F = np.float32
 # log2(1 + f) = f (L0 + L1 f + ...) on [sqrt(1/2), sqrt(2)] - 1 and 2^r = 1 + r (E0 + E1 r + ...) on [-1/2, 1/2]:
 # Chebyshev fits, relative errors 3e-8 and 5e-9.
@@ -35,6 +49,61 @@ SQRT_HALF_BITS, MANTISSA, ONE_BITS = np.int32(0x3F3504F3), np.int32(0x007FFFFF),
 HALF, ONE, LIMIT, ROUNDS_OFF = F(0.5), F(1), F(125), F(1.5 * 2**23)
 FAST = {"contract", "nsz"}
 """What may be rearranged: fused multiply-adds, and the sign of zero; nothing about nan."""
+
+
+def forward(weights: list[Tensor], probabilities: list[Tensor], outs: list[Tensor], key: Tensor, temperature: Tensor,
+            number: int, eps: float) -> None:  # fmt: skip
+    """out = w m of each tensor, the first of which is the `number`-th; out of any float type and memory order."""
+    with filled(outs, weights) as targets:
+        _run(_forward, [weights, probabilities, targets], targets, key, temperature, number, eps)
+
+
+def backward(grads: list[Tensor], weights: list[Tensor], probabilities: list[Tensor], grads_w: list[Tensor],
+             grads_s: list[Tensor], key: Tensor, temperature: Tensor, number: int, eps: float) -> None:  # fmt: skip
+    """grad_w = g m and grad_s = g w m (1 - m) / (tau s (1 - s)) of each tensor; grad_w in the order of its weight."""
+    with filled(grads_s, grads_w) as slopes:
+        tensors = [grads, weights, probabilities, grads_w, slopes]
+        _run(_backward, tensors, grads_w, key, temperature, number, eps)
+
+
+def _run(
+    kernel: Any,
+    roles: list[list[Tensor]],
+    like: list[Tensor],
+    key: Tensor,
+    temperature: Tensor,
+    number: int,
+    eps: float,
+) -> None:
+    """The kernel on all blocks of all tensors, laid end to end and shared between the threads."""
+    held = [[laid_out(t, target) for t, target in zip(role, like, strict=True)] for role in roles]
+    columns = [[t.numel() for t in like], *([t.data_ptr() for t in role] for role in held)]
+    table = np.array(columns, np.int64).T.copy()
+    bits, inverse = np.uint64(int(key) & 0xFFFFFFFFFFFFFFFF), F(1 / float(temperature))
+
+    def work(first: int, end: int) -> None:
+        kernel(table, first, end, bits, number, inverse, F(eps))
+
+    blocks = sum(-(-t.numel() // BLOCK) for t in like)
+    split_over_threads(work, blocks, SMALLEST_RANGE, shares=SHARES)
+
+
+def _generate_pointer(typingctx, address):  # type: ignore[no-untyped-def]
+    """A pointer to float32 from its address as an integer."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.float32)(address), generate
+
+
+_pointer: Any = intrinsic(_generate_pointer)
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _vector(table, row, role):  # type: ignore[no-untyped-def]
+    """The float32 vector of that role of a tensor."""
+    return numba.carray(_pointer(table[row, role]), table[row, 0], np.float32)
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
@@ -95,43 +164,57 @@ def _minus_x(words, s, out, inverse_temperature, eps):  # type: ignore[no-untype
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
-def forward(w, s, out, first, end, key, number, inverse_temperature, eps):  # type: ignore[no-untyped-def]
-    """out = w m on the blocks first .. end - 1."""
+def _forward(table, first, end, key, number, inverse_temperature, eps):  # type: ignore[no-untyped-def]
+    """out = w m on the blocks first .. end - 1; table: a row (numel, addresses of w, s, out) for each tensor."""
     words, power = np.empty(BLOCK, np.uint32), np.empty(BLOCK, F)
-    for block in range(first, end):
-        _fill(words, block, key, number)
-        part = slice(block * BLOCK, min(block * BLOCK + BLOCK, w.size))
-        w_, out_ = w[part], out[part]
-        _minus_x(words, s[part], power, inverse_temperature, eps)
-        for i in range(len(w_)):
-            out_[i] = w_[i] / (ONE + _exp2(power[i]))
+    start = 0
+    for row in range(len(table)):
+        w, s, out = _vector(table, row, 1), _vector(table, row, 2), _vector(table, row, 3)
+        blocks = -(-w.size // BLOCK)
+        for block in range(max(first - start, 0), min(end - start, blocks)):
+            _fill(words, block, key, np.uint64(number + row))
+            part = slice(block * BLOCK, min(block * BLOCK + BLOCK, w.size))
+            w_, out_ = w[part], out[part]
+            _minus_x(words, s[part], power, inverse_temperature, eps)
+            for i in range(len(w_)):
+                out_[i] = w_[i] / (ONE + _exp2(power[i]))
+        start += blocks
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
-def backward(g, w, s, grad_w, grad_s, first, end, key, number, inverse_temperature, eps):  # type: ignore[no-untyped-def]
-    """grad_w = g m and grad_s = g w m (1 - m) / (tau s (1 - s)) on the blocks first .. end - 1."""
+def _backward(table, first, end, key, number, inverse_temperature, eps):  # type: ignore[no-untyped-def]
+    """grad_w = g m and grad_s = g w m (1 - m) / (tau s (1 - s)) on the blocks first .. end - 1.
+
+    table: a row (numel, addresses of g, w, s, grad_w, grad_s) for each tensor.
+    """
     words, power = np.empty(BLOCK, np.uint32), np.empty(BLOCK, F)
-    for block in range(first, end):
-        _fill(words, block, key, number)
-        part = slice(block * BLOCK, min(block * BLOCK + BLOCK, w.size))
-        g_, w_, s_, grad_w_, grad_s_ = g[part], w[part], s[part], grad_w[part], grad_s[part]
-        _minus_x(words, s_, power, inverse_temperature, eps)
-        for i in range(len(w_)):
-            probability = _limited(s_[i], eps, ONE - eps)
-            odds = _exp2(power[i])
-            m = ONE / (ONE + odds)
-            kept = g_[i] * m
-            grad_w_[i] = kept
-            grad_s_[i] = kept * w_[i] * (odds * m) * (inverse_temperature / (probability * (ONE - probability)))
+    start = 0
+    for row in range(len(table)):
+        g, w, s = _vector(table, row, 1), _vector(table, row, 2), _vector(table, row, 3)
+        grad_w, grad_s = _vector(table, row, 4), _vector(table, row, 5)
+        blocks = -(-w.size // BLOCK)
+        for block in range(max(first - start, 0), min(end - start, blocks)):
+            _fill(words, block, key, np.uint64(number + row))
+            part = slice(block * BLOCK, min(block * BLOCK + BLOCK, w.size))
+            g_, w_, s_, grad_w_, grad_s_ = g[part], w[part], s[part], grad_w[part], grad_s[part]
+            _minus_x(words, s_, power, inverse_temperature, eps)
+            for i in range(len(w_)):
+                probability = _limited(s_[i], eps, ONE - eps)
+                odds = _exp2(power[i])
+                m = ONE / (ONE + odds)
+                kept = g_[i] * m
+                grad_w_[i] = kept
+                grad_s_[i] = kept * w_[i] * (odds * m) * (inverse_temperature / (probability * (ONE - probability)))
+        start += blocks
 
 
 def compile_all() -> None:
     """Compile the kernels (or load them from numba's cache) and run each once."""
-    w, s = np.full(3, 2, F), np.full(3, 0.5, F)
-    out, grad_w, grad_s = np.empty_like(w), np.empty_like(w), np.empty_like(w)
-    key, number = np.uint64(0), np.uint64(0)
-    forward(w, s, out, 0, 1, key, number, F(1), F(1e-6))
-    backward(w, w, s, grad_w, grad_s, 0, 1, key, number, F(1), F(1e-6))
+    w, s = torch.full((3,), 2.0), torch.full((3,), 0.5)
+    out, grad_w, grad_s = torch.empty_like(w), torch.empty_like(w), torch.empty_like(w)
+    key, temperature = torch.zeros((), dtype=torch.int64), torch.ones(())
+    forward([w], [s], [out], key, temperature, 0, 1e-6)
+    backward([w], [w], [s], [grad_w], [grad_s], key, temperature, 0, 1e-6)
     # At s = 1/2 and tau = 1 the mask is u itself: Philox's published words for key 0, counters 0, 1 and 2.
-    if not np.allclose(out[0], 2 * 0x6627E8D5 / 2**32, rtol=1e-6) or not np.array_equal(out, grad_w):
+    if not math.isclose(out[0], 2 * 0x5F6FB709 / 2**32, rel_tol=1e-6) or not torch.equal(out, grad_w):
         raise RuntimeError("the compiled relaxed mask gives wrong numbers here")

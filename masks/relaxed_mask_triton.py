@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from masks.noise import BLOCK, LANES, NoiseKey, random_words
+from masks.memory_order import is_plain
+from masks.noise import BLOCK, LANES, ROUNDS, NoiseKey, random_words
 
 BLOCKS = tl.constexpr(4)
 """Noise blocks of 1024 weights per program."""
@@ -23,6 +24,7 @@ ROLE = tl.constexpr(3)
 """Columns of a role (weight, probability, ...): address, and the two dimensions in which its memory order differs."""
 LANES_ = tl.constexpr(LANES)
 BLOCK_ = tl.constexpr(BLOCK)
+ROUNDS_ = tl.constexpr(ROUNDS)
 LIMIT = tl.constexpr(125.0)
 ROWS = 64
 """Rows of a table unless a bucket has more tensors: one compilation for nearly all buckets."""
@@ -35,7 +37,7 @@ def forward(weights: list[Tensor], probabilities: list[Tensor], outs: list[Tenso
             number: int, eps: float) -> None:  # fmt: skip
     """out = w m of each tensor, the first of which is the `number`-th; out of any float type.
 
-    All tensors here and below are contiguous, in logical or in channels_last order.
+    All tensors here and below, but for incoming gradients, are contiguous, in logical or in channels_last order.
     """
     table, programs, rows = _table(weights, probabilities, outs)
     _forward[(programs,)](table, len(weights), key, temperature, number, eps, rows, TYPES[outs[0].dtype])
@@ -43,7 +45,8 @@ def forward(weights: list[Tensor], probabilities: list[Tensor], outs: list[Tenso
 
 def backward(grads: list[Tensor], weights: list[Tensor], probabilities: list[Tensor], grads_w: list[Tensor],
              grads_s: list[Tensor], key: Tensor, temperature: Tensor, number: int, eps: float) -> None:  # fmt: skip
-    """grad_w = g m and grad_s = g w m (1 - m) / (tau s (1 - s)) of each tensor; g of any float type."""
+    """grad_w = g m and grad_s = g w m (1 - m) / (tau s (1 - s)) of each tensor; g of any float type and order."""
+    grads = [g if is_plain(g) else g.contiguous() for g in grads]
     table, programs, rows = _table(weights, probabilities, grads, grads_w, grads_s)
     _backward[(programs,)](table, len(weights), key, temperature, number, eps, rows, TYPES[grads[0].dtype])
 
@@ -154,7 +157,7 @@ def _words(key, number, block):  # type: ignore[no-untyped-def]
     """The four words (BLOCKS, LANES) of each counter of masks.noise; a tensor has fewer than 2^31 weights."""
     counter = block * LANES_ + tl.arange(0, LANES_)[None, :]
     zero = counter * 0
-    return tl.philox(tl.load(key), counter, zero, zero + number, zero)
+    return tl.philox(tl.load(key), counter, zero, zero + number, zero, n_rounds=ROUNDS_)
 
 
 @triton.jit

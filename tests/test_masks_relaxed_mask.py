@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from masks import relaxed_mask as module
+from masks import relaxed_mask_torch
+from masks.compiled import load_kernels
 from masks.noise import NoiseKey, random_words
-from masks.relaxed_mask import EPS, relaxed_bucket, relaxed_mask, relaxed_weights
+from masks.relaxed_mask import EPS, relaxed_bucket, relaxed_weights
+from masks.relaxed_mask_torch import relaxed_mask
 
 KEY = NoiseKey(seed=3, step=14, sample=1, rank=5)
 SHAPES = [(64, 3, 7, 7), (130, 65, 1, 1), (10,), (1000, 33), (1,)]
@@ -52,7 +55,7 @@ def textbook(temperature: float) -> tuple[list[Tensor], list[Tensor], list[Tenso
 
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "kernels_for", lambda tensor, name: None)
-    monkeypatch.setattr(module, "CHUNK", 2048)
+    monkeypatch.setattr(relaxed_mask_torch, "CHUNK", 2048)
 
 
 @pytest.mark.parametrize("path", ["compiled", "torch"])
@@ -90,11 +93,11 @@ def test_noise_does_not_depend_on_threads_or_chunks(monkeypatch: pytest.MonkeyPa
     before = torch.get_num_threads()
     if path == "torch":
         eager(monkeypatch)
-        monkeypatch.setattr(module, "CHUNK", 1 << 20)
+        monkeypatch.setattr(relaxed_mask_torch, "CHUNK", 1 << 20)
         whole = relaxed_weights(weights, probabilities, KEY, 0.5)
-        monkeypatch.setattr(module, "CHUNK", 1024)
+        monkeypatch.setattr(relaxed_mask_torch, "CHUNK", 1024)
     else:
-        monkeypatch.setattr(module, "SMALLEST_RANGE", 1)
+        monkeypatch.setattr("masks.relaxed_mask_cpu.SMALLEST_RANGE", 1)
         torch.set_num_threads(3)
     parts = relaxed_weights(weights, probabilities, KEY, 0.5)
     torch.set_num_threads(before)
@@ -143,7 +146,7 @@ def test_probabilities_at_zero_and_one_have_finite_gradients_and_stay_alive(
 ) -> None:
     if path == "torch":
         eager(monkeypatch)
-        monkeypatch.setattr(module, "CHUNK", 1 << 20)
+        monkeypatch.setattr(relaxed_mask_torch, "CHUNK", 1 << 20)
     weights, n = torch.ones(3_000_000), 3_000_000
     for temperature in (1.0, 0.1, 0.03):
         probability = torch.full((n,), s, requires_grad=True)
@@ -231,8 +234,10 @@ def test_compiled_backward_uses_the_noise_of_its_forward(
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     s, temperature = torch.full((300,), 0.5), torch.tensor(0.7)
-    runs, mask_all = [], module._mask_all
-    monkeypatch.setattr(module, "_mask_all", lambda *a: (runs.append(1), mask_all(*a)))
+    runs: list[int] = []
+    kernels = load_kernels("masks.relaxed_mask_cpu") or relaxed_mask_torch
+    forward = kernels.forward
+    monkeypatch.setattr(kernels, "forward", lambda *a: (runs.append(1), forward(*a)))
 
     @torch.compile(backend="aot_eager_decomp_partition", fullgraph=True)
     def run(w: Tensor, key: Tensor) -> Tensor:
