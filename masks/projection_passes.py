@@ -18,6 +18,8 @@ CHUNK = 1 << 22
 """Elements per step of the torch form: bounds its temporary memory."""
 SMALLEST_RANGE = 1 << 16
 """Elements worth a thread of their own."""
+SHARES = 4
+"""Parts of a piece per thread."""
 SELECTED_FRACTION = 8
 """A rank keeps a copy of the elements whose breakpoints are still in question, if it is this many times smaller."""
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -65,7 +67,7 @@ def _selected(kernels: Any, piece: Tensor, low: int, width: int) -> list[Tensor 
         count = kernels.select(z, first, end, low, width, out.numpy())
         return out[:count] if count >= 0 else None
 
-    return split_over_threads(work, len(z), SMALLEST_RANGE)
+    return split_over_threads(work, len(z), SMALLEST_RANGE, shares=SHARES)
 
 
 def histogram(piece: Tensor, base: Tensor, shift: int, bins: int) -> Tensor:
@@ -77,7 +79,7 @@ def histogram(piece: Tensor, base: Tensor, shift: int, bins: int) -> Tensor:
     if kernels:
         z, first_bin = piece.numpy(), int(base)
         work = lambda a, b: torch.from_numpy(kernels.histogram(z, a, b, first_bin, shift, bins))  # noqa: E731
-        return torch.stack(split_over_threads(work, len(z), SMALLEST_RANGE)).sum(0)
+        return torch.stack(split_over_threads(work, len(z), SMALLEST_RANGE, shares=SHARES)).sum(0)
     table = torch.zeros(2, bins + 1, dtype=torch.int64, device=piece.device)
     for chunk in torch.split(piece, CHUNK):
         table[0, bins] += (~chunk.isfinite()).sum()
@@ -109,7 +111,7 @@ def subtract_and_clamp_(piece: Tensor, threshold: Tensor, first_index: int) -> N
     if kernels:
         z, v = piece.numpy(), float(threshold)
         work = lambda a, b: kernels.subtract_and_clamp(z, a, b, v, first_index)  # noqa: E731
-        split_over_threads(work, len(z), SMALLEST_RANGE)
+        split_over_threads(work, len(z), SMALLEST_RANGE, shares=SHARES)
         return
     for start in range(0, len(piece), CHUNK):
         chunk = piece[start : start + CHUNK]

@@ -279,11 +279,11 @@ def test_what_is_no_float32_vector_or_no_budget_is_refused() -> None:
 
 @pytest.mark.parametrize("length", [0, 5, 16, 1000])
 def test_marked_elements_are_appended_in_order_and_the_rest_left_alone(length: int) -> None:
-    from masks.append_cpu import append
+    from masks.projection_cpu import _append
 
     rng = np.random.default_rng(length)
     values, marked = rng.random(length, np.float32), (rng.random(length) < 0.3).astype(np.uint8)
     out = np.full(length + 7, -1, np.float32)
-    count = append(values, marked, out, 3)
+    count = _append(values, marked, out, 3)
     assert out[:3].tolist() == [-1, -1, -1]
     assert out[3:count].tolist() == values[marked == 1].tolist()
