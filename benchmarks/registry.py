@@ -10,5 +10,6 @@ BENCHMARKS = {
     "checkpoint": "benchmarks.checkpoint:rows",
     "memory": "benchmarks.memory:rows",
     "communication": "benchmarks.communication:rows",
+    "finders": "benchmarks.finders:rows",
 }
 """name -> "module:function", imported when it is used; function(Bench) -> list[Row]."""

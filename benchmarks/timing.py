@@ -92,12 +92,13 @@ def copy_bandwidth(device: torch.device, quick: bool = False) -> float:
     return 2 * 4 * elements / interleaved(work, 5, device, warm_up=2)["copy"]
 
 
-def peak_extra_bytes(work: Work, device: torch.device) -> int:
-    """Most memory that is held while `work` runs, beyond what was held before; after one run to warm up.
+def peak_extra_bytes(work: Work, device: torch.device, *, warm_up: bool = True) -> int:
+    """Most memory that is held while `work` runs, beyond what was held before; after one run to warm up, if wanted.
 
     CUDA: the allocator's count. CPU: resident memory of this process, looked at by a thread every millisecond.
     """
-    work()
+    if warm_up:
+        work()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()

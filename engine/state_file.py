@@ -15,12 +15,17 @@ from torch import Tensor
 from engine.errors import bad_value
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
+WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
+"""Under which name others keep the weights in what they save."""
+PREFIXES = ("module.", "_orig_mod.", "module.")
+"""What DistributedDataParallel and torch.compile, in either order, put in front of every name."""
 
 
 def read_state_dict(path: Path, field: str) -> dict[str, Tensor]:
     """Name -> CPU tensor of a .safetensors file, or of a .pt or .pth with a state dict or {"state_dict": ...} in it.
 
-    Executes no code of the file (weights_only). Raises InputError of `field` for any other file and for a broken one.
+    Also under the other WRAPPERS; PREFIXES that all names have are taken off. Executes no code of the file
+    (weights_only). Raises InputError of `field` for any other file and for a broken one.
     """
     if path.suffix not in SUFFIXES:
         raise bad_value(field, str(path), f"give a file ending in {', '.join(SUFFIXES)}")
@@ -34,11 +39,15 @@ def read_state_dict(path: Path, field: str) -> dict[str, Tensor]:
     except (OSError, EOFError, RuntimeError, ValueError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
         raise bad_value(field, str(path), f"cannot be read ({reason}); is the file whole?") from None
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
+    if isinstance(content, Mapping):
+        content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), content)
     if not isinstance(content, Mapping) or not content or not all(isinstance(t, Tensor) for t in content.values()):
         raise bad_value(field, str(path), 'holds no state dict; save net.state_dict() or {"state_dict": ...}')
-    return {str(name): tensor for name, tensor in content.items()}
+    named = {str(name): tensor for name, tensor in content.items()}
+    for prefix in PREFIXES:
+        if all(name.startswith(prefix) for name in named):
+            named = {name.removeprefix(prefix): tensor for name, tensor in named.items()}
+    return named
 
 
 def _unpickle(path: Path) -> Any:

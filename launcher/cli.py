@@ -220,6 +220,7 @@ def _find_mask(arguments: Namespace) -> int:
 def _prepare(arguments: Namespace) -> int:
     config = settings.load_config(arguments.config, arguments.overrides)
     check_config(config, world_size=1)
+    prepare_environment(config.train.device)
     from data_pipelines.open import prepare
 
     return _print("\n".join(f"{split}: {path}" for split, path in prepare(config.data).items()))

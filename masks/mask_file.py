@@ -31,17 +31,17 @@ def write_masks(path: Path, masks: Mapping[str, Tensor], meta: Mapping[str, Any]
 def read_masks(path: str, net: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The masks of `weights` (prunable weights of `net` by name) from a file: True where its tensors are not 0.
 
-    path: a .safetensors, a .pt or .pth with a dict of tensors, or a finished run's folder (its export). Names are the
-    weights' own, with or without ".weight", "module." in front of all allowed. Other tensors of the network, such as
+    path: a .safetensors, a .pt or .pth with a dict of tensors (see `read_state_dict`), or a finished run's folder (its
+    export). Names are the weights' own, with or without ".weight" or "_mask". Other tensors of the network, such as
     batch norm's, are passed over. Raises InputError for a file without a mask for some weight, a wrong shape, a name
     that the network does not have, and for zeros in a layer that mask.dense_layers leaves unpruned.
     """
     file = Path(path)
     if file.is_dir():
         file = file / "export" / "model.safetensors"
-    content = read_state_dict(file, FIELD)
-    if all(name.startswith("module.") for name in content):
-        content = {name.removeprefix("module."): tensor for name, tensor in content.items()}
+    # torch.nn.utils.prune saves each pruned weight as NAME_orig, dense, and NAME_mask.
+    read = read_state_dict(file, FIELD).items()
+    content = {name.removesuffix("_mask"): tensor for name, tensor in read if not name.endswith("_orig")}
     known = set(net.state_dict())
     named = {name if name in known else f"{name}.weight": tensor for name, tensor in content.items()}
     strange = [name for name in content if name not in known and f"{name}.weight" not in known]

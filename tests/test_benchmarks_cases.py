@@ -33,6 +33,10 @@ CASES = {
     "checkpoint": {"checkpoint_stall", "checkpoint_first_stall", "checkpoint_share", "checkpoint_bandwidth"},
     "memory": {"memory"},
     "communication": {"communication"},
+    "finders": {
+        f"finder_{name}{what}" for name in ("random", "magnitude", "synflow", "snip", "grasp", "mlprune")
+        for what in ("", "_memory")
+    },
 }  # fmt: skip
 """Benchmark -> the cases that its file holds."""
 ON_A_GPU = ("mask", "projection", "step", "checkpoint")
@@ -105,6 +109,14 @@ def test_bf16_gradients_of_the_probabilities_halve_their_share(tmp_path: Path, m
     # An all-reduce of gradients in float32 sends 2 of 3 of a step's bytes; those of s are half of both.
     saved = usual - sent["probmask, stage 1, mask.gradient_bf16"]
     assert saved == pytest.approx((usual - dense) / 3, rel=0.02)
+
+
+def test_the_finders_are_timed_beside_the_memory_they_may_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = run_here("finders", tmp_path, monkeypatch)
+    assert all(row["baseline"] == 16_000 and row["ratio"] < 1 for row in rows if row["case"].endswith("_memory"))
+    assert all(row["value"] > 0 for row in rows if not row["case"].endswith("_memory"))
+    notes = {row["case"]: row["note"] for row in rows}
+    assert "2 images at once; the default for ImageNet, 1,000, takes" in notes["finder_grasp"]
 
 
 def test_ratios_read_like_the_bars() -> None:

@@ -12,11 +12,13 @@ import pytest
 import torch
 from memory_data import MemoryData
 from torch import Tensor, nn
+from torch.nn import functional
 
 from engine.checkpoint import CheckpointStore
 from engine.config import CheckpointConfig, TrainConfig
 from engine.errors import EXIT_INTERRUPTED, EXIT_NON_FINITE, RunStopped
 from engine.hooks import Hook
+from engine.loss import LossModule
 from engine.metrics import MetricWriter
 from engine.optimizer import Adam, ParameterGroup, Sgd
 from engine.position import Phase
@@ -97,6 +99,14 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("reference")
     (result,) = run_distributed(train_and_digest, 1, str(folder), {"zero_stage": 0})
     return result  # type: ignore[no-any-return]
+
+
+def test_label_smoothing_spreads_its_share_over_all_classes() -> None:
+    torch.manual_seed(0)
+    net, images, labels = Net(), torch.randn(5, 3, 8, 8), torch.tensor([0, 3, 1, 2, 2])
+    loss, _ = LossModule(net, 0.3, "fp32", compiled=False)(images, labels)
+    wanted = functional.one_hot(labels, 4) * 0.7 + 0.3 / 4
+    torch.testing.assert_close(loss, -(wanted * net(images).log_softmax(1)).sum(1).mean())
 
 
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (2, 0), (2, 1), (3, 1), (3, 2)])

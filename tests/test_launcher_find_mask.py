@@ -41,6 +41,7 @@ def test_a_mask_file_read_back_with_method_file_is_the_same_mask(
     assert (meta["method"], meta["config"]["mask"]["density"]) == ("snip", 0.02)  # type: ignore[index]
     arguments = ["mask.method=file", f"mask.path={first}", "mask.density=0.1", "--out", str(second)]
     assert run_command(["find-mask", "digits_magnitude", *data, *arguments]) == 0
+    assert "ghostmask: mask: density 0.02" in capsys.readouterr().err
     again, _ = mask_in(second)
     assert masks.keys() == again.keys()
     assert all(torch.equal(masks[n], again[n]) for n in masks)

@@ -15,6 +15,7 @@ from memory_data import MemoryData
 from memory_run import CONFIG, complete, configured
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from engine.config import FinetuneConfig, OptimConfig
 from engine.errors import InputError
@@ -34,7 +35,7 @@ from models.build import build_model
 from models.config import ModelConfig
 
 RECIPE = Recipe(OptimConfig(), FinetuneConfig(), epochs=1, seed=3)
-SCORING = ("random", "snip", "grasp", "synflow", "mlprune")
+SCORING = ("random", "snip", "grasp", "synflow", "mlprune", "magnitude")
 SMALL = {"score_batch": 24, "score_batches": 2, "samples_per_class": 9, "iterations": 5}
 
 
@@ -89,6 +90,31 @@ def test_three_ranks_find_the_same_masks_as_one_on_the_same_images() -> None:
         for masks in (alone[name], *(rank[name] for rank in ranks)):
             assert sum(int(m.sum()) for m in masks.values()) == kept_count(0.1, total)
             assert all(torch.equal(m, ranks[0][name][n]) for n, m in masks.items() if masks is not alone[name])
+
+
+def found_among_ties(world: World) -> dict[str, dict[str, Tensor]]:
+    """Half of the weights are 0, and with them their scores: more than are pruned, so that ties decide."""
+    data, net = MemoryData(world), digits_net()
+    with torch.no_grad():
+        for w in net.parameters():
+            w.view(-1)[::2] = 0.0
+    return {name: finder(name, net, world, density=0.7).find(data) for name in SCORING if name != "random"}
+
+
+def test_equal_scores_are_kept_in_the_order_of_the_weights_on_one_and_on_three_ranks() -> None:
+    alone, *ranks = (*run_distributed(found_among_ties, 1), *run_distributed(found_among_ties, 3))
+    for name, masks in alone.items():
+        total = sum(m.numel() for m in masks.values())
+        kept = torch.cat([m.reshape(-1) for m in masks.values()])
+        assert int(kept.sum()) == kept_count(0.7, total)
+        tied = torch.cat([m.reshape(-1)[::2] for m in masks.values()])
+        last = int(tied.nonzero().max())
+        assert 0 < last < len(tied) - 1, "the threshold is not among the ties"
+        assert tied[: last + 1].all(), f"{name}: a later weight of the same score went first"
+        for rank in ranks:
+            differing = int((torch.cat([m.reshape(-1) for m in rank[name].values()]) != kept).sum())
+            assert differing <= 0.001 * total, f"{name}: {differing} of {total}"
+            assert all(torch.equal(m, ranks[0][name][n]) for n, m in rank[name].items())
 
 
 class Listener(World):
@@ -186,10 +212,20 @@ def test_a_mask_is_read_back_from_any_file_that_holds_it(tmp_path: Path) -> None
     for name, mask in masks.items():
         state[name] = state[name] * mask
     save_file(state, tmp_path / "export.safetensors")
-    torch.save({"state_dict": {f"module.{n}": t for n, t in state.items()}}, tmp_path / "theirs.pt")
-    torch.save({n.removesuffix(".weight"): m.float() for n, m in masks.items()}, tmp_path / "plain.pt")
-    for file in ("ours.safetensors", "export.safetensors", "theirs.pt", "plain.pt"):
-        assert same(read(tmp_path / file, **dense), masks), file
+    for key in ("state_dict", "model", "model_state_dict", "net"):
+        torch.save({key: {f"module.{n}": t for n, t in state.items()}, "epoch": 3}, tmp_path / f"{key}.pt")
+    torch.save({f"_orig_mod.module.{n}": t for n, t in state.items()}, tmp_path / "compiled.pth")
+    torch.save({f"module._orig_mod.{n}": t for n, t in state.items()}, tmp_path / "distributed.pth")
+    for dtype in (torch.bool, torch.uint8, torch.float32, torch.float64):
+        torch.save({n.removesuffix(".weight"): m.to(dtype) for n, m in masks.items()}, tmp_path / f"{dtype}.pt")
+    pruned = digits_net()
+    for name, mask in masks.items():
+        prune.custom_from_mask(pruned.get_submodule(name.removesuffix(".weight")), "weight", mask)
+    torch.save(pruned.state_dict(), tmp_path / "prune.pt")
+    files = list(tmp_path.iterdir())
+    assert len(files) == 13
+    for file in files:
+        assert same(read(file, **dense), masks), file
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 import torch
 from memory_data import MemoryData
 from memory_run import CONFIG, complete, configured, memory_run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
@@ -159,6 +160,46 @@ def test_all_of_tost_with_every_other_mask_method_survives_a_kill(method: str, m
     prunable = sum(m.numel() for m in resumed.masks.values())
     assert prunable == sum(w.numel() for w in prunable_weights(plain).values()), "ghosts are counted in the density"
     assert method == "file" or resumed.kept == kept_count(0.1, prunable)
+
+
+ALONE = {
+    "ghost_skip": {"tost/alpha"}, "ghost_swish": {"tost/beta", "tost/soft"}, "label_smoothing": set[str](),
+    "lrsi": {f"lrsi/{name}" for name in ("gradient_norm_first", "gradient_norm_last", "factor_min", "factor_max")},
+}  # fmt: skip
+"""Tweak -> what it logs."""
+
+
+@pytest.fixture(scope="module")
+def without(tmp_path_factory: pytest.TempPathFactory, mask_file: str) -> Callable[[str], tuple[RunConfig, str]]:
+    """method -> its configuration with one epoch, and the digest of a run without any tweak, made once."""
+    made: dict[str, tuple[RunConfig, str]] = {}
+
+    def get(method: str) -> tuple[RunConfig, str]:
+        if method not in made:
+            path = mask_file if method == "file" else ""
+            config = configured(RESNET, mask={"method": method, "path": path}, train={"epochs": 1})
+            folder = str(tmp_path_factory.mktemp(method))
+            made[method] = config, run_distributed(complete, 1, folder, config)[0].digest
+        return made[method]
+
+    return get
+
+
+@pytest.mark.parametrize("method", ["probmask", "dense", "gmp", "file"])
+@pytest.mark.parametrize("tweak", ALONE)
+def test_each_tweak_alone_acts_and_is_logged_under_every_kind_of_mask(
+    tweak: str, method: str, without: Callable[[str], tuple[RunConfig, str]], tmp_path: Path
+) -> None:
+    config, plain = without(method)
+    config = configured(config, tost={tweak: TOST_PRESETS["all"][tweak], "lrsi_steps": 2})
+    outcome = run_distributed(complete, 1, str(tmp_path), config)[0]
+    assert outcome.digest != plain, "it changed nothing"
+    fresh(config).load_state_dict(outcome.weights, strict=True)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    for logged in ({key for line in lines for key in line}, set(events.Tags()["scalars"])):
+        assert {key for key in logged if key.startswith(("tost/", "lrsi/")) and "lrsi/loss" not in key} == ALONE[tweak]
 
 
 def compiled(world: World, folder: str, config: RunConfig) -> tuple[dict[str, Tensor], int]:
