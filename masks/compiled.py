@@ -21,8 +21,13 @@ _POOLS: dict[tuple[int, int], ThreadPoolExecutor] = {}
 def kernels_for(tensor: Tensor, module: str) -> Any:
     """The kernels of `module` (such as "masks.projection") for float32 tensors where this one is: `module`_triton on
     CUDA, `module`_cpu on the CPU; None where there are none, and torch code has to do."""
-    form = {"cuda": "triton", "cpu": "cpu"}.get(tensor.device.type)
-    return load_kernels(f"{module}_{form}") if form and tensor.dtype == torch.float32 else None
+    return kernels_on(tensor.device, module) if tensor.dtype == torch.float32 else None
+
+
+def kernels_on(device: torch.device, module: str) -> Any:
+    """The same for tensors of whatever type on that device."""
+    form = {"cuda": "triton", "cpu": "cpu"}.get(device.type)
+    return load_kernels(f"{module}_{form}") if form else None
 
 
 @cache

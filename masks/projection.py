@@ -16,13 +16,13 @@ every world size. What follows from the tables is computed where the shards are:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from engine.errors import EXIT_NON_FINITE, RunStopped
 from engine.world import World
+from masks.projection_bracket import Brackets
 from masks.projection_passes import Breakpoints, subtract_and_clamp_
 
 ROUNDS = ((20, 1216), (10, 1024), (0, 1024))
@@ -83,55 +83,6 @@ def project_layers_(
     return thresholds
 
 
-@dataclass
-class _Brackets:
-    """For each budget the bin `base` .. base + 1 (in units of the last round's bins) of float32 numbers that holds v.
-
-    All of shape (budgets,). value: f at the bin's upper edge; slope: -f' just above that edge, were there no
-    breakpoint: the number of breakpoints z at or above the edge, less that of the breakpoints z - 1.
-    """
-
-    budget: Tensor
-    base: Tensor
-    slope: Tensor
-    value: Tensor
-
-    def narrow(self, tables: Tensor, shift: int) -> Tensor:
-        """Go down to the one of the bins that holds the threshold; returns f at the lowest edge.
-
-        tables: int64 (budgets, 2, bins), of all ranks.
-        """
-        bins = tables.shape[2]
-        self.base = self.base * bins
-        steps = torch.arange(bins + 1, device=tables.device)
-        widths = _floats((self.base[:, None] + steps) << shift).diff()
-        at_or_above = self.slope[:, None] + _from_above(tables[:, 0])
-        above = torch.cat([at_or_above[:, 1:], self.slope[:, None]], 1)
-        # f(lower edge) - f(upper edge): breakpoints above the bin act over its whole width, one inside it over its
-        # distance from the lower edge, which is its remainder. Exact in float64, product by product.
-        rises = above * widths + tables[:, 1] * (widths / (1 << shift))
-        values = torch.cat([self.value[:, None] + _from_above(rises), self.value[:, None]], 1)
-        place = ((values[:, :-1] > self.budget[:, None]).sum(1, keepdim=True) - 1).clamp_(min=0)
-        self.value = values.gather(1, place + 1)[:, 0]
-        self.slope = above.gather(1, place)[:, 0]
-        self.base = self.base + place[:, 0]
-        return values[:, 0]
-
-    def roots(self) -> Tensor:
-        """The thresholds, once a bin is one float32 number wide."""
-        low, high = _floats(self.base), _floats(self.base + 1)
-        root = high - (self.budget - self.value) / self.slope
-        return torch.where(self.slope > 0, root.clamp(low, high), low)
-
-
-def _from_above(values: Tensor) -> Tensor:
-    return values.flip(1).cumsum(1).flip(1)
-
-
-def _floats(images: Tensor) -> Tensor:
-    return images.int().view(torch.float32).double()
-
-
 def _thresholds(
     pieces: list[list[Tensor]], budgets: list[float], numels: list[int], world: World, replicated: bool
 ) -> Tensor:
@@ -139,9 +90,7 @@ def _thresholds(
         if not 0 <= budget < math.inf or numel < 1:
             raise ValueError(f"budget = {budget} of {numel} elements: give a finite budget >= 0 and at least 1 element")
     device = world.device
-    wanted = torch.tensor(budgets, dtype=torch.float64).to(device, non_blocking=True)
-    integers = torch.zeros(len(budgets), dtype=torch.int64, device=device)
-    brackets = _Brackets(wanted, integers, integers, torch.zeros_like(wanted))
+    brackets = Brackets.around(budgets, device)
     breakpoints = [Breakpoints(part, device) for part in pieces]
     binding = bad = torch.zeros(())
     for number, (shift, bins) in enumerate(ROUNDS):
@@ -149,9 +98,9 @@ def _thresholds(
         tables = torch.stack([b.table(base, shift, bins) for b, base in zip(breakpoints, bases, strict=True)])
         if not replicated:
             tables = world.all_reduce(tables)
-        lowest = brackets.narrow(tables[:, :, :bins], shift)
+        brackets.narrow(tables, shift)
         if number == 0:
-            bad, binding = tables[:, 0, bins].sum(), lowest > wanted * SLACK
+            bad, binding = tables[:, 0, bins].sum(), brackets.lowest > brackets.budget * SLACK
             if device.type == "cpu":
                 if int(bad):
                     raise RunStopped(f"{int(bad)} of {sum(numels)} probabilities are not finite", EXIT_NON_FINITE)

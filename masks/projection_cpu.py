@@ -15,6 +15,7 @@ from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from torch import Tensor
 
 F = np.float32
 LARGEST, ZERO, ONE = F(2.0**24), F(0), F(1)
@@ -120,6 +121,29 @@ def select(z, first, end, low, width, out):  # type: ignore[no-untyped-def]
                 return -1
             count = _append(part, inside, out, count)
     return count
+
+
+def narrow(tables: Tensor, shift: int, *brackets: Tensor) -> None:
+    """See `masks.projection_bracket.Brackets.narrow`; brackets: its fields."""
+    _narrow(tables.numpy(), shift, *(field.numpy() for field in brackets))
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _narrow(tables, shift, budget, base, slope, value, lowest):  # type: ignore[no-untyped-def]
+    bins = tables.shape[2] - 1
+    for row in range(len(tables)):
+        first, above, found = base[row] * bins, slope[row], False
+        upper, risen, edge = value[row], 0.0, 0.0
+        for j in range(bins, -1, -1):
+            low = np.float64(np.int32((first + j) << shift).view(F))
+            if j < bins:
+                rise = above * (edge - low) + tables[row, 1, j] * ((edge - low) / (1 << shift))
+                if not found and (upper + (risen + rise) > budget[row] or j == 0):
+                    base[row], slope[row], value[row], found = first + j, above, upper + risen, True
+                above += tables[row, 0, j]
+                risen += rise
+            edge = low
+        lowest[row] = upper + risen
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")

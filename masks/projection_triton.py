@@ -15,10 +15,13 @@ BLOCK = 2048
 """Elements a program loads at once."""
 PROGRAMS = 528
 """Programs, and tables, of the histogram unless a table would overflow: four per multiprocessor of an H100."""
+ROWS, COLUMNS = 64, 16
+"""Tables, and bins of each, that a program adds up at once."""
 MOST = 1 << 19
 """Elements per program: its remainders, below 2^20 each, sum to less than 2^39."""
 PACK = tl.constexpr(40)
 UNIT = tl.constexpr(1 << 40)
+HALF = tl.constexpr(1 << 39)
 LARGEST = tl.constexpr(2.0**24)
 EXPONENT = tl.constexpr(0x7F800000)
 GOLDEN = tl.constexpr(0x9E3779B97F4A7C15 - (1 << 64))
@@ -31,9 +34,15 @@ def histogram(z: Tensor, base: Tensor, shift: int, bins: int) -> Tensor:
     blocks = triton.cdiv(z.numel(), BLOCK * programs)
     packed = torch.zeros(programs, bins + 1, dtype=torch.int64, device=z.device)
     _histogram[(programs,)](z, z.numel(), base, packed, blocks, bins, shift, BLOCK)
-    half = 1 << (PACK.value - 1)
-    counts = (packed + half) >> PACK.value
-    return torch.stack([counts.sum(0), (packed - (counts << PACK.value)).sum(0)])
+    table = torch.empty(2, bins + 1, dtype=torch.int64, device=z.device)
+    _add_up[(triton.cdiv(bins + 1, COLUMNS),)](packed, programs, table, bins + 1, ROWS, COLUMNS)
+    return table
+
+
+def narrow(tables: Tensor, shift: int, *brackets: Tensor) -> None:
+    """See `masks.projection_bracket.Brackets.narrow`; brackets: its fields."""
+    bins = tables.shape[2] - 1
+    _narrow[(len(tables),)](tables, bins, *brackets, shift, triton.next_power_of_2(bins))
 
 
 def subtract_and_clamp(z: Tensor, threshold: Tensor, first_index: int) -> None:
@@ -64,6 +73,51 @@ def _count(table, x, SIGN: tl.constexpr, first, bins, SHIFT: tl.constexpr):  # t
     packed = (bits & ((1 << SHIFT) - 1)).to(tl.int64) + UNIT
     inside = (x > 0) & (place >= 0) & (place < bins)
     tl.atomic_add(table + place, SIGN * packed, mask=inside, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["programs", "columns"])  # type: ignore[untyped-decorator]
+def _add_up(packed, programs, table, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """table (2, columns) = sums over the programs of the counts and the remainders that are packed in their tables."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    counts, remainders = tl.zeros((COLUMNS,), tl.int64), tl.zeros((COLUMNS,), tl.int64)
+    for first in range(0, programs, ROWS):
+        row = first + tl.arange(0, ROWS)
+        inside = (row < programs)[:, None] & (column < columns)[None, :]
+        both = tl.load(packed + row[:, None] * columns + column[None, :], mask=inside, other=0)
+        count = (both + HALF) >> PACK
+        counts += tl.sum(count, 0)
+        remainders += tl.sum(both - (count << PACK), 0)
+    tl.store(table + column, counts, mask=column < columns)
+    tl.store(table + columns + column, remainders, mask=column < columns)
+
+
+@triton.jit(do_not_specialize=["bins"])  # type: ignore[untyped-decorator]
+def _narrow(tables, bins, budget, base, slope, value, lowest, SHIFT: tl.constexpr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0)
+    # From the uppermost bin down, so that what lies above a bin is a cumulative sum.
+    j = bins - 1 - tl.arange(0, SIZE)
+    inside = j >= 0
+    counts = tl.load(tables + row * 2 * (bins + 1) + j, mask=inside, other=0)
+    remainders = tl.load(tables + (row * 2 + 1) * (bins + 1) + j, mask=inside, other=0)
+    image = tl.load(base + row) * bins + j
+    low, high = _float(tl.where(inside, image << SHIFT, 0)), _float(tl.where(inside, (image + 1) << SHIFT, 0))
+    above = tl.load(slope + row) + tl.cumsum(counts, 0) - counts
+    width = high - low
+    rises = above.to(tl.float64) * width + remainders.to(tl.float64) * (width / (1 << SHIFT))
+    upper, wanted = tl.load(value + row), tl.load(budget + row)
+    values = upper + tl.cumsum(rises, 0)
+    place = tl.maximum(tl.sum((inside & (values > wanted)).to(tl.int32), 0) - 1, 0)
+    mine, next_above = inside & (j == place), inside & (j == place + 1)
+    tl.store(base + row, tl.sum(tl.where(mine, image, 0), 0))
+    tl.store(slope + row, tl.sum(tl.where(mine, above, 0), 0))
+    edge = tl.sum(tl.where(next_above, values, 0.0), 0)
+    tl.store(value + row, tl.where(place == bins - 1, upper, edge))
+    tl.store(lowest + row, tl.sum(tl.where(j == 0, values, 0.0), 0))
+
+
+@triton.jit
+def _float(image):  # type: ignore[no-untyped-def]
+    return image.to(tl.int32).to(tl.float32, bitcast=True).to(tl.float64)
 
 
 @triton.jit(do_not_specialize=["first_index"])  # type: ignore[untyped-decorator]

@@ -138,7 +138,7 @@ def test_scores_stay_on_their_rank_and_only_masks_labels_and_counts_are_gathered
     assert not [dtype for dtype in types if dtype.is_floating_point]
 
 
-@pytest.mark.parametrize("name", ["snip", "grasp", "synflow", "mlprune"])
+@pytest.mark.parametrize("name", ["snip", "grasp", "synflow", "mlprune", "magnitude"])
 def test_layerwise_masks_have_the_same_density_in_every_layer(name: str) -> None:
     masks = finder(name, digits_net(), single(), constraint="layerwise").find(MemoryData(single()))
     assert all(int(m.sum()) == kept_count(0.1, m.numel()) for m in masks.values())
@@ -220,7 +220,8 @@ def test_a_mask_is_read_back_from_any_file_that_holds_it(tmp_path: Path) -> None
         torch.save({n.removesuffix(".weight"): m.to(dtype) for n, m in masks.items()}, tmp_path / f"{dtype}.pt")
     pruned = digits_net()
     for name, mask in masks.items():
-        prune.custom_from_mask(pruned.get_submodule(name.removesuffix(".weight")), "weight", mask)
+        layer = pruned.get_submodule(name.removesuffix(".weight"))
+        prune.custom_from_mask(layer, "weight", mask)  # type: ignore[no-untyped-call]
     torch.save(pruned.state_dict(), tmp_path / "prune.pt")
     files = list(tmp_path.iterdir())
     assert len(files) == 13

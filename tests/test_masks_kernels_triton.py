@@ -21,6 +21,7 @@ CHECKS = [
     "a_table_is_made_once_and_anew_for_another_order_in_memory",
     "a_nan_probability_is_not_hidden",
     "tables_are_those_of_the_torch_form",
+    "brackets_are_those_of_the_torch_form",
     "projected_bits_are_those_of_the_torch_form",
 ]
 
@@ -56,6 +57,15 @@ KERNELS = [
     (
         "projection_triton", "_histogram",
         PIECE | {"base": "*i64", "tables": "*i64", "blocks": "i32", "bins": "i32"}, {"SHIFT": 10, "SIZE": 2048},
+    ),
+    (
+        "projection_triton", "_add_up",
+        {"packed": "*i64", "programs": "i32", "table": "*i64", "columns": "i32"}, {"ROWS": 64, "COLUMNS": 16},
+    ),
+    (
+        "projection_triton", "_narrow",
+        {"tables": "*i64", "bins": "i32", "budget": "*fp64", "base": "*i64", "slope": "*i64", "value": "*fp64",
+         "lowest": "*fp64"}, {"SHIFT": 10, "SIZE": 1024},
     ),
     ("projection_triton", "_subtract_and_clamp", PIECE | {"threshold": "*fp64", "first_index": "i64"}, {"SIZE": 2048}),
 ]  # fmt: skip

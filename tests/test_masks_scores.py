@@ -260,3 +260,13 @@ def test_masks_follow_the_scores() -> None:
     method = method_of("snip", net, score_batch=20, density=0.3)
     masks = torch.cat([m.reshape(-1) for m in method.find(data).values()])
     assert torch.equal(masks, topk_masks([scores_of(method, data)], kept_count(0.3, 180))[0])
+
+
+@pytest.mark.parametrize("constraint", ["global", "layerwise"])
+def test_magnitude_keeps_the_largest_weights_of_the_network_or_of_each_layer(constraint: str) -> None:
+    method = method_of("magnitude", tiny(), density=0.3, constraint=constraint)
+    sizes = [w.detach().double().abs().numpy().ravel() for w in method.weights.values()]
+    found = [m.numpy().ravel() for m in method.find(MemoryData(single())).values()]
+    parts = [(np.concatenate(sizes), np.concatenate(found))]
+    for size, kept in parts if constraint == "global" else zip(sizes, found, strict=True):
+        assert set(kept.nonzero()[0]) == set(np.argsort(-size)[: kept_count(0.3, len(size))])

@@ -14,7 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from masks import projection_passes, projection_triton, relaxed_mask, relaxed_mask_triton
+from masks import (
+    projection,
+    projection_bracket,
+    projection_passes,
+    projection_triton,
+    relaxed_mask,
+    relaxed_mask_triton,
+)
 from masks.noise import NoiseKey, random_words
 from masks.relaxed_mask import EPS, relaxed_bucket, relaxed_bucket_backward
 
@@ -22,11 +29,12 @@ KEY, NUMBER = NoiseKey(3, 1, 4, 1).tensor(), 7
 SHAPES = [(5, 3, 3, 3), (20, 70, 2, 2), (9000,), (33, 4, 1, 1), (1,)]
 
 
-def no_kernels(tensor: Tensor, module: str) -> None:
+def no_kernels(place: Tensor | torch.device, module: str) -> None:
     return None
 
 
-relaxed_mask.kernels_for = projection_passes.kernels_for = no_kernels  # the forms in torch are the reference
+relaxed_mask.kernels_for = projection_passes.kernels_for = no_kernels
+projection_bracket.kernels_on = no_kernels  # the forms in torch are the reference
 
 
 @triton.jit
@@ -118,6 +126,29 @@ def tables_are_those_of_the_torch_form() -> None:
             assert torch.equal(projection_triton.histogram(z, first, shift, bins), expected), (base, shift)
 
 
+def brackets_are_those_of_the_torch_form() -> None:
+    kinds = [z.nan_to_num(0.5, posinf=2.0, neginf=-1.0) for z in shards()]
+    for part in (0.0, 1e-3, 0.3, 0.9, 2.0):
+        ours, expected = (
+            projection_bracket.Brackets.around([part * float(z.clamp(0, 1).sum()) for z in kinds], torch.device("cpu"))
+            for _ in range(2)
+        )
+        for number, (shift, bins) in enumerate(projection.ROUNDS):
+            bases = expected.base * bins
+            tables = torch.stack(
+                [projection_passes.histogram(z, base, shift, bins) for z, base in zip(kinds, bases, strict=True)]
+            )
+            expected.narrow(tables, shift)
+            fields = (ours.budget, ours.base, ours.slope, ours.value, ours.lowest)
+            projection_triton.narrow(tables, shift, *fields)
+            if number == 0:
+                assert torch.allclose(ours.lowest, expected.lowest, rtol=1e-14, atol=1e-14)
+            assert torch.equal(ours.base, expected.base)
+            assert torch.equal(ours.slope, expected.slope)
+            assert torch.allclose(ours.value, expected.value, rtol=1e-14, atol=1e-14)
+        assert torch.allclose(ours.roots(), expected.roots(), rtol=1e-12, atol=1e-14)
+
+
 def projected_bits_are_those_of_the_torch_form() -> None:
     for z in shards():
         for threshold in (0.0, 0.1234567, float("nan")):
@@ -134,6 +165,7 @@ CHECKS: list[Callable[[], None]] = [
     a_table_is_made_once_and_anew_for_another_order_in_memory,
     a_nan_probability_is_not_hidden,
     tables_are_those_of_the_torch_form,
+    brackets_are_those_of_the_torch_form,
     projected_bits_are_those_of_the_torch_form,
 ]
 

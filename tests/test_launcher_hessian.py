@@ -1,0 +1,47 @@
+"""Does `ghostmask hessian RUN` write the curvature along a run's checkpoints, from the command line on?"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from memory_run import CONFIG, complete, configured
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from engine.spawn import run_distributed
+from launcher.settings import to_yaml
+from masks.config import MaskConfig
+from models.config import TOST_PRESETS
+
+COMMANDS = """
+import sys
+from launcher.cli import run_command
+run_command(["prepare", sys.argv[1] + "/config.yaml"])
+run_command(["hessian", sys.argv[1], "--top", "2", "--batches", "1"])
+"""
+
+
+def test_the_command_writes_the_eigenvalues_at_every_checkpoint(tmp_path: Path) -> None:
+    config = configured(
+        replace(CONFIG, mask=MaskConfig(method="random")), model={"name": "digits_resnet"}, checkpoint={"keep": 2},
+        finetune={"epochs": 0}, tost={**TOST_PRESETS["all"], "lrsi_steps": 2},
+        data={"dataset": "synthetic", "num_train": 96, "num_eval": 8, "num_classes": 4, "image_size": 8,
+              "batch_size": 24, "root": str(tmp_path)},
+    )  # fmt: skip
+    run = tmp_path / "run"
+    run_distributed(complete, 1, str(run), config)
+    (run / "config.yaml").write_text(to_yaml(config))
+    command = [sys.executable, "-c", COMMANDS, str(run)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True)
+    lines = [json.loads(line) for line in (run / "hessian" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [9, 12]
+    for line in lines:
+        found = [line["hessian/eigenvalue_1"], line["hessian/eigenvalue_2"]]
+        assert found[0] > found[1] > 0
+        assert f"step {line['step']}  train epoch 2  largest eigenvalues  {found[0]:.4g}  {found[1]:.4g}" in done.stdout
+    events = EventAccumulator(str(run / "hessian" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("hessian/eigenvalue_2")] == [9, 12]
