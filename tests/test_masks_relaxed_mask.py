@@ -87,6 +87,21 @@ def test_compiled_form_equals_the_torch_form(monkeypatch: pytest.MonkeyPatch) ->
                 assert ((a - b).abs() <= allowed * (b.abs() + 1)).all()
 
 
+def test_kernels_that_do_not_compile_are_a_warning_and_torch_takes_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = forward_and_gradients(0.2, *inputs())
+
+    def broken() -> None:
+        raise OSError("no compiler here")
+
+    load_kernels.cache_clear()
+    monkeypatch.setattr("masks.relaxed_mask_cpu.compile_all", broken)
+    with pytest.warns(UserWarning, match=r"relaxed_mask_cpu could not be compiled, slower torch code is used.*here"):
+        results = forward_and_gradients(0.2, *inputs())
+    load_kernels.cache_clear()
+    for ours, other in zip(results, expected, strict=True):
+        assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(ours, other, strict=True))
+
+
 @pytest.mark.parametrize("path", ["compiled", "torch"])
 def test_noise_does_not_depend_on_threads_or_chunks(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     weights, probabilities, _ = inputs()
