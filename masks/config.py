@@ -53,7 +53,7 @@ class MaskConfig:
     """With constraint=global, weights that every layer keeps at least; not for probmask, gmp and file."""
     score_batch: int = 128
     """snip, grasp, mlprune: images of all ranks that are scored at once (grasp, which needs more memory per image: a
-    third of them). On ResNet-50 at 224 pixels, 128 take 9 GB (grasp) to 12 GB (mlprune)."""
+    third of them). On ResNet-50 at 224 pixels, 128 take 9 GB (grasp) to 13 GB (mlprune)."""
     score_batches: int = 0
     """snip, mlprune: how many such batches are scored; 0 = 1 for snip (the paper's), 10 for mlprune."""
     samples_per_class: int = 0

@@ -1,0 +1,98 @@
+"""How long does each finder take, and how much memory, on a network as large as ImageNet's? The bar: 16 GB."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from itertools import repeat
+from time import perf_counter
+
+import torch
+from torch import nn
+
+from benchmarks.row import Row, share
+from benchmarks.timing import Bench, peak_extra_bytes
+from benchmarks.trainers import OneBatch, Workload
+from engine.config import FinetuneConfig, OptimConfig
+from engine.data import Batch
+from engine.registry import resolve
+from engine.world import World
+from masks.config import MaskConfig
+from masks.grasp import SHARE, default_per_class
+from masks.method import Recipe
+from masks.mlprune import BATCHES as MLPRUNE_BATCHES
+from masks.registry import METHODS
+from masks.snip import BATCHES as SNIP_BATCHES
+from models.build import build_model
+from models.config import ModelConfig
+
+BAR_BYTES = 16_000_000_000
+"""One GPU's memory that every finder should fit into."""
+IMAGENET_CLASSES = 1000
+ITERATIONS = 10
+"""SynFlow's, of which each takes the same time; by default it makes ten times as many."""
+
+
+class Labelled(OneBatch):
+    """One random image of each class, again and again: GraSP sees every image once."""
+
+    def __init__(self, work: Workload, world: World) -> None:
+        super().__init__(work, world)
+        self.num_classes = work.batch_size
+        self.batch = Batch(self.batch.images, torch.arange(work.batch_size, device=world.device))
+
+    def train(self, epoch: int, first_step: int = 0) -> Generator[Batch]:
+        """The batch, a few times."""
+        yield from repeat(self.batch, 4)
+
+
+def rows(bench: Bench) -> list[Row]:
+    """Cases finder_NAME, the seconds of a `find`, and finder_NAME_memory, the most that it holds beside the network.
+
+    Finders that see images get one chunk of them: what the default number takes follows in proportion.
+    """
+    defaults = MaskConfig()
+    model, side = ("resnet20", 32) if bench.quick else ("resnet50", 224)
+    batch, iterations = (6, 2) if bench.quick else (defaults.score_batch, ITERATIONS)
+    few = -(-batch // SHARE)
+    images = {
+        "snip": (batch, SNIP_BATCHES * defaults.score_batch),
+        "grasp": (few, default_per_class(IMAGENET_CLASSES) * IMAGENET_CLASSES),
+        "mlprune": (batch, MLPRUNE_BATCHES * defaults.score_batch),
+    }
+    net = build_model(ModelConfig(model), IMAGENET_CLASSES, (3, side, side), 0).to(bench.device)
+    found = []
+    for name in ("random", "magnitude", "synflow", "snip", "grasp", "mlprune"):
+        seen, usual = images.get(name, (1, 1))
+        config = MaskConfig(
+            method=name, density=0.1, score_batch=batch, score_batches=1, samples_per_class=1, iterations=iterations
+        )
+        seconds, held = measured(config, net, Labelled(Workload(model, seen, side), bench.world), bench)
+        what, times = "no images", 1.0
+        if name in images:
+            what, times = f"{seen} images at once; the default for ImageNet, {usual:,}", usual / seen
+        if name == "synflow":
+            what = f"{iterations} iterations; the default, {defaults.iterations}"
+            times = defaults.iterations / iterations
+        reckoned = "" if times == 1 else f", takes {seconds * times / 60:.1f} minutes (reckoned)"
+        note = "most that is held beside the network; baseline and bar: 16 GB"
+        found += [
+            Row(f"finder_{name}", seconds, "s", note=f"{model}, {side} x {side} pixels, {what}{reckoned}"),
+            share(f"finder_{name}_memory", held / 1e6, BAR_BYTES / 1e6, "MB", note),
+        ]
+    return found
+
+
+def measured(config: MaskConfig, net: nn.Module, data: Labelled, bench: Bench) -> tuple[float, int]:
+    """(seconds, bytes held beside the network at most) of one `find`, in the same run: it takes minutes on a CPU."""
+    recipe = Recipe(OptimConfig(), FinetuneConfig(), 1, 0)
+    method = resolve(METHODS[config.method])(config, net, recipe, bench.world)
+    seconds: list[float] = []
+
+    def find() -> None:
+        start = perf_counter()
+        masks = method.find(data)
+        sum(int(mask.sum()) for mask in masks.values())  # waits for the device
+        seconds.append(perf_counter() - start)
+
+    held = peak_extra_bytes(find, bench.device, warm_up=False)
+    return seconds[-1], held
