@@ -23,7 +23,7 @@ def prepare_environment(device: str) -> None:
 def use_large_pages() -> None:
     """Let torch ask for pages of 2 MB for tensors that are larger: a new tensor's first touch costs a fifth.
 
-    A step makes gigabytes of tensors anew. torch reads the variable at its first tensor; a value the user has set stays.
+    A step makes gigabytes of tensors anew. torch reads the variable at its first tensor; a value that is set stays.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
