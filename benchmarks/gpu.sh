@@ -13,7 +13,7 @@ if [ -z "${PYTHON:-}" ]; then
 fi
 failed=0
 # name, seconds it may take; the step, which compiles three networks, gets what the others leave of 470
-for case in "mask 100" "projection 70" "checkpoint 70" "step 470"; do
+for case in "mask 100" "projection 60" "finders 60" "checkpoint 60" "step 470"; do
     read -r name limit <<<"$case"
     [ "$name" = step ] && limit=$((470 - SECONDS / ${PATIENCE:-1}))
     echo "== $name"

@@ -16,16 +16,7 @@ def prepare_environment(device: str) -> None:
     avoid_tbb_on_one_core()
     if device == "cpu" or not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        use_large_pages()
         use_whole_vectors()
-
-
-def use_large_pages() -> None:
-    """Let torch ask for pages of 2 MB for tensors that are larger: a new tensor's first touch costs a fifth.
-
-    A step makes gigabytes of tensors anew. torch reads the variable at its first tensor; a value that is set stays.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def avoid_tbb_on_one_core() -> None:

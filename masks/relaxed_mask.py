@@ -29,8 +29,8 @@ from masks.noise import NoiseKey
 
 EPS = 1e-6
 """Nearest that a probability comes to 0 and 1 in the sampling; the projection may well put s at 0 and 1 exactly."""
-BUCKET = 1 << 21
-"""Weights after which a bucket is full: about ten launches for ResNet-50."""
+BUCKET = 1 << 22
+"""Weights after which a bucket is full: six launches for ResNet-50."""
 
 
 def relaxed_weights(

@@ -27,6 +27,11 @@ SMALLEST_RANGE = 16
 """Blocks of 1024 weights worth a thread of their own."""
 SHARES = 4
 """Parts of a bucket per thread."""
+TURNS = 8
+"""Parts of a block in which the words of the next block and the results of this one take turns: the processor computes
+words while it waits for memory (a tenth less time, measured)."""
+PART, COUNTERS = BLOCK // TURNS, LANES // TURNS
+"""Weights whose results, and counters whose words, are computed in a turn."""
 WORD = np.uint64(0xFFFFFFFF)
 SHIFT = np.uint64(32)
 MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
@@ -106,19 +111,21 @@ def _vector(table, row, role):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
-def _fill(words, block, key, number):  # type: ignore[no-untyped-def]
-    """words[l] = the Philox word of weight 1024 block + l."""
+def _fill(words, turn, block, key, number):  # type: ignore[no-untyped-def]
+    """words[l] = the Philox word of weight 1024 block + l, for an eighth of the block's counters."""
     low_key, high_key = key & WORD, key >> SHIFT
-    for j in range(LANES):
-        counter = np.uint64(block) * np.uint64(LANES) + np.uint64(j)
+    first = np.uint64(turn) * np.uint64(COUNTERS)  # unsigned: a negative index would keep LLVM from vectorising
+    for j in range(COUNTERS):
+        place = first + np.uint64(j)
+        counter = np.uint64(block) * np.uint64(LANES) + place
         c0, c1, c2, c3 = counter & WORD, counter >> SHIFT, number, np.uint64(0)
         k0, k1 = low_key, high_key
         for _ in range(ROUNDS):
             p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
             c0, c1, c2, c3 = (p1 >> SHIFT) ^ c1 ^ k0, p1 & WORD, (p0 >> SHIFT) ^ c3 ^ k1, p0 & WORD
             k0, k1 = (k0 + WEYL[0]) & WORD, (k1 + WEYL[1]) & WORD
-        words[j], words[LANES + j] = np.uint32(c0), np.uint32(c1)
-        words[2 * LANES + j], words[3 * LANES + j] = np.uint32(c2), np.uint32(c3)
+        words[place], words[place + np.uint64(LANES)] = np.uint32(c0), np.uint32(c1)
+        words[place + np.uint64(2 * LANES)], words[place + np.uint64(3 * LANES)] = np.uint32(c2), np.uint32(c3)
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
@@ -163,20 +170,39 @@ def _minus_x(words, s, out, inverse_temperature, eps):  # type: ignore[no-untype
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+def _masked(w, power, out):  # type: ignore[no-untyped-def]
+    for i in range(len(w)):
+        out[i] = w[i] / (ONE + _exp2(power[i]))
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+def _gradients(g, w, s, power, grad_w, grad_s, inverse_temperature, eps):  # type: ignore[no-untyped-def]
+    for i in range(len(w)):
+        probability = _limited(s[i], eps, ONE - eps)
+        odds = _exp2(power[i])
+        m = ONE / (ONE + odds)
+        kept = g[i] * m
+        grad_w[i] = kept
+        grad_s[i] = kept * w[i] * (odds * m) * (inverse_temperature / (probability * (ONE - probability)))
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
 def _forward(table, first, end, key, number, inverse_temperature, eps):  # type: ignore[no-untyped-def]
     """out = w m on the blocks first .. end - 1; table: a row (numel, addresses of w, s, out) for each tensor."""
     words, power = np.empty(BLOCK, np.uint32), np.empty(BLOCK, F)
     start = 0
     for row in range(len(table)):
         w, s, out = _vector(table, row, 1), _vector(table, row, 2), _vector(table, row, 3)
-        blocks = -(-w.size // BLOCK)
+        tensor, blocks = np.uint64(number + row), -(-w.size // BLOCK)
         for block in range(max(first - start, 0), min(end - start, blocks)):
-            _fill(words, block, key, np.uint64(number + row))
-            part = slice(block * BLOCK, min(block * BLOCK + BLOCK, w.size))
-            w_, out_ = w[part], out[part]
-            _minus_x(words, s[part], power, inverse_temperature, eps)
-            for i in range(len(w_)):
-                out_[i] = w_[i] / (ONE + _exp2(power[i]))
+            if block == max(first - start, 0):
+                for turn in range(TURNS):
+                    _fill(words, turn, block, key, tensor)
+            _minus_x(words, s[block * BLOCK : block * BLOCK + BLOCK], power, inverse_temperature, eps)
+            for turn in range(TURNS):
+                _fill(words, turn, block + 1, key, tensor)
+                part = slice(block * BLOCK + turn * PART, block * BLOCK + turn * PART + PART)
+                _masked(w[part], power[turn * PART :], out[part])
         start += blocks
 
 
@@ -191,19 +217,19 @@ def _backward(table, first, end, key, number, inverse_temperature, eps):  # type
     for row in range(len(table)):
         g, w, s = _vector(table, row, 1), _vector(table, row, 2), _vector(table, row, 3)
         grad_w, grad_s = _vector(table, row, 4), _vector(table, row, 5)
-        blocks = -(-w.size // BLOCK)
+        tensor, blocks = np.uint64(number + row), -(-w.size // BLOCK)
         for block in range(max(first - start, 0), min(end - start, blocks)):
-            _fill(words, block, key, np.uint64(number + row))
-            part = slice(block * BLOCK, min(block * BLOCK + BLOCK, w.size))
-            g_, w_, s_, grad_w_, grad_s_ = g[part], w[part], s[part], grad_w[part], grad_s[part]
-            _minus_x(words, s_, power, inverse_temperature, eps)
-            for i in range(len(w_)):
-                probability = _limited(s_[i], eps, ONE - eps)
-                odds = _exp2(power[i])
-                m = ONE / (ONE + odds)
-                kept = g_[i] * m
-                grad_w_[i] = kept
-                grad_s_[i] = kept * w_[i] * (odds * m) * (inverse_temperature / (probability * (ONE - probability)))
+            if block == max(first - start, 0):
+                for turn in range(TURNS):
+                    _fill(words, turn, block, key, tensor)
+            _minus_x(words, s[block * BLOCK : block * BLOCK + BLOCK], power, inverse_temperature, eps)
+            for turn in range(TURNS):
+                _fill(words, turn, block + 1, key, tensor)
+                part = slice(block * BLOCK + turn * PART, block * BLOCK + turn * PART + PART)
+                _gradients(
+                    g[part], w[part], s[part], power[turn * PART :], grad_w[part], grad_s[part],
+                    inverse_temperature, eps,
+                )  # fmt: skip
         start += blocks
 
 

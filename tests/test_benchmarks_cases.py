@@ -39,7 +39,7 @@ CASES = {
     },
 }  # fmt: skip
 """Benchmark -> the cases that its file holds."""
-ON_A_GPU = ("mask", "projection", "step", "checkpoint")
+ON_A_GPU = ("mask", "projection", "finders", "checkpoint", "step")
 
 
 @pytest.fixture(scope="module")

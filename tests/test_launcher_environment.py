@@ -41,23 +41,6 @@ def test_kernels_take_whole_avx512_registers_and_give_the_same_bits() -> None:
     assert prepared[1] == "True"
 
 
-LARGE = """
-from launcher.environment import prepare_environment
-prepare_environment("cpu")
-import torch
-tensor = torch.ones(1 << 24)
-lines = open("/proc/self/smaps_rollup").read().splitlines()
-print(next(line.split()[1] for line in lines if line.startswith("AnonHugePages")))
-"""
-PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-
-
-@pytest.mark.skipif("[never]" in (PAGES.read_text() if PAGES.exists() else "[never]"), reason="no large pages here")
-def test_large_tensors_lie_on_large_pages() -> None:
-    done = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, timeout=120, check=True)
-    assert int(done.stdout) > 0
-
-
 def test_a_process_with_one_core_writes_its_images_and_ends(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "launcher", "prepare", "digits_tost", f"data.root={tmp_path}"]
     core = {min(os.sched_getaffinity(0))}
