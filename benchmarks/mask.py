@@ -33,9 +33,9 @@ def rows(bench: Bench) -> list[Row]:
         return torch.autograd.grad(textbook.masked_weights(weights, probabilities, TEMPERATURE), inputs, grads)
 
     cuda = bench.device.type == "cuda"
-    repeats = 3 if bench.quick else 50 if cuda else 7
+    repeats = 3 if bench.quick else 50 if cuda else 9
     both: dict[str, Work] = {"operator": operator, "eager": eager}
-    seconds = interleaved(both, repeats, bench.device, warm_up=3 if cuda else 1)
+    seconds = interleaved(both, repeats, bench.device, warm_up=3 if cuda else 1, settle=not cuda)
     on_device = device_seconds(both, repeats) if cuda else seconds
     results = 2 * 4 * numel
     peaks = {"operator": peak_extra_bytes(operator, bench.device), "eager": peak_extra_bytes(eager, bench.device)}

@@ -45,16 +45,20 @@ def interleaved(
     device: torch.device,
     prepare: Mapping[str, Work] | None = None,
     warm_up: int = 1,
+    settle: bool = False,
 ) -> dict[str, float]:
     """Median seconds of every piece of work: one after the other, again and again, so that a slow minute hits all.
 
-    prepare: untimed, before each repeat of the work of that name.
+    prepare: untimed, before each repeat of the work of that name; settle: run the work untimed before each repeat, so
+    that it finds its own memory there (to give what another work has freed back to the system takes up to 60 ms).
     """
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for repeat in range(-warm_up, repeats):
         for name, function in work.items():
             if prepare and name in prepare:
                 prepare[name]()
+            if settle:
+                function()
             _wait(device)
             start = perf_counter()
             function()
