@@ -155,11 +155,16 @@ def _limited(x, low, high):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
-def _minus_x(words, s, out, inverse_temperature, eps):  # type: ignore[no-untyped-def]
+def _minus_x(words, whole, out, block, is_first, key, number, inverse_temperature, eps):  # type: ignore[no-untyped-def]
     """out = -x log2 e, x = (log s - log(1 - s) + log u - log(1 - u)) / tau: (1 - m) / m is 2 to that power.
 
-    Limited to [-125, 125]; nan where s is.
+    Limited to [-125, 125]; nan where s, the block's part of the whole tensor's, is. words: the block's, unless it is
+    the first of a range.
     """
+    if is_first:
+        for turn in range(TURNS):
+            _fill(words, turn, block, key, number)
+    s = whole[block * BLOCK : block * BLOCK + BLOCK]
     for i in range(len(s)):
         probability = _limited(s[i], eps, ONE - eps)
         out[i] = ((F(words[i]) + HALF) * probability) / ((F(np.uint32(~words[i])) + HALF) * (ONE - probability))
@@ -194,11 +199,9 @@ def _forward(table, first, end, key, number, inverse_temperature, eps):  # type:
     for row in range(len(table)):
         w, s, out = _vector(table, row, 1), _vector(table, row, 2), _vector(table, row, 3)
         tensor, blocks = np.uint64(number + row), -(-w.size // BLOCK)
-        for block in range(max(first - start, 0), min(end - start, blocks)):
-            if block == max(first - start, 0):
-                for turn in range(TURNS):
-                    _fill(words, turn, block, key, tensor)
-            _minus_x(words, s[block * BLOCK : block * BLOCK + BLOCK], power, inverse_temperature, eps)
+        low = max(first - start, 0)
+        for block in range(low, min(end - start, blocks)):
+            _minus_x(words, s, power, block, block == low, key, tensor, inverse_temperature, eps)
             for turn in range(TURNS):
                 _fill(words, turn, block + 1, key, tensor)
                 part = slice(block * BLOCK + turn * PART, block * BLOCK + turn * PART + PART)
@@ -218,11 +221,9 @@ def _backward(table, first, end, key, number, inverse_temperature, eps):  # type
         g, w, s = _vector(table, row, 1), _vector(table, row, 2), _vector(table, row, 3)
         grad_w, grad_s = _vector(table, row, 4), _vector(table, row, 5)
         tensor, blocks = np.uint64(number + row), -(-w.size // BLOCK)
-        for block in range(max(first - start, 0), min(end - start, blocks)):
-            if block == max(first - start, 0):
-                for turn in range(TURNS):
-                    _fill(words, turn, block, key, tensor)
-            _minus_x(words, s[block * BLOCK : block * BLOCK + BLOCK], power, inverse_temperature, eps)
+        low = max(first - start, 0)
+        for block in range(low, min(end - start, blocks)):
+            _minus_x(words, s, power, block, block == low, key, tensor, inverse_temperature, eps)
             for turn in range(TURNS):
                 _fill(words, turn, block + 1, key, tensor)
                 part = slice(block * BLOCK + turn * PART, block * BLOCK + turn * PART + PART)
