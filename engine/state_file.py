@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,4 +52,6 @@ def read_state_dict(path: Path, field: str) -> dict[str, Tensor]:
 
 
 def _unpickle(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
+    # torchvision's reference scripts save their arguments too; making a Namespace executes nothing.
+    with torch.serialization.safe_globals([Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True)

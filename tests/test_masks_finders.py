@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from argparse import Namespace
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -214,6 +215,7 @@ def test_a_mask_is_read_back_from_any_file_that_holds_it(tmp_path: Path) -> None
     save_file(state, tmp_path / "export.safetensors")
     for key in ("state_dict", "model", "model_state_dict", "net"):
         torch.save({key: {f"module.{n}": t for n, t in state.items()}, "epoch": 3}, tmp_path / f"{key}.pt")
+    torch.save({"model": state, "args": Namespace(lr=0.1), "epoch": 3}, tmp_path / "torchvision_reference.pth")
     torch.save({f"_orig_mod.module.{n}": t for n, t in state.items()}, tmp_path / "compiled.pth")
     torch.save({f"module._orig_mod.{n}": t for n, t in state.items()}, tmp_path / "distributed.pth")
     for dtype in (torch.bool, torch.uint8, torch.float32, torch.float64):
@@ -224,7 +226,7 @@ def test_a_mask_is_read_back_from_any_file_that_holds_it(tmp_path: Path) -> None
         prune.custom_from_mask(layer, "weight", mask)  # type: ignore[no-untyped-call]
     torch.save(pruned.state_dict(), tmp_path / "prune.pt")
     files = list(tmp_path.iterdir())
-    assert len(files) == 13
+    assert len(files) == 14
     for file in files:
         assert same(read(file, **dense), masks), file
 
