@@ -120,7 +120,7 @@ install_packages() {
 
 check_imports() {
     say "checking the installation"
-    "$VENV/bin/python" -W ignore -c 'import torch, torchvision, deepspeed, ffcv, sklearn, launcher' >/dev/null
+    "$VENV/bin/python" -W ignore -c 'import torch, torchvision, deepspeed, ffcv, sklearn, ghostmask.launcher.main' >/dev/null
 }
 
 main

@@ -23,8 +23,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores_per_rank > 0 ? cores_per_rank
 export PYTHONUNBUFFERED=1
 
 config=configs/digits_probmask.yaml
-torchrun=(torchrun --standalone --nproc_per_node="$RANKS" -m launcher train "$config" --restart)
+torchrun=(torchrun --standalone --nproc_per_node="$RANKS" -m ghostmask train "$config" --restart)
 echo "smoke: ghostmask prepare $config"
-.venv/bin/python -m launcher prepare "$config"
+.venv/bin/python -m ghostmask prepare "$config"
 echo "smoke: ${torchrun[*]}"
 exec .venv/bin/python -m torch.distributed.run "${torchrun[@]:1}"

@@ -5,13 +5,13 @@ from __future__ import annotations
 from statistics import median
 from time import perf_counter
 
-from benchmarks.row import Row, share
-from benchmarks.timing import Bench, scratch
-from benchmarks.trainers import Workload, make_trainer, workload
-from engine.checkpoint import CheckpointStore
-from engine.config import TrainConfig
-from engine.pieces import Piece
-from engine.train_state import checkpoint_entries
+from ghostmask.benchmarks.row import Row, share
+from ghostmask.benchmarks.timing import Bench, scratch
+from ghostmask.benchmarks.trainers import Workload, make_trainer, workload
+from ghostmask.engine.checkpoint.pieces import Piece
+from ghostmask.engine.checkpoint.store import CheckpointStore
+from ghostmask.engine.config import TrainConfig
+from ghostmask.engine.sharding.train_state import checkpoint_entries
 
 MINUTES_BETWEEN = 5
 

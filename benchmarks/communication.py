@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.fake_ranks import on_fake_ranks
-from benchmarks.row import Row
-from benchmarks.timing import Bench
-from benchmarks.trainers import Workload, make_trainer
-from engine.config import TrainConfig
-from engine.signals import StopSignals
-from engine.world import World
-from models.build import build_model
-from models.config import ModelConfig
+from ghostmask.benchmarks.fake_ranks import on_fake_ranks
+from ghostmask.benchmarks.row import Row
+from ghostmask.benchmarks.timing import Bench
+from ghostmask.benchmarks.trainers import Workload, make_trainer
+from ghostmask.engine.config import TrainConfig
+from ghostmask.engine.signals import StopSignals
+from ghostmask.engine.world import World
+from ghostmask.models.build import build_model
+from ghostmask.models.config import ModelConfig
 
 RANKS, QUICK_RANKS = (8, 64, 1024), (8,)
 SENT_PER_BYTE = {"allreduce": 2.0, "allgather": 1.0, "reduce_scatter": 1.0, "reduce": 1.0, "broadcast": 1.0}

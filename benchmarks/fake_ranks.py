@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from engine.spawn import PRELOAD
+from ghostmask.engine.spawn import PRELOAD
 
 TIMEOUT_S = 300
 
@@ -46,7 +46,7 @@ def _rank(function: Callable[..., Any], size: int, args: tuple[Any, ...], sender
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from engine.world import World
+    from ghostmask.engine.world import World
 
     torch.set_num_threads(1)
     try:

@@ -9,21 +9,21 @@ from time import perf_counter
 import torch
 from torch import nn
 
-from benchmarks.row import Row, share
-from benchmarks.timing import Bench, peak_extra_bytes
-from benchmarks.trainers import OneBatch, Workload
-from engine.config import FinetuneConfig, OptimConfig
-from engine.data import Batch
-from engine.registry import resolve
-from engine.world import World
-from masks.config import MaskConfig
-from masks.grasp import SHARE, default_per_class
-from masks.method import Recipe
-from masks.mlprune import BATCHES as MLPRUNE_BATCHES
-from masks.registry import METHODS
-from masks.snip import BATCHES as SNIP_BATCHES
-from models.build import build_model
-from models.config import ModelConfig
+from ghostmask.benchmarks.row import Row, share
+from ghostmask.benchmarks.timing import Bench, peak_extra_bytes
+from ghostmask.benchmarks.trainers import OneBatch, Workload
+from ghostmask.engine.config import FinetuneConfig, OptimConfig
+from ghostmask.engine.data import Batch
+from ghostmask.engine.registry import resolve
+from ghostmask.engine.world import World
+from ghostmask.masks.config import MaskConfig
+from ghostmask.masks.method import Recipe
+from ghostmask.masks.methods.grasp import SHARE, default_per_class
+from ghostmask.masks.methods.mlprune import BATCHES as MLPRUNE_BATCHES
+from ghostmask.masks.methods.snip import BATCHES as SNIP_BATCHES
+from ghostmask.masks.registry import METHODS
+from ghostmask.models.build import build_model
+from ghostmask.models.config import ModelConfig
 
 BAR_BYTES = 16_000_000_000
 """One GPU's memory that every finder should fit into."""

@@ -18,7 +18,7 @@ for case in "mask 100" "projection 60" "finders 60" "checkpoint 60" "step 470"; 
     [ "$name" = step ] && limit=$((470 - SECONDS / ${PATIENCE:-1}))
     echo "== $name"
     # shellcheck disable=SC2086  # BENCH is a list of words
-    timeout "$((limit * ${PATIENCE:-1}))" "$PYTHON" -m launcher bench "$name" ${BENCH:---device cuda} --json "$out/$name.json" \
+    timeout "$((limit * ${PATIENCE:-1}))" "$PYTHON" -m ghostmask bench "$name" ${BENCH:---device cuda} --json "$out/$name.json" \
         2>"$out/$name.log" || { failed=1; echo "FAILED ($?):"; tail -5 "$out/$name.log"; }
 done
 echo "rows as JSON and logs: $out"

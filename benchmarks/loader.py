@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.row import Row, more_per_second
-from benchmarks.timing import Bench, scratch
-from data_pipelines.cifar import PAD_CROP_FLIP
-from data_pipelines.config import DataConfig
-from data_pipelines.open import open_dataset, prepare
-from data_pipelines.source import SPLITS, Source
-from engine.data import DataPipeline
-from engine.world import World
+from ghostmask.benchmarks.row import Row, more_per_second
+from ghostmask.benchmarks.timing import Bench, scratch
+from ghostmask.data_pipelines.cifar import PAD_CROP_FLIP
+from ghostmask.data_pipelines.config import DataConfig
+from ghostmask.data_pipelines.open import open_dataset, prepare
+from ghostmask.data_pipelines.source import SPLITS, Source
+from ghostmask.engine.data import DataPipeline
+from ghostmask.engine.world import World
 
 WORKERS = 2
 PHOTOGRAPHS = ("data/imagenet/train", "../shared/data/imagenet_fullres", "../shared/data/imagenette224/train")
@@ -37,7 +37,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def rows(bench: Bench) -> list[Row]:
     """Cases loader_imagenet (half of the images JPEG, as by default), loader_imagenet_jpeg (all) and loader_cifar."""
-    from data_pipelines.write import write_images
+    from ghostmask.data_pipelines.write import write_images
 
     with scratch() as folder:
         source, what = photographs(folder, bench.quick)
@@ -107,7 +107,7 @@ def _photographs_row(case: str, config: DataConfig, what: str, bench: Bench) -> 
 def _cifar_row(paths: dict[str, Path], pixels: NDArray[np.uint8], kind: str, bench: Bench) -> Row:
     from torchvision.transforms import v2
 
-    from data_pipelines.pipeline import BetonPipeline
+    from ghostmask.data_pipelines.pipeline import BetonPipeline
 
     size, images = 16 if bench.quick else 256, _Pixels(pixels, None)
     source = Source("pixels", 10, 32, MEAN, STD, PAD_CROP_FLIP, lambda _: images, lambda: "pixels", files=False)
@@ -144,7 +144,7 @@ class _Pixels(Dataset[Any]):
 def _data_loader(dataset: Any, size: int) -> Iterable[Any]:
     # Not a fork: this process has threads of numba's. The workers start before the clock does, and stay.
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torchvision.transforms.v2", "benchmarks.loader"])
+    context.set_forkserver_preload(["torchvision.transforms.v2", "ghostmask.benchmarks.loader"])
     return DataLoader(
         dataset, size, shuffle=True, num_workers=WORKERS, drop_last=True, persistent_workers=True,
         multiprocessing_context=context,

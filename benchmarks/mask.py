@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks import textbook
-from benchmarks.row import Row, faster, share
-from benchmarks.timing import Bench, Work, copy_bandwidth, device_seconds, interleaved, peak_extra_bytes
-from masks.noise import NoiseKey
-from masks.prunable import prunable_weights
-from masks.relaxed_mask import relaxed_weights
-from models.build import build_model
-from models.config import ModelConfig
+from ghostmask.benchmarks import textbook
+from ghostmask.benchmarks.row import Row, faster, share
+from ghostmask.benchmarks.timing import Bench, Work, copy_bandwidth, device_seconds, interleaved, peak_extra_bytes
+from ghostmask.masks.kernels.noise import NoiseKey
+from ghostmask.masks.kernels.relaxed_mask import relaxed_weights
+from ghostmask.masks.prunable import prunable_weights
+from ghostmask.models.build import build_model
+from ghostmask.models.config import ModelConfig
 
 TEMPERATURE = 0.5
 MOVED_BYTES = 4 * (3 + 5)

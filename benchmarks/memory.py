@@ -25,15 +25,15 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from benchmarks.fake_ranks import on_fake_ranks
-from benchmarks.row import Row
-from benchmarks.timing import Bench
-from benchmarks.trainers import Workload, make_trainer
-from engine.config import TrainConfig
-from engine.signals import StopSignals
-from engine.spawn import run_distributed
-from engine.trainer import Trainer
-from engine.world import World
+from ghostmask.benchmarks.fake_ranks import on_fake_ranks
+from ghostmask.benchmarks.row import Row
+from ghostmask.benchmarks.timing import Bench
+from ghostmask.benchmarks.trainers import Workload, make_trainer
+from ghostmask.engine.config import TrainConfig
+from ghostmask.engine.signals import StopSignals
+from ghostmask.engine.spawn import run_distributed
+from ghostmask.engine.trainer import Trainer
+from ghostmask.engine.world import World
 
 REAL_RANKS, FAKE_RANKS = (1, 2, 4, 8), (64, 1024)
 STAGES = (0, 1, 2)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks import textbook
-from benchmarks.projection_ranks import model_rows
-from benchmarks.row import Row, faster, share
-from benchmarks.timing import Bench, Work, copy_bandwidth, interleaved
-from engine.world import World
-from masks.projection import project_
+from ghostmask.benchmarks import textbook
+from ghostmask.benchmarks.projection_ranks import model_rows
+from ghostmask.benchmarks.row import Row, faster, share
+from ghostmask.benchmarks.timing import Bench, Work, copy_bandwidth, interleaved
+from ghostmask.engine.world import World
+from ghostmask.masks.kernels.projection import project_
 
 NUMEL, QUICK_NUMEL = 25_502_912, 200_000
 DENSITY = 0.1

@@ -18,12 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.row import Row, faster
-from benchmarks.textbook import PROBES
-from benchmarks.timing import Bench, interleaved
-from engine.spawn import run_distributed
-from engine.world import World, single
-from masks.projection import project_
+from ghostmask.benchmarks.row import Row, faster
+from ghostmask.benchmarks.textbook import PROBES
+from ghostmask.benchmarks.timing import Bench, interleaved
+from ghostmask.engine.spawn import run_distributed
+from ghostmask.engine.world import World, single
+from ghostmask.masks.kernels.projection import project_
 
 NUMEL, QUICK_NUMEL, FIXED_NUMEL = 25_502_912, 100_000, 64
 RANKS, LATENCIES_US = (8, 64, 512, 4096), (5, 20, 100)

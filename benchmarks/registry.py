@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 BENCHMARKS = {
-    "mask": "benchmarks.mask:rows",
-    "projection": "benchmarks.projection:rows",
-    "step": "benchmarks.step:rows",
-    "loader": "benchmarks.loader:rows",
-    "checkpoint": "benchmarks.checkpoint:rows",
-    "memory": "benchmarks.memory:rows",
-    "communication": "benchmarks.communication:rows",
-    "finders": "benchmarks.finders:rows",
+    "mask": "ghostmask.benchmarks.mask:rows",
+    "projection": "ghostmask.benchmarks.projection:rows",
+    "step": "ghostmask.benchmarks.step:rows",
+    "loader": "ghostmask.benchmarks.loader:rows",
+    "checkpoint": "ghostmask.benchmarks.checkpoint:rows",
+    "memory": "ghostmask.benchmarks.memory:rows",
+    "communication": "ghostmask.benchmarks.communication:rows",
+    "finders": "ghostmask.benchmarks.finders:rows",
 }
 """name -> "module:function", imported when it is used; function(Bench) -> list[Row]."""

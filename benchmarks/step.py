@@ -11,16 +11,16 @@ import torch
 from torch import nn
 from torch.profiler import profile, record_function
 
-from benchmarks.breakdown import CATEGORIES, seconds_by_category
-from benchmarks.row import Row, more_per_second, share
-from benchmarks.timing import Bench, Work, interleaved
-from benchmarks.trainers import OneBatch, Workload, make_trainer, train_config, workload
-from engine.data import Batch
-from engine.profile import activities
-from engine.signals import StopSignals
-from engine.trainer import Trainer
-from models.build import build_model
-from models.config import ModelConfig
+from ghostmask.benchmarks.breakdown import CATEGORIES, seconds_by_category
+from ghostmask.benchmarks.row import Row, more_per_second, share
+from ghostmask.benchmarks.timing import Bench, Work, interleaved
+from ghostmask.benchmarks.trainers import OneBatch, Workload, make_trainer, train_config, workload
+from ghostmask.engine.data import Batch
+from ghostmask.engine.profile import activities
+from ghostmask.engine.signals import StopSignals
+from ghostmask.engine.trainer import Trainer
+from ghostmask.models.build import build_model
+from ghostmask.models.config import ModelConfig
 
 
 def rows(bench: Bench) -> list[Row]:

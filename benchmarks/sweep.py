@@ -18,9 +18,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.errors import EXIT_INPUT, InputError
-from launcher.config import RunConfig
-from launcher.settings import load_config, to_dict
+from ghostmask.engine.errors import EXIT_INPUT, InputError
+from ghostmask.launcher.config import RunConfig
+from ghostmask.launcher.settings import load_config, to_dict
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,7 +55,7 @@ def trained(config: RunConfig, command: list[str]) -> float:
     """Test accuracy in percent of a run, made by `command` unless it is there; ends this process where that fails."""
     if accuracy(config) is None:
         # A process per run: DeepSpeed keeps the process group of the first run of a process.
-        done = subprocess.run([sys.executable, "-m", "launcher", *command], stdout=subprocess.DEVNULL, check=False)
+        done = subprocess.run([sys.executable, "-m", "ghostmask", *command], stdout=subprocess.DEVNULL, check=False)
         if done.returncode:
             raise SystemExit(done.returncode)
     score = accuracy(config)

@@ -17,8 +17,8 @@ from time import perf_counter, sleep
 
 import torch
 
-from benchmarks.row import Row
-from engine.world import World
+from ghostmask.benchmarks.row import Row
+from ghostmask.engine.world import World
 
 Work = Callable[[], object]
 COPY_ELEMENTS = 1 << 26

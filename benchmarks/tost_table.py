@@ -19,13 +19,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from benchmarks.sweep import accuracy, spread
-from engine.errors import EXIT_INPUT, InputError, unknown_name
-from launcher.checks import READ_BY_TWEAK
-from launcher.config import RunConfig
-from launcher.environment import prepare_environment
-from launcher.settings import load_config
-from launcher.values import as_text
+from ghostmask.benchmarks.sweep import accuracy, spread
+from ghostmask.engine.errors import EXIT_INPUT, InputError, unknown_name
+from ghostmask.launcher.checks import READ_BY_TWEAK
+from ghostmask.launcher.config import RunConfig
+from ghostmask.launcher.environment import prepare_environment
+from ghostmask.launcher.settings import load_config
+from ghostmask.launcher.values import as_text
 
 TRAINED = {"magnitude": ["finetune.epochs=0"], "lth": ["mask.round_fraction=0.5"]}
 """Masks that need training to be found, with the settings of that run."""
@@ -69,9 +69,9 @@ def train_all(configs: Sequence[RunConfig]) -> None:
     if all(accuracy(config) is not None for config in configs):
         return
     prepare_environment(configs[0].train.device)
-    from engine.world import connect
-    from launcher.run import assemble, build_method, open_data
-    from launcher.train import finish, open_folder
+    from ghostmask.engine.world import connect
+    from ghostmask.launcher.run import assemble, build_method, open_data
+    from ghostmask.launcher.train import finish, open_folder
 
     with connect(configs[0].train.device) as world, redirect_stdout(sys.stderr):
         for config in configs:

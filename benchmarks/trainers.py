@@ -9,23 +9,23 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.timing import Bench
-from engine.checkpoint import CheckpointStore
-from engine.config import CheckpointConfig, FinetuneConfig, OptimConfig, TrainConfig
-from engine.data import Batch
-from engine.metrics import MetricWriter
-from engine.position import Phase
-from engine.progress import Progress
-from engine.registry import resolve
-from engine.reporting import Reporter
-from engine.schedule import LearningRate
-from engine.trainer import Task, Trainer
-from engine.world import World
-from masks.config import MaskConfig
-from masks.method import Recipe
-from masks.registry import METHODS
-from models.build import build_model
-from models.config import ModelConfig
+from ghostmask.benchmarks.timing import Bench
+from ghostmask.engine.checkpoint.store import CheckpointStore
+from ghostmask.engine.config import CheckpointConfig, FinetuneConfig, OptimConfig, TrainConfig
+from ghostmask.engine.data import Batch
+from ghostmask.engine.metrics import MetricWriter
+from ghostmask.engine.position import Phase
+from ghostmask.engine.progress import Progress
+from ghostmask.engine.registry import resolve
+from ghostmask.engine.reporting import Reporter
+from ghostmask.engine.schedule import LearningRate
+from ghostmask.engine.trainer import Task, Trainer
+from ghostmask.engine.world import World
+from ghostmask.masks.config import MaskConfig
+from ghostmask.masks.method import Recipe
+from ghostmask.masks.registry import METHODS
+from ghostmask.models.build import build_model
+from ghostmask.models.config import ModelConfig
 
 EPOCHS, STEPS_PER_EPOCH, EPOCH = 100, 1000, 50
 """Steps are timed in the middle of a long run, where density has fallen and the projection binds."""

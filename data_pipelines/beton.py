@@ -8,7 +8,7 @@ import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from engine.errors import InputError
+from ghostmask.engine.errors import InputError
 
 FORMAT = 1
 """Raised when the way .beton files are written changes: older ones are then written anew."""

@@ -9,9 +9,9 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.config import DataConfig
-from data_pipelines.source import Augmentation, Images, Source, as_images, fingerprint_files, fixed_size
-from engine.errors import bad_value
+from ghostmask.data_pipelines.config import DataConfig
+from ghostmask.data_pipelines.source import Augmentation, Images, Source, as_images, fingerprint_files, fixed_size
+from ghostmask.engine.errors import bad_value
 
 Channels = tuple[float, float, float]
 PAD_CROP_FLIP = Augmentation(pad=4, flip=True)

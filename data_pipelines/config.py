@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from data_pipelines.registry import DATASETS
-from engine.config import may_change, require, require_number
-from engine.errors import unknown_name
+from ghostmask.data_pipelines.registry import DATASETS
+from ghostmask.engine.config import may_change, require, require_number
+from ghostmask.engine.errors import unknown_name
 
 
 @dataclass(frozen=True)

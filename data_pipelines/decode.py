@@ -25,7 +25,7 @@ from ffcv.libffcv import ctypes_imdecode, ctypes_resize, lib
 from ffcv.pipeline.allocation_query import AllocationQuery
 from numba import prange, types
 
-from data_pipelines.source import Augmentation
+from ghostmask.data_pipelines.source import Augmentation
 
 EVAL_CROP_SHARE = 224 / 256
 """Side of the evaluation crop as a share of the image's shorter side."""

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipelines import order
-from data_pipelines.config import DataConfig
-from data_pipelines.source import Augmentation, Images, Source, fixed_size
-from engine.errors import InputError
+from ghostmask.data_pipelines import order
+from ghostmask.data_pipelines.config import DataConfig
+from ghostmask.data_pipelines.source import Augmentation, Images, Source, fixed_size
+from ghostmask.engine.errors import InputError
 
 SPLIT_SEED = 0
 EVAL_SHARE = 0.2

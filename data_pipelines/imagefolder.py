@@ -12,9 +12,9 @@ from typing import Any
 
 from PIL import Image
 
-from data_pipelines.config import DataConfig
-from data_pipelines.source import Augmentation, Images, Source, as_images, fingerprint_files
-from engine.errors import InputError, bad_value
+from ghostmask.data_pipelines.config import DataConfig
+from ghostmask.data_pipelines.source import Augmentation, Images, Source, as_images, fingerprint_files
+from ghostmask.engine.errors import InputError, bad_value
 
 FOLDERS = {"train": "train", "eval": "val"}
 # ImageNet's, the usual choice for photographs.

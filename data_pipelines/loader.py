@@ -23,10 +23,10 @@ from ffcv.pipeline.compiler import Compiler
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data_pipelines.decode import DamagedImage
-from data_pipelines.order import Words
-from data_pipelines.threads import torch_threads_kept
-from engine.errors import InputError, bad_value
+from ghostmask.data_pipelines.decode import DamagedImage
+from ghostmask.data_pipelines.order import Words
+from ghostmask.data_pipelines.threads import torch_threads_kept
+from ghostmask.engine.errors import InputError, bad_value
 
 BATCHES_AHEAD = 3
 JOIN_S = 0.02

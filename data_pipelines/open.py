@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_pipelines.beton import Manifest, beton_path, peek_manifest, publish, read_manifest
-from data_pipelines.config import DataConfig
-from data_pipelines.registry import DATASETS
-from data_pipelines.source import SPLITS, Source
-from engine.errors import InputError, bad_value
-from engine.registry import resolve
+from ghostmask.data_pipelines.beton import Manifest, beton_path, peek_manifest, publish, read_manifest
+from ghostmask.data_pipelines.config import DataConfig
+from ghostmask.data_pipelines.registry import DATASETS
+from ghostmask.data_pipelines.source import SPLITS, Source
+from ghostmask.engine.errors import InputError, bad_value
+from ghostmask.engine.registry import resolve
 
 if TYPE_CHECKING:
-    from engine.data import DataPipeline
-    from engine.world import World
+    from ghostmask.engine.data import DataPipeline
+    from ghostmask.engine.world import World
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,10 @@ def open_dataset(config: DataConfig, seed: int, world: World) -> DataPipeline:
             )
             raise bad_value("data.root", config.root, fix)
     _check_sizes(config, manifests, world.size)
-    from data_pipelines.threads import torch_threads_kept
+    from ghostmask.data_pipelines.threads import torch_threads_kept
 
     with torch_threads_kept():  # importing FFCV takes seconds: only what needs it does
-        from data_pipelines.pipeline import BetonPipeline
+        from ghostmask.data_pipelines.pipeline import BetonPipeline
 
     return BetonPipeline(config, source, paths, num_classes, seed=seed, world=world)
 
@@ -145,10 +145,10 @@ def _write(source: Source, split: str, path: Path, progress: bool) -> None:
     fingerprint = source.fingerprint()
     if fingerprint is None or not len(images):
         raise InputError(f"data.dataset: {source.name} has no {split} images")
-    from data_pipelines.threads import torch_threads_kept
+    from ghostmask.data_pipelines.threads import torch_threads_kept
 
     with torch_threads_kept():
-        from data_pipelines.write import write_images
+        from ghostmask.data_pipelines.write import write_images
 
     num_workers = len(os.sched_getaffinity(0)) if source.augmentation.resized_crop else 1
     partial = path.with_name(f".{path.stem}.partial")

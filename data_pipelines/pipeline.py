@@ -13,15 +13,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data_pipelines import order
-from data_pipelines.config import DataConfig
-from data_pipelines.decode import ResizedCrop, WholeImage
-from data_pipelines.loader import BetonLoader
-from data_pipelines.normalise import Normalisation
-from data_pipelines.order import Words
-from data_pipelines.source import Augmentation, Source
-from engine.data import Batch
-from engine.world import World
+from ghostmask.data_pipelines import order
+from ghostmask.data_pipelines.config import DataConfig
+from ghostmask.data_pipelines.decode import ResizedCrop, WholeImage
+from ghostmask.data_pipelines.loader import BetonLoader
+from ghostmask.data_pipelines.normalise import Normalisation
+from ghostmask.data_pipelines.order import Words
+from ghostmask.data_pipelines.source import Augmentation, Source
+from ghostmask.engine.data import Batch
+from ghostmask.engine.world import World
 
 
 class BetonPipeline:

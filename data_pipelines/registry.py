@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 DATASETS = {
-    "cifar10": "data_pipelines.cifar:cifar10",
-    "cifar100": "data_pipelines.cifar:cifar100",
-    "digits": "data_pipelines.digits:digits",
-    "imagefolder": "data_pipelines.imagefolder:imagefolder",
-    "synthetic": "data_pipelines.synthetic:synthetic",
+    "cifar10": "ghostmask.data_pipelines.cifar:cifar10",
+    "cifar100": "ghostmask.data_pipelines.cifar:cifar100",
+    "digits": "ghostmask.data_pipelines.digits:digits",
+    "imagefolder": "ghostmask.data_pipelines.imagefolder:imagefolder",
+    "synthetic": "ghostmask.data_pipelines.synthetic:synthetic",
 }
 """name -> "module:function", imported when it is used."""

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipelines.config import DataConfig
-from engine.errors import bad_value
+from ghostmask.data_pipelines.config import DataConfig
+from ghostmask.engine.errors import bad_value
 
 SPLITS = ("train", "eval")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipelines import order
-from data_pipelines.config import DataConfig
-from data_pipelines.source import Augmentation, Images, Source
-from engine.config import require_number
+from ghostmask.data_pipelines import order
+from ghostmask.data_pipelines.config import DataConfig
+from ghostmask.data_pipelines.source import Augmentation, Images, Source
+from ghostmask.engine.config import require_number
 
 PATTERN_SEED, NOISE_SEED = 1, 2
 CELLS = 4

@@ -22,9 +22,9 @@ from ffcv.utils import chunks
 from ffcv.writer import DatasetWriter, handle_sample
 from tqdm import tqdm
 
-from data_pipelines import order
-from data_pipelines.source import Images
-from engine.errors import InputError
+from ghostmask.data_pipelines import order
+from ghostmask.data_pipelines.source import Images
+from ghostmask.engine.errors import InputError
 
 CHUNK_IMAGES = 100
 SMALLEST_PAGE_BYTES, PAGE_BYTES = 1 << 21, 1 << 23

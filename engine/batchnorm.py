@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from engine.data import Batch
-from engine.world import World
+from ghostmask.engine.data import Batch
+from ghostmask.engine.world import World
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:

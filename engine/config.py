@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.errors import bad_value, unknown_name
-from engine.position import Duration
+from ghostmask.engine.errors import bad_value, unknown_name
+from ghostmask.engine.position import Duration
 
 SCHEDULES = ("cosine", "step", "constant")
 PRECISIONS = ("fp32", "bf16")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engine.data import Batch
-from engine.world import World
+from ghostmask.engine.data import Batch
+from ghostmask.engine.world import World
 
 LARGEST_BASIS = 100
 """Lanczos vectors at most; each is as large as the parameters."""

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from engine.data import Batch
-from engine.precision import autocast
-from engine.world import World
+from ghostmask.engine.data import Batch
+from ghostmask.engine.precision import autocast
+from ghostmask.engine.world import World
 
 
 @dataclass(frozen=True)

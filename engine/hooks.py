@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from engine.trainer import Trainer
+    from ghostmask.engine.trainer import Trainer
 
 
 class Hook:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.profiler import record_function
 
-from engine.precision import autocast
+from ghostmask.engine.precision import autocast
 
 
 class LossModule(nn.Module):

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from engine.atomic import replacing
-from engine.world import World
+from ghostmask.engine.atomic import replacing
+from ghostmask.engine.world import World
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from engine.errors import InputError
+from ghostmask.engine.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule, tensorboard_trace_handler
 
-from engine.hooks import Hook
+from ghostmask.engine.hooks import Hook
 
 if TYPE_CHECKING:
-    from engine.trainer import Trainer
+    from ghostmask.engine.trainer import Trainer
 
 SKIPPED, WARM_UP, TRACED = 2, 1, 3
 """Steps of a phase (or of what a resume left of it) before the trace, and in it."""
@@ -21,7 +21,7 @@ BETWEEN_STEPS = "between steps: data, reports"
 class ProfileSteps(Hook):
     """Writes folder/PHASE-rankR.*.pt.trace.json, once per phase, on every rank; a shorter phase gives no trace.
 
-    Ranges in it: "forward" (engine.loss), "optimizer" and "projection" (engine.optimizer), BETWEEN_STEPS.
+    Ranges in it: "forward" (engine.loss), "optimizer" and "projection" (engine.sharding.optimizer), BETWEEN_STEPS.
     """
 
     def __init__(self, folder: Path) -> None:

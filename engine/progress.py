@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from engine.world import World
+from ghostmask.engine.world import World
 
 
 class Progress:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from engine.evaluation import Score
-from engine.metrics import MetricWriter
-from engine.progress import Progress
-from engine.world import World
+from ghostmask.engine.evaluation import Score
+from ghostmask.engine.metrics import MetricWriter
+from ghostmask.engine.progress import Progress
+from ghostmask.engine.world import World
 
 if TYPE_CHECKING:
-    from engine.trainer import Trainer
+    from ghostmask.engine.trainer import Trainer
 
 
 class Reporter:

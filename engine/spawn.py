@@ -19,8 +19,8 @@ PRELOAD = [
     "deepspeed.runtime.zero.stage_1_and_2",
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "torchvision.models.resnet",
-    "engine.spawn",
-    "engine.trainer",
+    "ghostmask.engine.spawn",
+    "ghostmask.engine.trainer",
 ]
 """Imported once by the fork server, so that a rank starts in milliseconds instead of the 10-20 s of these imports."""
 
@@ -81,7 +81,7 @@ def _rank(function: Callable[..., Any], rank: int, size: int, port: int, args: t
     import torch
     import torch.distributed as dist
 
-    from engine.world import World
+    from ghostmask.engine.world import World
 
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_SIZE=str(size))

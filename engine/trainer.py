@@ -11,22 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.batchnorm import average_buffers
-from engine.checkpoint import CheckpointStore, Saved
-from engine.config import CheckpointConfig, TrainConfig
-from engine.data import Batch, DataPipeline
-from engine.deepspeed_engine import ShardedEngine, shard_model
-from engine.errors import EXIT_INTERRUPTED, EXIT_NON_FINITE, RunStopped
-from engine.evaluation import Score, score
-from engine.hooks import Hook
-from engine.loss import LossModule
-from engine.optimizer import ParameterGroup
-from engine.position import Phase, Position
-from engine.reporting import Reporter
-from engine.schedule import LearningRate
-from engine.signals import StopSignals
-from engine.train_state import checkpoint_entries, restore
-from engine.world import World
+from ghostmask.engine.batchnorm import average_buffers
+from ghostmask.engine.checkpoint.store import CheckpointStore, Saved
+from ghostmask.engine.config import CheckpointConfig, TrainConfig
+from ghostmask.engine.data import Batch, DataPipeline
+from ghostmask.engine.errors import EXIT_INTERRUPTED, EXIT_NON_FINITE, RunStopped
+from ghostmask.engine.evaluation import Score, score
+from ghostmask.engine.hooks import Hook
+from ghostmask.engine.loss import LossModule
+from ghostmask.engine.position import Phase, Position
+from ghostmask.engine.reporting import Reporter
+from ghostmask.engine.schedule import LearningRate
+from ghostmask.engine.sharding.deepspeed_engine import ShardedEngine, shard_model
+from ghostmask.engine.sharding.optimizer import ParameterGroup
+from ghostmask.engine.sharding.train_state import checkpoint_entries, restore
+from ghostmask.engine.signals import StopSignals
+from ghostmask.engine.world import World
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import FileStore
 
-from engine.errors import InputError, RunStopped, bad_value
+from ghostmask.engine.errors import InputError, RunStopped, bad_value
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.registry import BENCHMARKS
-from benchmarks.row import table, write_json
-from benchmarks.timing import Bench, machine
-from engine.errors import InputError
-from engine.registry import resolve
-from engine.world import connect, rank_from_environment
-from launcher.run import threads_per_rank
+from ghostmask.benchmarks.registry import BENCHMARKS
+from ghostmask.benchmarks.row import table, write_json
+from ghostmask.benchmarks.timing import Bench, machine
+from ghostmask.engine.errors import InputError
+from ghostmask.engine.registry import resolve
+from ghostmask.engine.world import connect, rank_from_environment
+from ghostmask.launcher.run import threads_per_rank
 
 
 def bench(name: str, *, device: str, quick: bool, file: Path | None) -> int:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from engine.config import require
-from engine.errors import InputError
-from engine.position import Duration
-from launcher.config import RunConfig
-from launcher.values import as_text
+from ghostmask.engine.config import require
+from ghostmask.engine.errors import InputError
+from ghostmask.engine.position import Duration
+from ghostmask.launcher.config import RunConfig
+from ghostmask.launcher.values import as_text
 
 READ_BY_METHOD = {
     "dense": set[str](),

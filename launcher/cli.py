@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from benchmarks.registry import BENCHMARKS
-from engine.config import DEVICES
-from engine.errors import InputError, bad_value
-from launcher import locate, settings, show
-from launcher.checks import check_config, check_finder
-from launcher.environment import prepare_environment
+from ghostmask.benchmarks.registry import BENCHMARKS
+from ghostmask.engine.config import DEVICES
+from ghostmask.engine.errors import InputError, bad_value
+from ghostmask.launcher import locate, settings, show
+from ghostmask.launcher.checks import check_config, check_finder
+from ghostmask.launcher.environment import prepare_environment
 
 CONFIG_HELP = "YAML file, or the name of a shipped config (ghostmask show configs)"
 SETTINGS_HELP = "settings that go before the file's, such as mask.density=0.05 optim.milestones=[90,135]"
@@ -24,14 +24,14 @@ EXAMPLES = {
     "": """examples:
   ghostmask prepare digits_probmask                             writes its images to data/beton/
   ghostmask train digits_probmask                               a small run for a first try
-  torchrun --nproc-per-node 4 -m launcher train imagenet_resnet50_probmask data.root=/data/imagenet
+  torchrun --nproc-per-node 4 -m ghostmask train imagenet_resnet50_probmask data.root=/data/imagenet
   ghostmask evaluate digits_probmask --json
   ghostmask show config cifar10_resnet32_probmask mask.density=0.02""",
     "train": """examples:
   ghostmask train cifar10_resnet32_probmask                     starts, or goes on where it stopped
   ghostmask train cifar10_resnet32_probmask mask.density=0.02 run=density02
   ghostmask train my.yaml run=/scratch/me/first_try --restart
-  torchrun --nproc-per-node 2 -m launcher train cifar10_resnet32_probmask train.zero_stage=2
+  torchrun --nproc-per-node 2 -m ghostmask train cifar10_resnet32_probmask train.zero_stage=2
 
 exit codes: 0 done, 2 wrong input, 3 loss not finite, 75 interrupted after saving (run it again to go on)""",
     "evaluate": """examples:
@@ -42,7 +42,7 @@ exit codes: 0 done, 2 wrong input, 3 loss not finite, 75 interrupted after savin
     "hessian": """examples:
   ghostmask hessian cifar10_resnet32_probmask                   writes runs/cifar10_resnet32_probmask/hessian/
   ghostmask hessian /scratch/me/first_try --top 1 --batches 16
-  torchrun --nproc-per-node 4 -m launcher hessian imagenet_resnet50_probmask --top 1
+  torchrun --nproc-per-node 4 -m ghostmask hessian imagenet_resnet50_probmask --top 1
 
 Train with checkpoint.keep=1000 to have a checkpoint of every epoch to look at.""",
     "find-mask": """examples:
@@ -174,7 +174,7 @@ def _train(arguments: Namespace) -> int:
     check_config(config, int(os.environ.get("WORLD_SIZE", "1")))
     locate.check_writable(settings.run_folder(config), "run", config.run)
     prepare_environment(config.train.device)
-    from launcher.train import train
+    from ghostmask.launcher.train import train
 
     return train(config, restart=arguments.restart)
 
@@ -182,7 +182,7 @@ def _train(arguments: Namespace) -> int:
 def _evaluate(arguments: Namespace) -> int:
     run = locate.find_run(arguments.run)
     prepare_environment(_device_of(run))
-    from launcher.evaluate import evaluate
+    from ghostmask.launcher.evaluate import evaluate
 
     return evaluate(run, as_json=arguments.json)
 
@@ -190,7 +190,7 @@ def _evaluate(arguments: Namespace) -> int:
 def _export(arguments: Namespace) -> int:
     run = locate.find_run(arguments.run)
     prepare_environment(_device_of(run))
-    from launcher.export_run import export_run
+    from ghostmask.launcher.export_run import export_run
 
     return export_run(run)
 
@@ -198,7 +198,7 @@ def _export(arguments: Namespace) -> int:
 def _hessian(arguments: Namespace) -> int:
     run = locate.find_run(arguments.run)
     prepare_environment(_device_of(run))
-    from launcher.hessian import hessian
+    from ghostmask.launcher.hessian import hessian
 
     return hessian(run, top=arguments.top, batches=arguments.batches)
 
@@ -212,7 +212,7 @@ def _find_mask(arguments: Namespace) -> int:
         raise bad_value("--out", str(out), "give a file ending in .safetensors")
     locate.check_writable(out.parent, "--out", str(out))
     prepare_environment(config.train.device)
-    from launcher.find_mask import find_mask
+    from ghostmask.launcher.find_mask import find_mask
 
     return find_mask(config, out)
 
@@ -221,14 +221,14 @@ def _prepare(arguments: Namespace) -> int:
     config = settings.load_config(arguments.config, arguments.overrides)
     check_config(config, world_size=1)
     prepare_environment(config.train.device)
-    from data_pipelines.open import prepare
+    from ghostmask.data_pipelines.open import prepare
 
     return _print("\n".join(f"{split}: {path}" for split, path in prepare(config.data).items()))
 
 
 def _bench(arguments: Namespace) -> int:
     prepare_environment(arguments.device)
-    from launcher.bench import bench
+    from ghostmask.launcher.bench import bench
 
     return bench(arguments.benchmark, device=arguments.device, quick=arguments.quick, file=arguments.json)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from data_pipelines.config import DataConfig
-from engine.config import (
+from ghostmask.data_pipelines.config import DataConfig
+from ghostmask.engine.config import (
     CheckpointConfig,
     FinetuneConfig,
     OptimConfig,
@@ -14,8 +14,8 @@ from engine.config import (
     require,
     require_number,
 )
-from masks.config import MaskConfig
-from models.config import ModelConfig, TostConfig
+from ghostmask.masks.config import MaskConfig
+from ghostmask.models.config import ModelConfig, TostConfig
 
 
 @dataclass(frozen=True)

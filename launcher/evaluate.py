@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
-from engine.errors import InputError
-from engine.evaluation import score
-from engine.world import connect
-from launcher.checks import check_config
-from launcher.config import RunConfig
-from launcher.export import load_export, summarise
-from launcher.run import open_data
-from launcher.settings import load_config, to_dict
-from launcher.summary import closing_table
-from masks.prunable import prunable_weights
-from models.build import build_model
+from ghostmask.engine.errors import InputError
+from ghostmask.engine.evaluation import score
+from ghostmask.engine.world import connect
+from ghostmask.launcher.checks import check_config
+from ghostmask.launcher.config import RunConfig
+from ghostmask.launcher.export import load_export, summarise
+from ghostmask.launcher.run import open_data
+from ghostmask.launcher.settings import load_config, to_dict
+from ghostmask.launcher.summary import closing_table
+from ghostmask.masks.prunable import prunable_weights
+from ghostmask.models.build import build_model
 
 
 def evaluate(run: Path, *, as_json: bool = False) -> int:

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from engine.atomic import replacing
-from engine.state_file import read_state_dict
-from masks.prunable import prunable_weights
-from models.flops import count_flops
+from ghostmask.engine.atomic import replacing
+from ghostmask.engine.checkpoint.state_file import read_state_dict
+from ghostmask.masks.prunable import prunable_weights
+from ghostmask.models.flops import count_flops
 
 MODEL_FILE = "model.safetensors"
 SUMMARY_FILE = "summary.json"

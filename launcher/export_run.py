@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engine.errors import InputError
-from engine.world import connect
-from launcher.run import assemble, build_method, open_data
-from launcher.settings import load_config
-from launcher.train import finish, open_folder
+from ghostmask.engine.errors import InputError
+from ghostmask.engine.world import connect
+from ghostmask.launcher.run import assemble, build_method, open_data
+from ghostmask.launcher.settings import load_config
+from ghostmask.launcher.train import finish, open_folder
 
 
 def export_run(run: Path) -> int:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from engine.world import connect
-from launcher.config import RunConfig
-from launcher.run import build_method, open_data
-from launcher.settings import to_dict
-from masks.mask_file import write_masks
-from masks.masked_model import density_of
-from masks.method import check_agreement
-from masks.one_shot import report
+from ghostmask.engine.world import connect
+from ghostmask.launcher.config import RunConfig
+from ghostmask.launcher.run import build_method, open_data
+from ghostmask.launcher.settings import to_dict
+from ghostmask.masks.mask_file import write_masks
+from ghostmask.masks.masked_model import density_of
+from ghostmask.masks.method import check_agreement
+from ghostmask.masks.one_shot import report
 
 
 def find_mask(config: RunConfig, out: Path) -> int:

@@ -10,21 +10,21 @@ from pathlib import Path
 from torch import Tensor
 from torch.func import functional_call
 
-from engine.batchnorm import average_buffers
-from engine.checkpoint import CheckpointStore, Saved
-from engine.curvature import Curvature, Spectrum, top_eigenvalues
-from engine.data import Batch, DataPipeline
-from engine.errors import InputError
-from engine.metrics import MetricWriter
-from engine.progress import Progress
-from engine.reporting import Reporter
-from engine.world import World, connect
-from launcher.checks import check_config
-from launcher.config import RunConfig
-from launcher.run import Run, build_method, open_data, plan
-from launcher.settings import load_config
-from masks.masked_model import MaskedModel, present_masks
-from models.ghosts import GhostedModel
+from ghostmask.engine.batchnorm import average_buffers
+from ghostmask.engine.checkpoint.store import CheckpointStore, Saved
+from ghostmask.engine.curvature import Curvature, Spectrum, top_eigenvalues
+from ghostmask.engine.data import Batch, DataPipeline
+from ghostmask.engine.errors import InputError
+from ghostmask.engine.metrics import MetricWriter
+from ghostmask.engine.progress import Progress
+from ghostmask.engine.reporting import Reporter
+from ghostmask.engine.world import World, connect
+from ghostmask.launcher.checks import check_config
+from ghostmask.launcher.config import RunConfig
+from ghostmask.launcher.run import Run, build_method, open_data, plan
+from ghostmask.launcher.settings import load_config
+from ghostmask.masks.masked_model import MaskedModel, present_masks
+from ghostmask.models.ghosts import GhostedModel
 
 FOLDER = "hessian"
 """Below the run's folder: not its own metrics.jsonl, whose lines a resume drops by their step."""

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import configs
-from engine.errors import InputError, bad_value, unknown_name
+from ghostmask import configs
+from ghostmask.engine.errors import InputError, bad_value, unknown_name
 
 RUNS = Path("runs")
 """Where runs without a folder of their own are kept, relative to the working directory."""

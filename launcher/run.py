@@ -11,27 +11,27 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from data_pipelines.open import open_dataset
-from engine.batchnorm import average_buffers
-from engine.checkpoint import CheckpointStore, Saved
-from engine.data import DataPipeline
-from engine.errors import InputError, RunStopped
-from engine.hooks import Hook
-from engine.metrics import MetricWriter
-from engine.position import Duration, Phase
-from engine.profile import ProfileSteps
-from engine.progress import Progress
-from engine.registry import resolve
-from engine.reporting import Reporter
-from engine.schedule import LearningRate
-from engine.trainer import Task, Trainer
-from engine.world import World
-from launcher.config import RunConfig
-from launcher.settings import to_dict
-from launcher.tweaks import with_tweaks
-from masks.method import FINETUNE, MaskMethod, Recipe
-from masks.registry import METHODS
-from models.build import build_model
+from ghostmask.data_pipelines.open import open_dataset
+from ghostmask.engine.batchnorm import average_buffers
+from ghostmask.engine.checkpoint.store import CheckpointStore, Saved
+from ghostmask.engine.data import DataPipeline
+from ghostmask.engine.errors import InputError, RunStopped
+from ghostmask.engine.hooks import Hook
+from ghostmask.engine.metrics import MetricWriter
+from ghostmask.engine.position import Duration, Phase
+from ghostmask.engine.profile import ProfileSteps
+from ghostmask.engine.progress import Progress
+from ghostmask.engine.registry import resolve
+from ghostmask.engine.reporting import Reporter
+from ghostmask.engine.schedule import LearningRate
+from ghostmask.engine.trainer import Task, Trainer
+from ghostmask.engine.world import World
+from ghostmask.launcher.config import RunConfig
+from ghostmask.launcher.settings import to_dict
+from ghostmask.launcher.tweaks import with_tweaks
+from ghostmask.masks.method import FINETUNE, MaskMethod, Recipe
+from ghostmask.masks.registry import METHODS
+from ghostmask.models.build import build_model
 
 
 @dataclass

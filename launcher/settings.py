@@ -12,12 +12,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from engine.errors import InputError, bad_value
-from launcher import locate
-from launcher.config import RunConfig
-from launcher.values import as_text, convert
-from launcher.yaml_text import Plain, read_yaml
-from models.config import TOST_PRESETS, TostConfig
+from ghostmask.engine.errors import InputError, bad_value
+from ghostmask.launcher import locate
+from ghostmask.launcher.config import RunConfig
+from ghostmask.launcher.values import as_text, convert
+from ghostmask.launcher.yaml_text import Plain, read_yaml
+from ghostmask.models.config import TOST_PRESETS, TostConfig
 
 Section = TypeVar("Section")
 

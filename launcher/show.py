@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 
-from data_pipelines.registry import DATASETS
-from launcher.locate import shipped_configs
-from masks.registry import METHODS
-from models.registry import MODELS
+from ghostmask.data_pipelines.registry import DATASETS
+from ghostmask.launcher.locate import shipped_configs
+from ghostmask.masks.registry import METHODS
+from ghostmask.models.registry import MODELS
 
 
 def methods() -> list[str]:

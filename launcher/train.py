@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint import CheckpointError, CheckpointStore, Saved
-from engine.errors import InputError
-from engine.evaluation import Score, score
-from engine.world import World, connect, rank_from_environment
-from launcher.checks import check_config
-from launcher.config import RunConfig
-from launcher.export import write_export
-from launcher.run import Run, assemble, build_method, open_data
-from launcher.settings import differences, load_config, run_folder, to_dict, to_yaml
-from launcher.summary import closing_table
+from ghostmask.engine.checkpoint.store import CheckpointError, CheckpointStore, Saved
+from ghostmask.engine.errors import InputError
+from ghostmask.engine.evaluation import Score, score
+from ghostmask.engine.world import World, connect, rank_from_environment
+from ghostmask.launcher.checks import check_config
+from ghostmask.launcher.config import RunConfig
+from ghostmask.launcher.export import write_export
+from ghostmask.launcher.run import Run, assemble, build_method, open_data
+from ghostmask.launcher.settings import differences, load_config, run_folder, to_dict, to_yaml
+from ghostmask.launcher.summary import closing_table
 
 WRITTEN = ("checkpoints", "tensorboard", "profile", "export", "hessian", "metrics.jsonl", "config.yaml")
 """What a run writes into its folder, and so what --restart removes."""

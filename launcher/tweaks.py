@@ -7,14 +7,14 @@ from hashlib import sha256
 
 from torch import nn
 
-from engine.hooks import Hook
-from engine.optimizer import ParameterGroup, Sgd
-from engine.position import Phase
-from launcher.config import RunConfig
-from masks.masked_model import present_masks
-from masks.method import FINETUNE, Setup
-from models.ghosts import GhostedModel, Ghosts
-from models.tost import GHOST, ActivationSparsity, GhostSkip, GhostSwish, Rescaling, ghost_alpha
+from ghostmask.engine.hooks import Hook
+from ghostmask.engine.position import Phase
+from ghostmask.engine.sharding.optimizer import ParameterGroup, Sgd
+from ghostmask.launcher.config import RunConfig
+from ghostmask.masks.masked_model import present_masks
+from ghostmask.masks.method import FINETUNE, Setup
+from ghostmask.models.ghosts import GhostedModel, Ghosts
+from ghostmask.models.tost import GHOST, ActivationSparsity, GhostSkip, GhostSwish, Rescaling, ghost_alpha
 
 
 def with_tweaks(setup: Setup, config: RunConfig, net: nn.Module, phase: Phase, step: int) -> Setup:

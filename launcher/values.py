@@ -7,8 +7,8 @@ from typing import Any, get_args, get_origin
 
 import yaml
 
-from engine.errors import bad_value
-from launcher.yaml_text import Plain
+from ghostmask.engine.errors import bad_value
+from ghostmask.launcher.yaml_text import Plain
 
 EXPECTED = {
     int: "int (a whole number, such as 20)",

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from engine.errors import InputError
+from ghostmask.engine.errors import InputError
 
 
 class Plain(str):

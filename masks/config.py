@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.config import require, require_number
-from engine.errors import unknown_name
-from engine.position import Duration
-from masks.registry import METHODS
+from ghostmask.engine.config import require, require_number
+from ghostmask.engine.errors import unknown_name
+from ghostmask.engine.position import Duration
+from ghostmask.masks.registry import METHODS
 
 
 @dataclass(frozen=True)

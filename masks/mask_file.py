@@ -10,9 +10,9 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from engine.atomic import replacing
-from engine.errors import bad_value
-from engine.state_file import read_state_dict
+from ghostmask.engine.atomic import replacing
+from ghostmask.engine.checkpoint.state_file import read_state_dict
+from ghostmask.engine.errors import bad_value
 
 FIELD = "mask.path"
 

@@ -21,16 +21,16 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from engine.batchnorm import reestimate
-from engine.config import FinetuneConfig, OptimConfig
-from engine.data import DataPipeline
-from engine.hooks import Hook
-from engine.optimizer import ParameterGroup, Sgd
-from engine.position import Phase
-from engine.trainer import Trainer
-from engine.world import World
-from masks.config import MaskConfig
-from masks.prunable import prunable_weights
+from ghostmask.engine.batchnorm import reestimate
+from ghostmask.engine.config import FinetuneConfig, OptimConfig
+from ghostmask.engine.data import DataPipeline
+from ghostmask.engine.hooks import Hook
+from ghostmask.engine.position import Phase
+from ghostmask.engine.sharding.optimizer import ParameterGroup, Sgd
+from ghostmask.engine.trainer import Trainer
+from ghostmask.engine.world import World
+from ghostmask.masks.config import MaskConfig
+from ghostmask.masks.prunable import prunable_weights
 
 FINETUNE = "finetune"
 BATCH_NORM_BATCHES = 100

@@ -8,14 +8,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from engine.data import DataPipeline
-from engine.position import Phase
-from engine.trainer import Trainer
-from masks.masked_model import FixedMasks, MaskedModel
-from masks.method import MaskMethod, Setup, check_agreement
-from masks.report import DensityReport
-from masks.score_shards import ScoreShards, empty_layers, largest
-from masks.trained import load_trained
+from ghostmask.engine.data import DataPipeline
+from ghostmask.engine.position import Phase
+from ghostmask.engine.trainer import Trainer
+from ghostmask.masks.masked_model import FixedMasks, MaskedModel
+from ghostmask.masks.method import MaskMethod, Setup, check_agreement
+from ghostmask.masks.report import DensityReport
+from ghostmask.masks.scoring.score_shards import ScoreShards, empty_layers, largest
+from ghostmask.masks.trained import load_trained
 
 
 class OneShot(MaskMethod):

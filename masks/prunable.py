@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from engine.errors import bad_value
+from ghostmask.engine.errors import bad_value
 
 
 def prunable_weights(net: nn.Module, dense_layers: Sequence[str] = ()) -> dict[str, nn.Parameter]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 METHODS = {
-    "dense": "masks.dense:Dense",
-    "magnitude": "masks.magnitude:Magnitude",
-    "gmp": "masks.gmp:GradualMagnitude",
-    "probmask": "masks.probmask:ProbMask",
-    "random": "masks.random_mask:Random",
-    "snip": "masks.snip:Snip",
-    "grasp": "masks.grasp:Grasp",
-    "synflow": "masks.synflow:SynFlow",
-    "mlprune": "masks.mlprune:MlPrune",
-    "lth": "masks.lth:LotteryTicket",
-    "file": "masks.from_file:FromFile",
+    "dense": "ghostmask.masks.methods.dense:Dense",
+    "magnitude": "ghostmask.masks.methods.magnitude:Magnitude",
+    "gmp": "ghostmask.masks.methods.gmp:GradualMagnitude",
+    "probmask": "ghostmask.masks.methods.probmask:ProbMask",
+    "random": "ghostmask.masks.methods.random_mask:Random",
+    "snip": "ghostmask.masks.methods.snip:Snip",
+    "grasp": "ghostmask.masks.methods.grasp:Grasp",
+    "synflow": "ghostmask.masks.methods.synflow:SynFlow",
+    "mlprune": "ghostmask.masks.methods.mlprune:MlPrune",
+    "lth": "ghostmask.masks.methods.lth:LotteryTicket",
+    "file": "ghostmask.masks.methods.from_file:FromFile",
 }
 """name -> "module:class", imported when it is used."""

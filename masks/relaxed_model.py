@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from masks.allocation import kept_masks
-from masks.masked_model import key
-from masks.noise import NoiseKey
-from masks.relaxed_mask import relaxed_weights
+from ghostmask.masks.kernels.noise import NoiseKey
+from ghostmask.masks.kernels.relaxed_mask import relaxed_weights
+from ghostmask.masks.masked_model import key
+from ghostmask.masks.scoring.allocation import kept_masks
 
 
 class RelaxedMasks(nn.Module):

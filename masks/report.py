@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from engine.hooks import Hook
-from engine.trainer import Trainer
-from masks.masked_model import FixedMasks, density_of
+from ghostmask.engine.hooks import Hook
+from ghostmask.engine.trainer import Trainer
+from ghostmask.masks.masked_model import FixedMasks, density_of
 
 
 class DensityReport(Hook):

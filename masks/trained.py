@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import nn
 
-from engine.errors import bad_value
-from engine.state_file import read_state_dict
+from ghostmask.engine.checkpoint.state_file import read_state_dict
+from ghostmask.engine.errors import bad_value
 
 
 def load_trained(net: nn.Module, path: str) -> None:

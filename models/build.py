@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from engine.errors import bad_value
-from engine.registry import resolve
-from models.config import ModelConfig
-from models.registry import MODELS
+from ghostmask.engine.errors import bad_value
+from ghostmask.engine.registry import resolve
+from ghostmask.models.config import ModelConfig
+from ghostmask.models.registry import MODELS
 
 
 def build_model(config: ModelConfig, num_classes: int, image_shape: tuple[int, int, int], seed: int) -> nn.Module:

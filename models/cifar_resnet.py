@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from models.image_size import require_image
-from models.initialisation import kaiming_normal
+from ghostmask.models.image_size import require_image
+from ghostmask.models.initialisation import kaiming_normal
 
 Block = type[BasicBlock] | type[Bottleneck]
 

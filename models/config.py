@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.config import require, require_number
-from engine.errors import unknown_name
-from models.registry import MODELS
+from ghostmask.engine.config import require, require_number
+from ghostmask.engine.errors import unknown_name
+from ghostmask.models.registry import MODELS
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from engine.errors import bad_value
+from ghostmask.engine.errors import bad_value
 
 
 class Ghosts(nn.Module):

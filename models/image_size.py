@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.errors import bad_value
+from ghostmask.engine.errors import bad_value
 
 
 def require_image(name: str, image_shape: tuple[int, int, int], smallest: int) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 from torchvision.models import resnet
 
-from engine.errors import bad_value
-from models.image_size import require_image
+from ghostmask.engine.errors import bad_value
+from ghostmask.models.image_size import require_image
 
 SMALLEST_IMAGE = 32
 """The network halves an image five times."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engine.data import Batch
-from engine.world import World
+from ghostmask.engine.data import Batch
+from ghostmask.engine.world import World
 
 SMALLEST_WEIGHT_FACTOR = 0.01
 """Lower bound of the factors of weights; that of biases is 0."""

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from engine.batchnorm import batch_statistics
-from engine.data import Batch, DataPipeline
-from engine.hooks import Hook
-from engine.precision import autocast
-from engine.trainer import Trainer
-from models.activations import soften, zeros_after_activations
-from models.config import TostConfig
-from models.ghosts import GhostedModel
-from models.rescaling import Rescaled, learn_factors
+from ghostmask.engine.batchnorm import batch_statistics
+from ghostmask.engine.data import Batch, DataPipeline
+from ghostmask.engine.hooks import Hook
+from ghostmask.engine.precision import autocast
+from ghostmask.engine.trainer import Trainer
+from ghostmask.models.activations import soften, zeros_after_activations
+from ghostmask.models.config import TostConfig
+from ghostmask.models.ghosts import GhostedModel
+from ghostmask.models.rescaling import Rescaled, learn_factors
 
 GHOST = "ghost"
 """Parameter group of the ghost skips."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from models.image_size import require_image
-from models.initialisation import kaiming_normal
+from ghostmask.models.image_size import require_image
+from ghostmask.models.initialisation import kaiming_normal
 
 STAGES = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4))
 """(channels, convolutions) between max-pools: configuration E of the VGG paper."""

@@ -6,8 +6,8 @@ from collections.abc import Generator, Iterator
 
 import torch
 
-from engine.data import Batch
-from engine.world import World
+from ghostmask.engine.data import Batch
+from ghostmask.engine.world import World
 
 
 class MemoryData:

@@ -13,15 +13,15 @@ from typing import Any
 from memory_data import MemoryData
 from torch import Tensor
 
-from engine.checkpoint import CheckpointStore
-from engine.config import CheckpointConfig, FinetuneConfig, OptimConfig, TrainConfig
-from engine.hooks import Hook
-from engine.trainer import Trainer
-from engine.world import World
-from launcher.config import RunConfig
-from launcher.run import Run, assemble, build_method
-from masks.config import MaskConfig
-from models.config import ModelConfig
+from ghostmask.engine.checkpoint.store import CheckpointStore
+from ghostmask.engine.config import CheckpointConfig, FinetuneConfig, OptimConfig, TrainConfig
+from ghostmask.engine.hooks import Hook
+from ghostmask.engine.trainer import Trainer
+from ghostmask.engine.world import World
+from ghostmask.launcher.config import RunConfig
+from ghostmask.launcher.run import Run, assemble, build_method
+from ghostmask.masks.config import MaskConfig
+from ghostmask.models.config import ModelConfig
 
 CONFIG = RunConfig(
     seed=3,

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import textbook
-from benchmarks.registry import BENCHMARKS
-from benchmarks.row import Row, faster, more_per_second, share, table
-from benchmarks.timing import peak_extra_bytes
-from engine.world import single
-from launcher.cli import run_command
-from masks.projection import project_
+from ghostmask.benchmarks import textbook
+from ghostmask.benchmarks.registry import BENCHMARKS
+from ghostmask.benchmarks.row import Row, faster, more_per_second, share, table
+from ghostmask.benchmarks.timing import peak_extra_bytes
+from ghostmask.engine.world import single
+from ghostmask.launcher.cli import run_command
+from ghostmask.masks.kernels.projection import project_
 
 ROOT = Path(__file__).resolve().parents[1]
 CASES = {

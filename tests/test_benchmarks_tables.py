@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import sweep, tost_table
-from engine.errors import InputError
-from launcher.settings import load_config, to_dict
-from models.config import TostConfig
+from ghostmask.benchmarks import sweep, tost_table
+from ghostmask.engine.errors import InputError
+from ghostmask.launcher.settings import load_config, to_dict
+from ghostmask.models.config import TostConfig
 
 SCORES = {
     (0, "0.1", "snip", "none"): 90.0, (1, "0.1", "snip", "none"): 94.0, (2, "0.1", "snip", "none"): 99.0,

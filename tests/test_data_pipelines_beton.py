@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from data_pipelines.beton import beton_path, manifest_path, publish, read_manifest
-from data_pipelines.config import DataConfig
-from data_pipelines.open import open_dataset, prepare
-from engine.errors import InputError
-from engine.world import single
+from ghostmask.data_pipelines.beton import beton_path, manifest_path, publish, read_manifest
+from ghostmask.data_pipelines.config import DataConfig
+from ghostmask.data_pipelines.open import open_dataset, prepare
+from ghostmask.engine.errors import InputError
+from ghostmask.engine.world import single
 
 
 def _config(root: Path, **settings: object) -> DataConfig:
@@ -172,7 +172,7 @@ def test_a_jpeg_damaged_after_its_check_stops_the_epoch_with_its_index(tmp_path:
 
 
 def read_manifest_unchecked(path: Path) -> str:
-    from data_pipelines.beton import peek_manifest
+    from ghostmask.data_pipelines.beton import peek_manifest
 
     manifest = peek_manifest(path)
     assert manifest is not None

@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from data_pipelines import order
-from data_pipelines.config import DataConfig
-from data_pipelines.open import open_dataset, prepare
-from engine.world import World
+from ghostmask.data_pipelines import order
+from ghostmask.data_pipelines.config import DataConfig
+from ghostmask.data_pipelines.open import open_dataset, prepare
+from ghostmask.engine.world import World
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 SIDE, NUM_TRAIN = 32, 24
@@ -56,14 +56,14 @@ def _open(config: DataConfig, rank: int = 0, size: int = 1):  # type: ignore[no-
 
 def _stored(root: Path) -> list[np.ndarray]:
     """What the .beton holds when nothing is JPEG: the images in class order, shorter side at most 64."""
-    from data_pipelines.imagefolder import imagefolder
+    from ghostmask.data_pipelines.imagefolder import imagefolder
 
     images = imagefolder(_config(root, 0.0)).images("train")
     return [images[i][0] for i in range(len(images))]
 
 
 def test_training_crops_are_the_derived_boxes_resized(root: Path) -> None:
-    from data_pipelines.decode import random_box
+    from ghostmask.data_pipelines.decode import random_box
 
     pipeline = _open(_config(root, 0.0))
     stored = _stored(root)
@@ -119,7 +119,7 @@ def test_crops_do_not_depend_on_ranks_or_threads(root: Path, num_workers: int) -
 
 @pytest.mark.parametrize(("pad", "flip"), [(0, False), (2, True), (1, False), (0, True), (8, True)])
 def test_shift_and_flip_equal_padding_and_slicing_one_image(pad: int, flip: bool) -> None:
-    from data_pipelines.decode import copy_whole, draws
+    from ghostmask.data_pipelines.decode import copy_whole, draws
 
     images = np.random.default_rng(0).integers(0, 256, (40, 7, 9, 3), dtype=np.uint8)
     rows = np.stack([np.arange(40, dtype=np.uint64)[::-1], order.sample_words(1, 2, np.arange(40))], 1)
@@ -133,7 +133,7 @@ def test_shift_and_flip_equal_padding_and_slicing_one_image(pad: int, flip: bool
 
 
 def test_draws_cover_every_place_evenly() -> None:
-    from data_pipelines.decode import draws
+    from ghostmask.data_pipelines.decode import draws
 
     down, right, flip = np.array([draws(word, 4, True) for word in order.sample_words(0, 0, np.arange(81_000))]).T
     cells = np.bincount(down * 9 + right, minlength=81)
@@ -144,7 +144,7 @@ def test_draws_cover_every_place_evenly() -> None:
 
 
 def test_no_flip_without_flip() -> None:
-    from data_pipelines.decode import draws
+    from ghostmask.data_pipelines.decode import draws
 
     assert not any(draws(word, 1, False)[2] for word in order.sample_words(0, 0, np.arange(1000)))
 
@@ -152,7 +152,7 @@ def test_no_flip_without_flip() -> None:
 def test_random_boxes_lie_inside_and_are_distributed_like_torchvisions() -> None:
     from torchvision.transforms import RandomResizedCrop
 
-    from data_pipelines.decode import random_box
+    from ghostmask.data_pipelines.decode import random_box
 
     ours = np.array([random_box(300, 400, word) for word in order.sample_words(0, 0, np.arange(4000))])
     torch.manual_seed(0)

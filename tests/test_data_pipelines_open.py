@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_pipelines.config import DataConfig
-from data_pipelines.open import check_batch, open_dataset, prepare
-from data_pipelines.source import Images
-from data_pipelines.synthetic import SyntheticImages
-from engine.data import DataPipeline
-from engine.errors import InputError
-from engine.world import World
+from ghostmask.data_pipelines.config import DataConfig
+from ghostmask.data_pipelines.open import check_batch, open_dataset, prepare
+from ghostmask.data_pipelines.source import Images
+from ghostmask.data_pipelines.synthetic import SyntheticImages
+from ghostmask.engine.data import DataPipeline
+from ghostmask.engine.errors import InputError
+from ghostmask.engine.world import World
 
 NUM_TRAIN, NUM_EVAL, BATCH = 100, 31, 12
 STEPS = NUM_TRAIN // BATCH

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from data_pipelines import order
+from ghostmask.data_pipelines import order
 
 
 def test_order_and_words_never_change_between_versions() -> None:

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.cifar import cifar10, cifar100
-from data_pipelines.config import DataConfig
-from data_pipelines.digits import digits, split_indices
-from data_pipelines.imagefolder import imagefolder, load_rgb
-from data_pipelines.open import describe
-from data_pipelines.registry import DATASETS
-from data_pipelines.source import Augmentation, Images
-from data_pipelines.synthetic import synthetic
-from engine.errors import InputError
+from ghostmask.data_pipelines.cifar import cifar10, cifar100
+from ghostmask.data_pipelines.config import DataConfig
+from ghostmask.data_pipelines.digits import digits, split_indices
+from ghostmask.data_pipelines.imagefolder import imagefolder, load_rgb
+from ghostmask.data_pipelines.open import describe
+from ghostmask.data_pipelines.registry import DATASETS
+from ghostmask.data_pipelines.source import Augmentation, Images
+from ghostmask.data_pipelines.synthetic import synthetic
+from ghostmask.engine.errors import InputError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -137,10 +137,10 @@ def cifar100_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_cifar100_comes_out_of_ffcv_pixel_by_pixel(cifar100_root: Path, tmp_path: Path) -> None:
     import torchvision
 
-    from data_pipelines.decode import WholeImage
-    from data_pipelines.loader import BetonLoader
-    from data_pipelines.order import eval_rows
-    from data_pipelines.write import write_images
+    from ghostmask.data_pipelines.decode import WholeImage
+    from ghostmask.data_pipelines.loader import BetonLoader
+    from ghostmask.data_pipelines.order import eval_rows
+    from ghostmask.data_pipelines.write import write_images
 
     source = cifar100(DataConfig(dataset="cifar100", root=str(cifar100_root)))
     assert source.fingerprint() == source.fingerprint()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.atomic import replacing
+from ghostmask.engine.atomic import replacing
 
 
 def test_the_new_content_replaces_the_old_one_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_a_kill_leaves_the_old_content_and_the_next_call_cleans_up(tmp_path: Pat
     code = """
 import os, signal, sys
 from pathlib import Path
-from engine.atomic import replacing
+from ghostmask.engine.atomic import replacing
 with replacing(Path(sys.argv[1])) as writing:
     writing.write_text("ne")
     os.kill(os.getpid(), signal.SIGKILL)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine.batchnorm import average_buffers, batch_statistics, local_buffers, reestimate
-from engine.data import Batch
-from engine.spawn import run_distributed
-from engine.world import World, single
+from ghostmask.engine.batchnorm import average_buffers, batch_statistics, local_buffers, reestimate
+from ghostmask.engine.data import Batch
+from ghostmask.engine.spawn import run_distributed
+from ghostmask.engine.world import World, single
 
 
 def batches(seed: int, count: int) -> list[Batch]:

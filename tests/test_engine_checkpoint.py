@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.checkpoint import CheckpointError, CheckpointStore, Piece, PlanError, Saved
-from engine.checkpoint_files import FolderLock, checkpoints
-from engine.spawn import PRELOAD, run_distributed
-from engine.world import World, single
+from ghostmask.engine.checkpoint.files import FolderLock, checkpoints
+from ghostmask.engine.checkpoint.store import CheckpointError, CheckpointStore, Piece, PlanError, Saved
+from ghostmask.engine.spawn import PRELOAD, run_distributed
+from ghostmask.engine.world import World, single
 
 CUTS = {1: [0, 101], 2: [0, 1, 101], 3: [0, 37, 37, 101], 4: [0, 0, 64, 100, 101]}
 """Where a tensor of 101 elements is cut for so many ranks: odd places, and ranks that own nothing."""

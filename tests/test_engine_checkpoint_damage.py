@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from engine.checkpoint import CheckpointError, CheckpointStore, Piece
-from engine.checkpoint_files import checkpoints, read_manifest
-from engine.spawn import PRELOAD, run_distributed
-from engine.world import World, single
+from ghostmask.engine.checkpoint.files import checkpoints, read_manifest
+from ghostmask.engine.checkpoint.store import CheckpointError, CheckpointStore, Piece
+from ghostmask.engine.spawn import PRELOAD, run_distributed
+from ghostmask.engine.world import World, single
 
 NUMEL = 3000
 

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.func import functional_call, hessian
 from torch.nn import functional
 
-from engine.checkpoint import CheckpointStore
-from engine.curvature import Curvature, top_eigenvalues
-from engine.data import Batch
-from engine.errors import InputError
-from engine.spawn import run_distributed
-from engine.world import World, single
-from launcher.hessian import measure
-from models.config import TOST_PRESETS
+from ghostmask.engine.checkpoint.store import CheckpointStore
+from ghostmask.engine.curvature import Curvature, top_eigenvalues
+from ghostmask.engine.data import Batch
+from ghostmask.engine.errors import InputError
+from ghostmask.engine.spawn import run_distributed
+from ghostmask.engine.world import World, single
+from ghostmask.launcher.hessian import measure
+from ghostmask.models.config import TOST_PRESETS
 
 
 def problem() -> tuple[nn.Module, dict[str, Tensor], dict[str, Tensor], Batch]:

@@ -17,8 +17,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from engine.metrics import NUM_BUCKETS, MetricWriter
-from engine.world import World, single
+from ghostmask.engine.metrics import NUM_BUCKETS, MetricWriter
+from ghostmask.engine.world import World, single
 
 
 def _lines(folder: Path) -> list[dict[str, Any]]:
@@ -96,8 +96,8 @@ def test_closing_twice_and_writing_after_it_do_nothing(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from engine.metrics import MetricWriter
-from engine.world import single
+from ghostmask.engine.metrics import MetricWriter
+from ghostmask.engine.world import single
 writer = MetricWriter(Path(sys.argv[1]), single(), None)
 for step in range(1, 11):
     writer.scalars(step, {"loss": float(step)}, phase="search")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine.optimizer import Adam, ParameterGroup, ProjectedOptimizer, Sgd, UpdateRule
+from ghostmask.engine.sharding.optimizer import Adam, ParameterGroup, ProjectedOptimizer, Sgd, UpdateRule
 
 RULES: list[tuple[UpdateRule, type[torch.optim.Optimizer], dict[str, Any]]] = [
     (Sgd(0.9, 5e-4), torch.optim.SGD, {"momentum": 0.9, "weight_decay": 5e-4}),

@@ -10,9 +10,9 @@ import torch
 from memory_run import CONFIG, complete, configured, memory_run
 from torch import Tensor
 
-from engine.spawn import run_distributed
-from engine.world import World
-from masks.probmask import ProbMask
+from ghostmask.engine.spawn import run_distributed
+from ghostmask.engine.world import World
+from ghostmask.masks.methods.probmask import ProbMask
 
 SHORT = configured(CONFIG, checkpoint={"every_steps": 0, "asynchronous": False}, train={"eval_every": 9})
 

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 
 import torch
 
-from engine.progress import Progress
-from engine.world import World, single
+from ghostmask.engine.progress import Progress
+from ghostmask.engine.world import World, single
 
 FIELDS: dict[str, float | str] = {
     "phase": "search",

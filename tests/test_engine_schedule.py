@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from engine.schedule import LearningRate
+from ghostmask.engine.schedule import LearningRate
 
 
 def test_cosine_falls_from_one_to_zero_over_the_phase() -> None:

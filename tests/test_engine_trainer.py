@@ -14,21 +14,21 @@ from memory_data import MemoryData
 from torch import Tensor, nn
 from torch.nn import functional
 
-from engine.checkpoint import CheckpointStore
-from engine.config import CheckpointConfig, TrainConfig
-from engine.errors import EXIT_INTERRUPTED, EXIT_NON_FINITE, RunStopped
-from engine.hooks import Hook
-from engine.loss import LossModule
-from engine.metrics import MetricWriter
-from engine.optimizer import Adam, ParameterGroup, Sgd
-from engine.position import Phase
-from engine.progress import Progress
-from engine.reporting import Reporter
-from engine.schedule import LearningRate
-from engine.shards import Shard
-from engine.spawn import run_distributed
-from engine.trainer import Task, Trainer
-from engine.world import World
+from ghostmask.engine.checkpoint.store import CheckpointStore
+from ghostmask.engine.config import CheckpointConfig, TrainConfig
+from ghostmask.engine.errors import EXIT_INTERRUPTED, EXIT_NON_FINITE, RunStopped
+from ghostmask.engine.hooks import Hook
+from ghostmask.engine.loss import LossModule
+from ghostmask.engine.metrics import MetricWriter
+from ghostmask.engine.position import Phase
+from ghostmask.engine.progress import Progress
+from ghostmask.engine.reporting import Reporter
+from ghostmask.engine.schedule import LearningRate
+from ghostmask.engine.sharding.optimizer import Adam, ParameterGroup, Sgd
+from ghostmask.engine.sharding.shards import Shard
+from ghostmask.engine.spawn import run_distributed
+from ghostmask.engine.trainer import Task, Trainer
+from ghostmask.engine.world import World
 
 
 class Net(nn.Module):

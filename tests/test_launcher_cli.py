@@ -15,15 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines.registry import DATASETS
-from engine.errors import EXIT_INTERRUPTED, InputError, RunStopped
-from launcher import __main__ as entry
-from launcher import show
-from launcher.cli import build_parser, run_command
-from launcher.locate import shipped_configs
-from launcher.settings import load_config
-from masks.registry import METHODS
-from models.registry import MODELS
+from ghostmask.data_pipelines.registry import DATASETS
+from ghostmask.engine.errors import EXIT_INTERRUPTED, InputError, RunStopped
+from ghostmask.launcher import main as entry
+from ghostmask.launcher import show
+from ghostmask.launcher.cli import build_parser, run_command
+from ghostmask.launcher.locate import shipped_configs
+from ghostmask.launcher.settings import load_config
+from ghostmask.masks.registry import METHODS
+from ghostmask.models.registry import MODELS
 
 GHOSTMASK = str(Path(sysconfig.get_path("scripts")) / "ghostmask")
 
@@ -70,7 +70,7 @@ def test_every_help_text_names_its_options(command: str, capsys: pytest.CaptureF
 
 def test_every_example_of_the_help_texts_is_a_valid_command_line() -> None:
     examples = re.findall(
-        r"^  (?:torchrun .*-m launcher|ghostmask) (.*?)(?:   .*| > .*)?$", _all_epilogs(), re.MULTILINE
+        r"^  (?:torchrun .*-m ghostmask|ghostmask) (.*?)(?:   .*| > .*)?$", _all_epilogs(), re.MULTILINE
     )
     assert len(examples) > 12
     for example in examples:
@@ -150,7 +150,7 @@ def test_only_rank_0_says_what_is_wrong() -> None:
 )
 def test_what_needs_no_torch_imports_none_and_takes_less_than_a_second(arguments: list[str]) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "-X", "importtime", "-m", "launcher", *arguments]
+    command = [sys.executable, "-X", "importtime", "-m", "ghostmask", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines() if "|" in line}

@@ -11,12 +11,12 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from engine.errors import InputError
-from engine.registry import resolve
-from launcher.checks import FINETUNED, READ_BY_METHOD, check_config
-from launcher.config import RunConfig
-from launcher.locate import find_config, find_run, shipped_configs
-from launcher.settings import (
+from ghostmask.engine.errors import InputError
+from ghostmask.engine.registry import resolve
+from ghostmask.launcher.checks import FINETUNED, READ_BY_METHOD, check_config
+from ghostmask.launcher.config import RunConfig
+from ghostmask.launcher.locate import find_config, find_run, shipped_configs
+from ghostmask.launcher.settings import (
     differences,
     field_docs,
     from_dict,
@@ -26,9 +26,9 @@ from launcher.settings import (
     to_dict,
     to_yaml,
 )
-from masks.config import MaskConfig
-from masks.registry import METHODS
-from models.config import TostConfig
+from ghostmask.masks.config import MaskConfig
+from ghostmask.masks.registry import METHODS
+from ghostmask.models.config import TostConfig
 
 
 def write(folder: Path, text: str) -> str:
@@ -375,7 +375,7 @@ def test_a_batch_that_ranks_cannot_share_names_the_nearest_that_they_can(
 @pytest.mark.parametrize("method", METHODS)
 def test_the_table_of_what_a_method_reads_agrees_with_its_source(method: str) -> None:
     tree = _source_of(METHODS[method].partition(":")[0])
-    shared = {node.name: node for node in _source_of("masks.one_shot").body if isinstance(node, ast.ClassDef)}
+    shared = {node.name: node for node in _source_of("ghostmask.masks.one_shot").body if isinstance(node, ast.ClassDef)}
     for node in tree.body:  # the loop reaches what is appended
         if isinstance(node, ast.ClassDef):
             tree.body += [shared[name] for name in map(ast.unparse, node.bases) if name in shared]

@@ -13,11 +13,11 @@ from llvmlite import binding
 MASKED = """
 import hashlib, sys
 if sys.argv[1] == "prepared":
-    from launcher.environment import prepare_environment
+    from ghostmask.launcher.environment import prepare_environment
     prepare_environment("cpu")
 import numba, torch
-from masks.noise import NoiseKey
-from masks.relaxed_mask import relaxed_weights
+from ghostmask.masks.kernels.noise import NoiseKey
+from ghostmask.masks.kernels.relaxed_mask import relaxed_weights
 generator = torch.Generator().manual_seed(0)
 w, s, g = (torch.rand(5000, generator=generator).requires_grad_() for _ in range(3))
 (out,) = relaxed_weights([w], [s], NoiseKey(0, 0, 0, 0), 0.3)
@@ -42,7 +42,7 @@ def test_kernels_take_whole_avx512_registers_and_give_the_same_bits() -> None:
 
 
 def test_a_process_with_one_core_writes_its_images_and_ends(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "launcher", "prepare", "digits_tost", f"data.root={tmp_path}"]
+    command = [sys.executable, "-m", "ghostmask", "prepare", "digits_tost", f"data.root={tmp_path}"]
     core = {min(os.sched_getaffinity(0))}
     done = subprocess.run(
         command, capture_output=True, timeout=120, check=True, preexec_fn=lambda: os.sched_setaffinity(0, core)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launcher.__main__ import main
+from ghostmask.launcher.main import main
 
 Train = Callable[..., str]
 

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from engine.errors import InputError
-from launcher.export import load_export, summarise, write_export
-from masks.prunable import prunable_weights
-from models.build import build_model
-from models.config import ModelConfig
+from ghostmask.engine.errors import InputError
+from ghostmask.launcher.export import load_export, summarise, write_export
+from ghostmask.masks.prunable import prunable_weights
+from ghostmask.models.build import build_model
+from ghostmask.models.config import ModelConfig
 
 SHAPE = (3, 8, 8)
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from engine.errors import InputError
-from launcher.cli import run_command
-from masks.topk import kept_count
+from ghostmask.engine.errors import InputError
+from ghostmask.launcher.cli import run_command
+from ghostmask.masks.scoring.topk import kept_count
 
 
 def mask_in(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, object]]:

@@ -11,14 +11,14 @@ from pathlib import Path
 from memory_run import CONFIG, complete, configured
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from engine.spawn import run_distributed
-from launcher.settings import to_yaml
-from masks.config import MaskConfig
-from models.config import TOST_PRESETS
+from ghostmask.engine.spawn import run_distributed
+from ghostmask.launcher.settings import to_yaml
+from ghostmask.masks.config import MaskConfig
+from ghostmask.models.config import TOST_PRESETS
 
 COMMANDS = """
 import sys
-from launcher.cli import run_command
+from ghostmask.launcher.cli import run_command
 run_command(["prepare", sys.argv[1] + "/config.yaml"])
 run_command(["hessian", sys.argv[1], "--top", "2", "--batches", "1"])
 """

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from memory_run import CONFIG, Outcome, complete, configured
 
-from engine.spawn import run_distributed
+from ghostmask.engine.spawn import run_distributed
 
 ALWAYS_SAVING = configured(
     CONFIG, model={"name": "digits_resnet"}, mask={"noise": "per_rank"}, checkpoint={"every_steps": 1, "keep": 2}

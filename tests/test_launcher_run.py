@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 pytestmark = pytest.mark.timeout(900)
 
 SMALL = ["train.epochs=3", "finetune.epochs=1", "train.log_every=5", "checkpoint.every_steps=7", "mask.density=0.1"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "launcher"]
-ALONE = [sys.executable, "-m", "launcher"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "ghostmask"]
+ALONE = [sys.executable, "-m", "ghostmask"]
 
 
 class UserRun:
@@ -100,7 +100,7 @@ def test_tensorboard_holds_the_same_scalars_and_histograms(finished: UserRun) ->
 
 
 def test_the_export_is_a_plain_state_dict_with_exactly_the_density(finished: UserRun) -> None:
-    from models.cifar_resnet import digits_resnet
+    from ghostmask.models.cifar_resnet import digits_resnet
 
     tensors = load_file(finished.folder / "export" / "model.safetensors")
     digits_resnet(10, (3, 8, 8)).load_state_dict(tensors, strict=True)

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader
 from torch.nn import functional
 
-from engine.hooks import Hook
-from engine.spawn import run_distributed
-from engine.trainer import Trainer
-from engine.world import World
-from launcher.export import load_export
-from launcher.train import finish
-from masks.masked_model import present_masks
-from models.build import build_model
-from models.config import TOST_PRESETS, ModelConfig
+from ghostmask.engine.hooks import Hook
+from ghostmask.engine.spawn import run_distributed
+from ghostmask.engine.trainer import Trainer
+from ghostmask.engine.world import World
+from ghostmask.launcher.export import load_export
+from ghostmask.launcher.train import finish
+from ghostmask.masks.masked_model import present_masks
+from ghostmask.models.build import build_model
+from ghostmask.models.config import TOST_PRESETS, ModelConfig
 
 TOST = configured(
     CONFIG, model={"name": "digits_resnet"},

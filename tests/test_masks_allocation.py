@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from masks.allocation import kept_masks, layer_counts
-from masks.random_mask import random_mask
-from masks.topk import kept_count
+from ghostmask.masks.methods.random_mask import random_mask
+from ghostmask.masks.scoring.allocation import kept_masks, layer_counts
+from ghostmask.masks.scoring.topk import kept_count
 
 SHAPES = [(64, 3, 7, 7), (64, 64, 1, 1), (128, 64, 3, 3), (512, 512, 3, 3), (10, 512)]
 SIZES = [math.prod(shape) for shape in SHAPES]

@@ -18,22 +18,22 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from engine.config import FinetuneConfig, OptimConfig
-from engine.errors import InputError
-from engine.registry import resolve
-from engine.spawn import run_distributed
-from engine.world import World, single
-from launcher.checks import FINDERS, check_finder
-from masks.config import MaskConfig
-from masks.mask_file import write_masks
-from masks.masked_model import density_of
-from masks.method import MaskMethod, Recipe
-from masks.one_shot import report
-from masks.registry import METHODS
-from masks.score_shards import empty_layers
-from masks.topk import kept_count
-from models.build import build_model
-from models.config import ModelConfig
+from ghostmask.engine.config import FinetuneConfig, OptimConfig
+from ghostmask.engine.errors import InputError
+from ghostmask.engine.registry import resolve
+from ghostmask.engine.spawn import run_distributed
+from ghostmask.engine.world import World, single
+from ghostmask.launcher.checks import FINDERS, check_finder
+from ghostmask.masks.config import MaskConfig
+from ghostmask.masks.mask_file import write_masks
+from ghostmask.masks.masked_model import density_of
+from ghostmask.masks.method import MaskMethod, Recipe
+from ghostmask.masks.one_shot import report
+from ghostmask.masks.registry import METHODS
+from ghostmask.masks.scoring.score_shards import empty_layers
+from ghostmask.masks.scoring.topk import kept_count
+from ghostmask.models.build import build_model
+from ghostmask.models.config import ModelConfig
 
 RECIPE = Recipe(OptimConfig(), FinetuneConfig(), epochs=1, seed=3)
 SCORING = ("random", "snip", "grasp", "synflow", "mlprune", "magnitude")

@@ -80,7 +80,7 @@ def test_kernel_compiles_for_an_h100(module: str, name: str, arguments: dict, co
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = getattr(importlib.import_module(f"masks.{module}"), name)
+    kernel = getattr(importlib.import_module(f"ghostmask.masks.{module}"), name)
     values = {n: getattr(tl, v) if isinstance(v, str) else v for n, v in constants.items()}
     places = {(kernel.arg_names.index(n),): v for n, v in values.items()}
     signature = arguments | dict.fromkeys(constants, "constexpr")

@@ -12,21 +12,21 @@ import torch
 from memory_run import CONFIG, configured, memory_run
 from torch import Tensor
 
-from engine.config import FinetuneConfig, OptimConfig
-from engine.errors import InputError, RunStopped
-from engine.hooks import Hook
-from engine.registry import resolve
-from engine.spawn import run_distributed
-from engine.trainer import Trainer
-from engine.world import World, single
-from launcher.config import RunConfig
-from launcher.run import learning_rate, plan
-from masks.config import MaskConfig
-from masks.method import Recipe
-from masks.registry import METHODS
-from masks.topk import kept_count
-from models.build import build_model
-from models.config import ModelConfig
+from ghostmask.engine.config import FinetuneConfig, OptimConfig
+from ghostmask.engine.errors import InputError, RunStopped
+from ghostmask.engine.hooks import Hook
+from ghostmask.engine.registry import resolve
+from ghostmask.engine.spawn import run_distributed
+from ghostmask.engine.trainer import Trainer
+from ghostmask.engine.world import World, single
+from ghostmask.launcher.config import RunConfig
+from ghostmask.launcher.run import learning_rate, plan
+from ghostmask.masks.config import MaskConfig
+from ghostmask.masks.method import Recipe
+from ghostmask.masks.registry import METHODS
+from ghostmask.masks.scoring.topk import kept_count
+from ghostmask.models.build import build_model
+from ghostmask.models.config import ModelConfig
 
 LTH = configured(
     CONFIG, model={"name": "digits_resnet"}, mask={"method": "lth", "round_fraction": 0.5}, train={"epochs": 2}

@@ -10,15 +10,15 @@ import torch
 from memory_data import MemoryData
 from memory_run import CONFIG, complete, configured
 
-from engine.spawn import run_distributed
-from launcher.config import RunConfig
-from masks.allocation import layer_counts
-from masks.mask_file import write_masks
-from masks.prunable import prunable_weights
-from masks.random_mask import random_mask
-from masks.registry import METHODS
-from masks.topk import kept_count
-from models.build import build_model
+from ghostmask.engine.spawn import run_distributed
+from ghostmask.launcher.config import RunConfig
+from ghostmask.masks.mask_file import write_masks
+from ghostmask.masks.methods.random_mask import random_mask
+from ghostmask.masks.prunable import prunable_weights
+from ghostmask.masks.registry import METHODS
+from ghostmask.masks.scoring.allocation import layer_counts
+from ghostmask.masks.scoring.topk import kept_count
+from ghostmask.models.build import build_model
 
 BATCH_NORM = configured(CONFIG, model={"name": "digits_resnet"})
 """A network with batch norm: its running statistics are each rank's own between epochs."""

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from masks.noise import NoiseKey, philox, random_words
+from ghostmask.masks.kernels.noise import NoiseKey, philox, random_words
 
 
 def words(counter: list[int], key: list[int]) -> list[int]:

@@ -11,11 +11,11 @@ import torch
 from memory_data import MemoryData
 from memory_run import CONFIG, Outcome, complete, configured, memory_run
 
-from engine.hooks import Hook
-from engine.spawn import run_distributed
-from engine.trainer import Trainer
-from engine.world import World
-from masks.topk import kept_count
+from ghostmask.engine.hooks import Hook
+from ghostmask.engine.spawn import run_distributed
+from ghostmask.engine.trainer import Trainer
+from ghostmask.engine.world import World
+from ghostmask.masks.scoring.topk import kept_count
 
 SEARCH_20 = configured(
     CONFIG, mask={"lr": 6e-3}, train={"epochs": 5}, finetune={"epochs": 0}, checkpoint={"every_steps": 0}

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.errors import EXIT_NON_FINITE, RunStopped
-from engine.spawn import run_distributed
-from engine.world import World, single
-from masks import projection_passes
-from masks.projection import find_threshold, project_, project_layers_
+from ghostmask.engine.errors import EXIT_NON_FINITE, RunStopped
+from ghostmask.engine.spawn import run_distributed
+from ghostmask.engine.world import World, single
+from ghostmask.masks.kernels import projection_passes
+from ghostmask.masks.kernels.projection import find_threshold, project_, project_layers_
 
 RESNET50 = 25_502_912
 """Prunable weights of ResNet-50."""
@@ -213,7 +213,7 @@ def test_torch_form_gives_the_bits_of_the_compiled_form(monkeypatch: pytest.Monk
     compiled = {name: z for name, (z, _) in cases().items()}
     values = {name: project_(compiled[name], budget, len(z), 7, single()) for name, (z, budget) in cases().items()}
     monkeypatch.setattr(projection_passes, "kernels_for", lambda piece, module: None)
-    monkeypatch.setattr("masks.projection_bracket.kernels_on", lambda device, module: None)
+    monkeypatch.setattr("ghostmask.masks.kernels.projection_bracket.kernels_on", lambda device, module: None)
     monkeypatch.setattr(projection_passes, "CHUNK", 1000)
     for name, (z, budget) in cases().items():
         assert project_(z, budget, len(z), 7, single()) == values[name], name
@@ -280,7 +280,7 @@ def test_what_is_no_float32_vector_or_no_budget_is_refused() -> None:
 
 @pytest.mark.parametrize("length", [0, 5, 16, 1000])
 def test_marked_elements_are_appended_in_order_and_the_rest_left_alone(length: int) -> None:
-    from masks.projection_cpu import _append
+    from ghostmask.masks.kernels.projection_cpu import _append
 
     rng = np.random.default_rng(length)
     values, marked = rng.random(length, np.float32), (rng.random(length) < 0.3).astype(np.uint8)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from engine.errors import InputError
-from masks.prunable import prunable_weights
+from ghostmask.engine.errors import InputError
+from ghostmask.masks.prunable import prunable_weights
 
 
 def _net() -> nn.Module:

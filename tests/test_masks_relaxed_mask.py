@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from masks import relaxed_mask as module
-from masks import relaxed_mask_torch
-from masks.compiled import load_kernels
-from masks.noise import NoiseKey, random_words
-from masks.relaxed_mask import EPS, relaxed_bucket, relaxed_weights
-from masks.relaxed_mask_torch import relaxed_mask
+from ghostmask.masks.kernels import relaxed_mask as module
+from ghostmask.masks.kernels import relaxed_mask_torch
+from ghostmask.masks.kernels.compiled import load_kernels
+from ghostmask.masks.kernels.noise import NoiseKey, random_words
+from ghostmask.masks.kernels.relaxed_mask import EPS, relaxed_bucket, relaxed_weights
+from ghostmask.masks.kernels.relaxed_mask_torch import relaxed_mask
 
 KEY = NoiseKey(seed=3, step=14, sample=1, rank=5)
 SHAPES = [(64, 3, 7, 7), (130, 65, 1, 1), (10,), (1000, 33), (1,)]
@@ -63,7 +63,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_mask_and_gradients_equal_float64_autograd(
     monkeypatch: pytest.MonkeyPatch, path: str, temperature: float
 ) -> None:
-    assert load_kernels("masks.relaxed_mask_cpu") is not None
+    assert load_kernels("ghostmask.masks.kernels.relaxed_mask_cpu") is not None
     if path == "torch":
         eager(monkeypatch)
     ours, expected = forward_and_gradients(temperature, *inputs()), textbook(temperature)
@@ -94,7 +94,7 @@ def test_kernels_that_do_not_compile_are_a_warning_and_torch_takes_their_place(m
         raise OSError("no compiler here")
 
     load_kernels.cache_clear()
-    monkeypatch.setattr("masks.relaxed_mask_cpu.compile_all", broken)
+    monkeypatch.setattr("ghostmask.masks.kernels.relaxed_mask_cpu.compile_all", broken)
     with pytest.warns(UserWarning, match=r"relaxed_mask_cpu could not be compiled, slower torch code is used.*here"):
         results = forward_and_gradients(0.2, *inputs())
     load_kernels.cache_clear()
@@ -113,7 +113,7 @@ def test_noise_does_not_depend_on_threads_or_chunks(monkeypatch: pytest.MonkeyPa
         whole = relaxed_weights(weights, probabilities, KEY, 0.5)
         monkeypatch.setattr(relaxed_mask_torch, "CHUNK", 1024)
     else:
-        monkeypatch.setattr("masks.relaxed_mask_cpu.SMALLEST_RANGE", 1)
+        monkeypatch.setattr("ghostmask.masks.kernels.relaxed_mask_cpu.SMALLEST_RANGE", 1)
         torch.set_num_threads(3)
     parts = relaxed_weights(weights, probabilities, KEY, 0.5)
     torch.set_num_threads(before)
@@ -251,7 +251,7 @@ def test_compiled_backward_uses_the_noise_of_its_forward(
     torch._dynamo.utils.counters.clear()
     s, temperature = torch.full((300,), 0.5), torch.tensor(0.7)
     runs: list[int] = []
-    kernels = load_kernels("masks.relaxed_mask_cpu") or relaxed_mask_torch
+    kernels = load_kernels("ghostmask.masks.kernels.relaxed_mask_cpu") or relaxed_mask_torch
     forward = kernels.forward
     monkeypatch.setattr(kernels, "forward", lambda *a: (runs.append(1), forward(*a)))
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from masks.masked_model import MaskedModel
-from masks.noise import NoiseKey
-from masks.relaxed_mask import BUCKET, _buckets, relaxed_weights
-from masks.relaxed_model import RelaxedMasks
+from ghostmask.masks.kernels.noise import NoiseKey
+from ghostmask.masks.kernels.relaxed_mask import BUCKET, _buckets, relaxed_weights
+from ghostmask.masks.masked_model import MaskedModel
+from ghostmask.masks.relaxed_model import RelaxedMasks
 
 NAMES = ("0.weight", "3.weight")
 
@@ -85,7 +85,7 @@ def test_a_tensor_has_the_same_noise_in_any_bucket(monkeypatch: pytest.MonkeyPat
     tensors = [torch.ones(700), torch.ones(30, 50), torch.ones(9)]
     probabilities = [torch.full_like(t, 0.5) for t in tensors]
     whole = relaxed_weights(tensors, probabilities, NoiseKey(0, 0, 0, 0), 0.5)
-    monkeypatch.setattr("masks.relaxed_mask.BUCKET", 1)
+    monkeypatch.setattr("ghostmask.masks.kernels.relaxed_mask.BUCKET", 1)
     apart = relaxed_weights(tensors, probabilities, NoiseKey(0, 0, 0, 0), 0.5)
     assert all(torch.equal(a, b) for a, b in zip(whole, apart, strict=True))
     assert not torch.equal(whole[0][:9], whole[2])

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from masks.schedules import cubic_density, linear_temperature
+from ghostmask.masks.schedules import cubic_density, linear_temperature
 
 IMAGENET = {"start": 16, "end": 60}
 CIFAR = {"start": 48, "end": 180}

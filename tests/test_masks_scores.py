@@ -14,20 +14,20 @@ from memory_data import MemoryData
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from engine.config import FinetuneConfig, OptimConfig
-from engine.data import Batch
-from engine.registry import resolve
-from engine.world import single
-from masks.config import MaskConfig
-from masks.grasp import TEMPERATURE, default_per_class
-from masks.kronecker import drawn_labels
-from masks.method import Recipe
-from masks.registry import METHODS
-from masks.score_images import First, PerClass, chosen_images
-from masks.score_shards import ScoreShards
-from masks.topk import kept_count, topk_masks
-from models.build import build_model
-from models.config import ModelConfig
+from ghostmask.engine.config import FinetuneConfig, OptimConfig
+from ghostmask.engine.data import Batch
+from ghostmask.engine.registry import resolve
+from ghostmask.engine.world import single
+from ghostmask.masks.config import MaskConfig
+from ghostmask.masks.method import Recipe
+from ghostmask.masks.methods.grasp import TEMPERATURE, default_per_class
+from ghostmask.masks.registry import METHODS
+from ghostmask.masks.scoring.kronecker import drawn_labels
+from ghostmask.masks.scoring.score_images import First, PerClass, chosen_images
+from ghostmask.masks.scoring.score_shards import ScoreShards
+from ghostmask.masks.scoring.topk import kept_count, topk_masks
+from ghostmask.models.build import build_model
+from ghostmask.models.config import ModelConfig
 
 RECIPE = Recipe(OptimConfig(), FinetuneConfig(), epochs=1, seed=3)
 
@@ -180,7 +180,7 @@ def test_synflow_on_a_linear_network_follows_its_closed_form() -> None:
 
 
 def test_synflow_scores_of_every_layer_of_a_convolutional_network_add_up_to_its_output() -> None:
-    from masks.synflow import flow_scores
+    from ghostmask.masks.methods.synflow import flow_scores
 
     net = build_model(ModelConfig(name="conv4"), 4, (3, 8, 8), 3).double()
     with torch.no_grad():

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from engine.errors import EXIT_NON_FINITE, RunStopped
-from engine.spawn import run_distributed
-from engine.world import World
-from masks import topk
-from masks.compiled import load_kernels
-from masks.topk import kept_count, topk_masks, topk_shard
+from ghostmask.engine.errors import EXIT_NON_FINITE, RunStopped
+from ghostmask.engine.spawn import run_distributed
+from ghostmask.engine.world import World
+from ghostmask.masks.kernels.compiled import load_kernels
+from ghostmask.masks.scoring import topk
+from ghostmask.masks.scoring.topk import kept_count, topk_masks, topk_shard
 
 
 def by_sorting(scores: list[torch.Tensor], kept: int) -> list[torch.Tensor]:
@@ -123,7 +123,7 @@ def test_a_count_out_of_range_is_refused(kept: int) -> None:
 
 
 def test_counting_is_compiled_here() -> None:
-    assert load_kernels("masks.topk_cpu") is not None
+    assert load_kernels("ghostmask.masks.scoring.topk_cpu") is not None
 
 
 def test_kept_count_rounds_and_keeps_at_least_one_weight() -> None:

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.activations import SoftActivation, soften, zeros_after_activations
-from models.build import build_model
-from models.config import ModelConfig
-from models.registry import MODELS
-from models.tost import pswish_beta
+from ghostmask.models.activations import SoftActivation, soften, zeros_after_activations
+from ghostmask.models.build import build_model
+from ghostmask.models.config import ModelConfig
+from ghostmask.models.registry import MODELS
+from ghostmask.models.tost import pswish_beta
 
 
 class Calls(TorchDispatchMode):

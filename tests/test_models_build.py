@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from torchvision.models import resnet
 
-from engine.errors import InputError
-from masks.prunable import prunable_weights
-from models.build import build_model
-from models.config import ModelConfig
-from models.registry import MODELS
+from ghostmask.engine.errors import InputError
+from ghostmask.masks.prunable import prunable_weights
+from ghostmask.models.build import build_model
+from ghostmask.models.config import ModelConfig
+from ghostmask.models.registry import MODELS
 
 SMALL, LARGE = (3, 32, 32), (3, 224, 224)
 PUBLISHED = [

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torchvision.models import resnet
 
-from masks.prunable import prunable_weights
-from models.flops import count_flops
+from ghostmask.masks.prunable import prunable_weights
+from ghostmask.models.flops import count_flops
 
 
 def test_resnet50_needs_4_1_billion_multiply_adds_at_224_pixels() -> None:

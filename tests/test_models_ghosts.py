@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from engine.errors import InputError
-from masks.prunable import prunable_weights
-from models.build import build_model
-from models.config import ModelConfig
-from models.ghosts import GhostedModel, Ghosts
-from models.registry import MODELS
-from models.tost import ghost_alpha
+from ghostmask.engine.errors import InputError
+from ghostmask.masks.prunable import prunable_weights
+from ghostmask.models.build import build_model
+from ghostmask.models.config import ModelConfig
+from ghostmask.models.ghosts import GhostedModel, Ghosts
+from ghostmask.models.registry import MODELS
+from ghostmask.models.tost import ghost_alpha
 
 PLACES = {
     "resnet20": 18, "resnet32": 30, "resnet18_cifar": 16, "resnet50_cifar": 16, "vgg19": 16, "digits_resnet": 6,

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 from torch.nn import functional
 
-from engine.data import Batch
-from engine.spawn import run_distributed
-from engine.world import World, single
-from models.rescaling import Rescaled, learn_factors
+from ghostmask.engine.data import Batch
+from ghostmask.engine.spawn import run_distributed
+from ghostmask.engine.world import World, single
+from ghostmask.models.rescaling import Rescaled, learn_factors
 
 
 def network() -> nn.Module:

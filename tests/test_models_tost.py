@@ -17,18 +17,18 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from engine.hooks import Hook
-from engine.spawn import run_distributed
-from engine.trainer import Trainer
-from engine.world import World
-from launcher.config import RunConfig
-from launcher.export import masked_state
-from masks.mask_file import write_masks
-from masks.prunable import prunable_weights
-from masks.registry import METHODS
-from masks.topk import kept_count
-from models.build import build_model
-from models.config import TOST_PRESETS
+from ghostmask.engine.hooks import Hook
+from ghostmask.engine.spawn import run_distributed
+from ghostmask.engine.trainer import Trainer
+from ghostmask.engine.world import World
+from ghostmask.launcher.config import RunConfig
+from ghostmask.launcher.export import masked_state
+from ghostmask.masks.mask_file import write_masks
+from ghostmask.masks.prunable import prunable_weights
+from ghostmask.masks.registry import METHODS
+from ghostmask.masks.scoring.topk import kept_count
+from ghostmask.models.build import build_model
+from ghostmask.models.config import TOST_PRESETS
 
 RESNET = configured(CONFIG, model={"name": "digits_resnet"}, mask={"method": "random"}, finetune={"epochs": 0})
 """12 steps under a random mask of density 0.1."""

@@ -11,12 +11,12 @@ from typing import get_type_hints
 
 import pytest
 
-import engine.errors
-import launcher.__main__
-from launcher.checks import check_config
-from launcher.cli import build_parser
-from launcher.config import RunConfig
-from launcher.settings import load_config, setting_types
+import ghostmask.engine.errors
+import ghostmask.launcher.main
+from ghostmask.launcher.checks import check_config
+from ghostmask.launcher.cli import build_parser
+from ghostmask.launcher.config import RunConfig
+from ghostmask.launcher.settings import load_config, setting_types
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
@@ -109,7 +109,7 @@ def test_the_readme_shows_both_commands_and_every_subcommand() -> None:
 def test_the_exit_codes_in_the_operations_document_are_those_of_the_code() -> None:
     rows = re.findall(r"^\| (\d+) \| `?(\w*)`? *\|", (ROOT / "docs/operations.md").read_text(), flags=re.M)
     documented = {name: int(code) for code, name in rows if name}
-    constants = {**vars(engine.errors), **vars(launcher.__main__)}
+    constants = {**vars(ghostmask.engine.errors), **vars(ghostmask.launcher.main)}
     in_code = {name: value for name, value in constants.items() if name.startswith("EXIT_")}
     assert documented == in_code
     assert {int(code) for code, name in rows if not name} == {0, 1}

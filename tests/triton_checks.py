@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from masks import (
+from ghostmask.masks.kernels import (
     projection,
     projection_bracket,
     projection_passes,
@@ -22,8 +22,8 @@ from masks import (
     relaxed_mask,
     relaxed_mask_triton,
 )
-from masks.noise import NoiseKey, random_words
-from masks.relaxed_mask import EPS, relaxed_bucket, relaxed_bucket_backward
+from ghostmask.masks.kernels.noise import NoiseKey, random_words
+from ghostmask.masks.kernels.relaxed_mask import EPS, relaxed_bucket, relaxed_bucket_backward
 
 KEY, NUMBER = NoiseKey(3, 1, 4, 1).tensor(), 7
 SHAPES = [(5, 3, 3, 3), (20, 70, 2, 2), (9000,), (33, 4, 1, 1), (1,)]

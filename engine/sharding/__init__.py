@@ -1,0 +1,1 @@
+"""Parameters that are functions of sharded state: the optimizer, its slices, DeepSpeed."""

@@ -1,0 +1,1 @@
+"""The compiled parts: noise, relaxed masks, projection; CPU, CUDA and torch forms."""

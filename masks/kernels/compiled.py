@@ -1,0 +1,81 @@
+"""Which compiled code works on a tensor, how is it loaded, and how is CPU work split over torch's threads?"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Result = TypeVar("Result")
+
+_POOLS: dict[tuple[int, int], ThreadPoolExecutor] = {}
+
+
+def kernels_for(tensor: Tensor, module: str) -> Any:
+    """The kernels of `module` (such as "ghostmask.masks.kernels.projection") for float32 tensors where this one is: `module`_triton on
+    CUDA, `module`_cpu on the CPU; None where there are none, and torch code has to do."""
+    return kernels_on(tensor.device, module) if tensor.dtype == torch.float32 else None
+
+
+def kernels_on(device: torch.device, module: str) -> Any:
+    """The same for tensors of whatever type on that device."""
+    form = {"cuda": "triton", "cpu": "cpu"}.get(device.type)
+    return load_kernels(f"{module}_{form}") if form else None
+
+
+@cache
+def load_kernels(module: str) -> Any:
+    """The module of kernels by that name, compiled and tried by its `compile_all()`; None where that fails.
+
+    A failure is a warning, once per process: every kernel has a slower form in torch, which gives the same numbers.
+    """
+    try:
+        kernels = importlib.import_module(module)
+        kernels.compile_all()
+    except Exception as error:
+        warnings.warn(f"{module} could not be compiled, slower torch code is used: {error!r}", stacklevel=2)
+        return None
+    return kernels
+
+
+def split_over_threads(
+    work: Callable[[int, int], Result], units: int, smallest: int = 1, *, shares: int = 1
+) -> list[Result]:
+    """[work(first, end), ...] over ranges that cover [0, units), `shares` of them per torch thread, in order.
+
+    No range is shorter than `smallest` unless it is the only one. A thread that is done takes the next range: with some
+    shares each, one that another job holds up does not hold up the others. Not numba's parallel=True: FFCV's loader
+    threads run numba code in the same process, and numba's workqueue layer stops the process when two threads enter it.
+    """
+    ranges = max(1, min(torch.get_num_threads() * shares, units // max(smallest, 1)))
+    threads = min(torch.get_num_threads(), ranges)
+    if threads == 1:
+        return [work(0, units)]
+    edges = [units * i // ranges for i in range(ranges + 1)]
+    results: dict[int, Result] = {}
+    left = iter(range(ranges))  # one after the other, whichever thread asks: the interpreter lock sees to it
+
+    def take() -> None:
+        for i in left:
+            results[i] = work(edges[i], edges[i + 1])
+
+    others = [_pool(threads).submit(take) for _ in range(threads - 1)]
+    take()  # the calling thread works too
+    for other in others:
+        other.result()
+    return [results[i] for i in range(ranges)]
+
+
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """The pool of this process: threads do not survive a fork."""
+    key = (os.getpid(), threads)
+    if key not in _POOLS:
+        _POOLS[key] = ThreadPoolExecutor(threads - 1, thread_name_prefix="masks")
+    return _POOLS[key]

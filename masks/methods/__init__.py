@@ -1,0 +1,1 @@
+"""The mask methods: one file each, named in masks/registry.py."""

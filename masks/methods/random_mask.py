@@ -1,0 +1,41 @@
+"""random: chance decides which weights stay, evenly or by the layers' shapes (ER, ERK); the baseline of all finders."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ghostmask.engine.data import DataPipeline
+from ghostmask.engine.errors import bad_value
+from ghostmask.masks.one_shot import OneShot
+from ghostmask.masks.scoring.allocation import layer_counts
+
+
+class Random(OneShot):
+    """Exactly round(density n) weights, each equally likely within its layer; mask.allocation shares them out."""
+
+    def find(self, data: DataPipeline) -> dict[str, Tensor]:
+        config = self.config
+        shapes = [tuple(w.shape) for w in self.weights.values()]
+        try:
+            counts = layer_counts(shapes, config.density, config.allocation, config.min_per_layer)
+        except ValueError as error:
+            fix = f"{error}; lower it, or raise mask.density"
+            raise bad_value("mask.min_per_layer", config.min_per_layer, fix) from None
+        return {
+            name: random_mask(w, count, self.recipe.seed, name)
+            for (name, w), count in zip(self.weights.items(), counts, strict=True)
+        }
+
+
+def random_mask(like: Tensor, kept: int, seed: int, name: str) -> Tensor:
+    """Bool tensor of the shape and device of `like`, `kept` ones at random: a function of (seed, name), as on all
+    ranks."""
+    digest = hashlib.blake2b(f"random mask {seed} {name}".encode(), digest_size=16).digest()
+    order = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little"))).permutation(like.numel())
+    mask = torch.zeros(like.numel(), dtype=torch.bool)
+    mask[torch.from_numpy(order[:kept])] = True
+    return mask.view(like.shape).to(like.device)

@@ -1,0 +1,1 @@
+"""Scores of weights and what is kept by them: what the finders share."""

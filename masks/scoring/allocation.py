@@ -1,0 +1,76 @@
+"""How the kept weights are shared over the layers: by score over the network, evenly, or by the layers' shapes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+from torch import Tensor
+
+from ghostmask.engine.world import single
+from ghostmask.masks.scoring.score_shards import ScoreShards, largest
+from ghostmask.masks.scoring.topk import kept_count, topk_masks
+
+
+def kept_masks(scores: list[Tensor], density: float, constraint: str, min_per_layer: int = 0) -> list[Tensor]:
+    """Boolean masks of the largest scores: round(density n) over all ("global") or in every tensor ("layerwise").
+
+    The scores are the same on every rank, and so are the masks; ties go to the earlier tensor and position.
+    min_per_layer: see `masks.score_shards.largest`, which raises InputError where it is too large.
+    """
+    if min_per_layer:
+        whole = ScoreShards({str(number): score for number, score in enumerate(scores)}, single())
+        kept = largest(whole, whole.own(scores), density, constraint, min_per_layer)
+        return list(whole.gathered(kept).values())
+    if constraint == "global":
+        return topk_masks(scores, kept_count(density, sum(s.numel() for s in scores)))
+    return [topk_masks([score], kept_count(density, score.numel()))[0] for score in scores]
+
+
+def layer_counts(shapes: Sequence[Sequence[int]], density: float, allocation: str, min_per_layer: int = 0) -> list[int]:
+    """Kept weights of each layer, round(density n) in all, at least min(min_per_layer, numel) in each.
+
+    uniform: the same density everywhere. er (Mocanu et al. 2018): density_l proportional to (in + out) / (in out).
+    erk (Evci et al. 2020): to sum(shape) / prod(shape), kernel sizes included. Layers that would exceed 1 are dense and
+    the others share the rest, solved again until none does. Fractions of a weight go to the largest remainders, the
+    earlier layer first.
+    """
+    sizes = [math.prod(shape) for shape in shapes]
+    counted = {"uniform": 0, "er": 2, "erk": None}[allocation]
+    shares = [_relative_density(shape[:counted]) * size for shape, size in zip(shapes, sizes, strict=True)]
+    kept = kept_count(density, sum(sizes))
+    low = [min(min_per_layer, size) for size in sizes]
+    if sum(low) > kept:
+        raise ValueError(f"{len(sizes)} layers need {sum(low)} weights, of {kept}")
+    return _rounded(_within(shares, low, sizes, kept), kept)
+
+
+def _relative_density(shape: Sequence[int]) -> Fraction:
+    """sum(shape) / prod(shape), up to a factor that all layers share; 1 for the empty shape."""
+    return Fraction(sum(shape), math.prod(shape)) if shape else Fraction(1)
+
+
+def _within(shares: list[Fraction], low: list[int], high: list[int], total: int) -> list[Fraction]:
+    """Amounts proportional to the shares but in [low, high], that add up to `total`."""
+    fixed: dict[int, int] = {}
+    while True:
+        free = [i for i in range(len(shares)) if i not in fixed]
+        left, whole = total - sum(fixed.values()), sum((shares[i] for i in free), Fraction(0))
+        amounts = {i: left * shares[i] / whole for i in free}
+        over = {i: high[i] for i in free if amounts[i] > high[i]}
+        under = {i: low[i] for i in free if amounts[i] < low[i]}
+        excess = sum((amounts[i] - high[i] for i in over), Fraction(0))
+        lack = sum((low[i] - amounts[i] for i in under), Fraction(0))
+        if not over and not under:
+            return [Fraction(fixed[i]) if i in fixed else amounts[i] for i in range(len(shares))]
+        # Only the side that outweighs the other is surely bound: fixing it moves the rest towards the other bound.
+        fixed.update(over if excess >= lack else under)
+
+
+def _rounded(amounts: list[Fraction], total: int) -> list[int]:
+    counts = [math.floor(a) for a in amounts]
+    by_remainder = sorted(range(len(amounts)), key=lambda i: (counts[i] - amounts[i], i))
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return counts

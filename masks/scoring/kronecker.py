@@ -1,0 +1,130 @@
+"""The Kronecker factors of a network's Fisher matrix (K-FAC): A over layer inputs, G over output gradients."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ghostmask.engine.errors import bad_value
+from ghostmask.engine.world import World
+from ghostmask.masks.scoring.score_images import Chunk
+from ghostmask.masks.scoring.scored_copy import full_float32, scored_copy
+
+ROWS_BYTES = 1 << 28
+"""Patches of a convolution are laid out for as many images at once as fit into this."""
+
+Factors = dict[str, tuple[Tensor, Tensor]]
+
+
+class KroneckerFactors:
+    """Sums of a a^T and g g^T of the layers whose weights are named, over images given chunk by chunk.
+
+    For a convolution, a is each patch of the input and g the gradient at each output pixel. The network is in eval
+    mode: images do not depend on each other. Labels are drawn from its predictions, by (seed, image).
+    """
+
+    def __init__(self, net: nn.Module, names: Sequence[str], seed: int) -> None:
+        self.seed = seed
+        self.twin, self.weights = scored_copy(net, dict.fromkeys(names))
+        self.twin.eval()
+        self.sums: Factors = {}
+        for name, w in self.weights.items():
+            outputs, inputs = w.shape[0], w[0].numel()
+            self.sums[name] = (w.new_zeros(inputs, inputs), w.new_zeros(outputs, outputs))
+            layer = self.twin.get_submodule(name.removesuffix(".weight"))
+            if getattr(layer, "groups", 1) != 1:
+                raise bad_value("mask.method", "mlprune", f"{name} is a grouped convolution, which it cannot score")
+            layer.register_forward_hook(self._hook(name))
+
+    @full_float32()
+    def add(self, chunk: Chunk) -> None:
+        """Add this rank's images of a chunk."""
+        logits = self.twin(chunk.images)
+        labels = drawn_labels(logits.detach(), chunk.numbers, self.seed)
+        loss = functional.cross_entropy(logits, labels, reduction="sum")
+        torch.autograd.grad(loss, list(self.weights.values()))
+
+    def reduced(self, world: World) -> Factors:
+        """Collective: (A, G) by weight name, summed over the ranks; only their ratios within a layer mean something."""
+        return {name: (world.all_reduce(a), world.all_reduce(g)) for name, (a, g) in self.sums.items()}
+
+    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        inputs_sum, outputs_sum = self.sums[name]
+
+        def hook(layer: nn.Module, inputs: Any, output: Any) -> None:
+            _add_inputs(inputs_sum, layer, inputs[0].detach())
+            output.register_hook(lambda gradient: _add_outputs(outputs_sum, gradient))
+
+        return hook
+
+
+def inverse_diagonals(factors: Factors, damping: float, world: World) -> dict[str, tuple[Tensor, Tensor]]:
+    """Collective: (diag(A^-1), diag(G^-1)) by weight name, float64; each rank inverts its share of the layers.
+
+    damping: multiple of the mean diagonal that is added to each factor's diagonal before it is inverted.
+    """
+    result = {}
+    for number, (name, pair) in enumerate(factors.items()):
+        mine = number % world.size == world.rank
+        diagonals = [
+            _inverse_diagonal(m, damping) if mine else torch.zeros(len(m), dtype=torch.float64, device=m.device)
+            for m in pair
+        ]
+        result[name] = (world.all_reduce(diagonals[0]), world.all_reduce(diagonals[1]))
+    return result
+
+
+def drawn_labels(logits: Tensor, numbers: Tensor, seed: int) -> Tensor:
+    """(N,) labels from softmax(logits), (N, K): a function of the logits, the seed and the images' numbers."""
+    uniform = torch.tensor([_uniform(seed, number) for number in numbers.tolist()], dtype=torch.float64)
+    reached = logits.double().softmax(1).cumsum(1) <= uniform.to(logits.device)[:, None]
+    return reached.sum(1).clamp(max=logits.shape[1] - 1)
+
+
+def _uniform(seed: int, number: int) -> float:
+    digest = hashlib.blake2b(f"drawn label {seed} {number}".encode(), digest_size=16).digest()
+    return float(np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little"))).random())
+
+
+def _add_inputs(total: Tensor, layer: nn.Module, x: Tensor) -> None:
+    if isinstance(layer, nn.Linear):
+        rows = x.reshape(-1, x.shape[-1])
+        total.addmm_(rows.T, rows)
+        return
+    assert isinstance(layer, nn.Conv2d)
+    assert not isinstance(layer.padding, str)
+    pixels = x[0:1].numel() * layer.kernel_size[0] * layer.kernel_size[1] * x.element_size()
+    for part in torch.split(x, max(1, ROWS_BYTES // max(1, pixels))):
+        patches = functional.unfold(part, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+        rows = patches.transpose(1, 2).reshape(-1, patches.shape[1])
+        total.addmm_(rows.T, rows)
+
+
+def _add_outputs(total: Tensor, gradient: Tensor) -> None:
+    rows = gradient.movedim(1, -1).reshape(-1, gradient.shape[1])
+    total.addmm_(rows.T, rows)
+
+
+def _inverse_diagonal(matrix: Tensor, damping: float) -> Tensor:
+    wide = matrix.double()
+    mean = wide.diagonal().mean()
+    # A layer that no signal or no gradient reaches has a factor of zeros; then nothing tells its weights apart.
+    shift = damping * mean if mean > 0 else torch.ones_like(mean)
+    wide = wide + shift * torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
+    return torch.cholesky_inverse(torch.linalg.cholesky(wide)).diagonal().clone()
+
+
+def scores_of(weights: Mapping[str, Tensor], diagonals: Mapping[str, tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """w^2 / (diag(G^-1) x diag(A^-1)) of each weight, float64, divided by its layer's sum."""
+    scores = []
+    for name, w in weights.items():
+        over_inputs, over_outputs = diagonals[name]
+        score = w.detach().double().square() / torch.outer(over_outputs, over_inputs).view(w.shape)
+        scores.append(score / score.sum().clamp(min=torch.finfo(score.dtype).tiny))
+    return scores
