@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -18,11 +19,26 @@ class Batch(NamedTuple):
     labels: Tensor
 
 
+@dataclass(frozen=True)
+class Parts:
+    """The parts of every global batch that one rank computes: [first, first + count) of `total`.
+
+    Sample i of a global batch belongs to part i mod total, whatever the number of ranks.
+    """
+
+    total: int = 1
+    first: int = 0
+    count: int = 1
+
+
 class DataPipeline(Protocol):
     """Batches of a training and an evaluation set for one rank of a world.
 
     The order of samples and their augmentation are functions of (seed, epoch, sample index) alone.
     """
+
+    parts: Parts
+    """The parts of every global batch that this rank gets."""
 
     num_classes: int
     image_shape: tuple[int, int, int]
@@ -35,7 +51,10 @@ class DataPipeline(Protocol):
     """num_train // batch_size: the last incomplete global batch is left out."""
 
     def train(self, epoch: int, first_step: int = 0) -> Generator[Batch, None, None]:
-        """Batches first_step, first_step + 1, ... of epoch; rank r gets samples r, r + size, ... of a global batch."""
+        """Batches first_step, first_step + 1, ... of epoch: this rank's parts of each, one part after the other.
+
+        Part p is samples p, p + parts.total, ... of the global batch; all parts have batch_size / parts.total images.
+        """
         ...
 
     def evaluate(self) -> Iterator[Batch]:
