@@ -21,7 +21,7 @@ from ghostmask.data_pipelines.cifar import PAD_CROP_FLIP
 from ghostmask.data_pipelines.config import DataConfig
 from ghostmask.data_pipelines.open import open_dataset, prepare
 from ghostmask.data_pipelines.source import SPLITS, Source
-from ghostmask.engine.data import DataPipeline
+from ghostmask.engine.data import DataPipeline, Parts
 from ghostmask.engine.world import World
 
 WORKERS = 2
@@ -90,7 +90,7 @@ def _photographs_row(case: str, config: DataConfig, what: str, bench: Bench) -> 
     from torchvision import datasets
     from torchvision.transforms import v2
 
-    ours = open_dataset(config, 0, bench.world)
+    ours = open_dataset(config, 0, bench.world, Parts())
     transform = v2.Compose(
         [
             v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), v2.PILToTensor(),
@@ -112,7 +112,7 @@ def _cifar_row(paths: dict[str, Path], pixels: NDArray[np.uint8], kind: str, ben
     size, images = 16 if bench.quick else 256, _Pixels(pixels, None)
     source = Source("pixels", 10, 32, MEAN, STD, PAD_CROP_FLIP, lambda _: images, lambda: "pixels", files=False)
     config = DataConfig(dataset="cifar10", batch_size=size, num_workers=WORKERS)
-    ours = BetonPipeline(config, source, paths, 10, seed=0, world=bench.world)
+    ours = BetonPipeline(config, source, paths, 10, seed=0, world=bench.world, parts=Parts())
     transform = v2.Compose(
         [
             v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), v2.PILToTensor(),

@@ -12,7 +12,7 @@ import torch
 from ghostmask.benchmarks.timing import Bench
 from ghostmask.engine.checkpoint.store import CheckpointStore
 from ghostmask.engine.config import CheckpointConfig, FinetuneConfig, OptimConfig, TrainConfig
-from ghostmask.engine.data import Batch
+from ghostmask.engine.data import Batch, Parts
 from ghostmask.engine.metrics import MetricWriter
 from ghostmask.engine.position import Phase
 from ghostmask.engine.progress import Progress
@@ -49,17 +49,18 @@ class OneBatch:
 
     steps_per_epoch = STEPS_PER_EPOCH
 
-    def __init__(self, work: Workload, world: World) -> None:
+    def __init__(self, work: Workload, world: World, parts: Parts | None = None) -> None:
+        """parts: None = as many as ranks. A part's images depend on its number alone, not on the rank."""
+        self.parts = parts or Parts(world.size, world.rank, 1)
         self.num_classes, self.batch_size, self.image_shape = (
             work.num_classes,
             work.batch_size,
             (3, work.side, work.side),
         )
         self.num_train, self.num_eval = STEPS_PER_EPOCH * work.batch_size, work.batch_size
-        generator = torch.Generator(world.device).manual_seed(5 + world.rank)
-        shape = (work.batch_size // world.size, *self.image_shape)
-        images = torch.randn(shape, generator=generator, device=world.device)
-        labels = torch.randint(work.num_classes, shape[:1], generator=generator, device=world.device)
+        first, end = self.parts.first, self.parts.first + self.parts.count
+        pieces = [self._part(number, world.device) for number in range(first, end)]
+        images, labels = (torch.cat(tensors) for tensors in zip(*pieces, strict=True))
         self.batch = Batch(images.contiguous(memory_format=torch.channels_last), labels)
 
     def train(self, epoch: int, first_step: int = 0) -> Generator[Batch]:
@@ -72,6 +73,12 @@ class OneBatch:
 
     def close(self) -> None:
         """Nothing to stop."""
+
+    def _part(self, number: int, device: torch.device) -> Batch:
+        generator = torch.Generator(device).manual_seed(5 + number)
+        shape = (self.batch_size // self.parts.total, *self.image_shape)
+        images = torch.randn(shape, generator=generator, device=device)
+        return Batch(images, torch.randint(self.num_classes, shape[:1], generator=generator, device=device))
 
 
 def workload(bench: Bench) -> Workload:

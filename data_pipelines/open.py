@@ -18,7 +18,7 @@ from ghostmask.engine.errors import InputError, bad_value
 from ghostmask.engine.registry import resolve
 
 if TYPE_CHECKING:
-    from ghostmask.engine.data import DataPipeline
+    from ghostmask.engine.data import DataPipeline, Parts
     from ghostmask.engine.world import World
 
 
@@ -51,13 +51,14 @@ def describe(config: DataConfig) -> DatasetInfo:
     return DatasetInfo(num_classes, shape, source.mean, source.std, source.files)
 
 
-def check_batch(config: DataConfig, world_size: int) -> None:
-    """Raises InputError unless the global batch splits evenly over world_size ranks. Needs no data."""
-    rest = config.batch_size % world_size
+def check_batch(config: DataConfig, replicas: int) -> None:
+    """Raises InputError unless the global batch can be cut into `replicas` parts of equal size. Needs no data."""
+    rest = config.batch_size % replicas
     if rest:
-        below, above = config.batch_size - rest, config.batch_size - rest + world_size
+        below, above = config.batch_size - rest, config.batch_size - rest + replicas
         near = f"{below} or {above}" if below else f"{above}"
-        raise bad_value("data.batch_size", config.batch_size, f"give a multiple of {world_size} ranks, such as {near}")
+        fix = f"give a multiple of train.replicas = {replicas}, such as {near}"
+        raise bad_value("data.batch_size", config.batch_size, fix)
 
 
 def prepare(config: DataConfig, progress: bool = True) -> dict[str, Path]:
@@ -79,12 +80,13 @@ def prepare(config: DataConfig, progress: bool = True) -> dict[str, Path]:
     return paths
 
 
-def open_dataset(config: DataConfig, seed: int, world: World) -> DataPipeline:
-    """The batches of this rank. Every rank opens for itself; no communication.
+def open_dataset(config: DataConfig, seed: int, world: World, parts: Parts) -> DataPipeline:
+    """The batches of this rank: `parts` of every training batch, its share by rank of the evaluation images.
 
-    Raises InputError if the .beton files are missing or damaged, or too small for the batch or the number of ranks.
+    Every rank opens for itself; no communication. Raises InputError if the batch cannot be cut into parts, or if the
+    .beton files are missing or damaged, or too small for the batch or the number of ranks.
     """
-    check_batch(config, world.size)
+    check_batch(config, parts.total)
     source = _source(config)
     paths = {split: beton_path(config.root, source.name, split) for split in SPLITS}
     manifests = {split: _require_whole(config, path) for split, path in paths.items()}
@@ -101,7 +103,7 @@ def open_dataset(config: DataConfig, seed: int, world: World) -> DataPipeline:
     with torch_threads_kept():  # importing FFCV takes seconds: only what needs it does
         from ghostmask.data_pipelines.pipeline import BetonPipeline
 
-    return BetonPipeline(config, source, paths, num_classes, seed=seed, world=world)
+    return BetonPipeline(config, source, paths, num_classes, seed=seed, world=world, parts=parts)
 
 
 def _source(config: DataConfig) -> Source:

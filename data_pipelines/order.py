@@ -1,15 +1,19 @@
 """Which sample comes when, and from which random word is it augmented: functions of (seed, epoch, sample index) alone.
 
 Nothing here knows of time, threads or earlier calls, so a resumed run, or one on another number of ranks, gets the same
-answers. Only raw words of Philox are used: numpy promises their values for ever, unlike those of its Generator.
+answers: ranks share out the parts of a global batch (engine.data.Parts), and a part is the same on whichever rank.
+Only raw words of Philox are used: numpy promises their values for ever, unlike those of its Generator.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:  # it would import torch
+    from ghostmask.engine.data import Parts
 
 Words = NDArray[np.uint64]
 
@@ -37,17 +41,17 @@ def sample_words(seed: int, epoch: int, indices: NDArray[Any], purpose: int = AU
     return np.asarray(state ^ (state >> np.uint64(31)), dtype=np.uint64)
 
 
-def train_rows(
-    seed: int, epoch: int, *, num_train: int, batch_size: int, rank: int, num_ranks: int, first_step: int = 0
-) -> Words:
-    """((steps - first_step) * batch_size / num_ranks, 2): sample index and random word, in this rank's order.
+def train_rows(seed: int, epoch: int, *, num_train: int, batch_size: int, parts: Parts, first_step: int = 0) -> Words:
+    """((steps - first_step) * batch_size / V * parts.count, 2): sample index and random word, in this rank's order.
 
-    Global batch j is permutation[j * batch_size : (j + 1) * batch_size]; rank r owns elements r, r + num_ranks, ... of
-    each. The last incomplete global batch is left out.
+    Global batch j is permutation[j * batch_size : (j + 1) * batch_size]; part p of it is elements p, p + V, ..., with
+    V = parts.total, which divides batch_size. Of each batch come the rank's parts, one after the other. The last
+    incomplete global batch is left out.
     """
-    steps = num_train // batch_size
-    order = permutation(seed, epoch, num_train)[: steps * batch_size].reshape(steps, batch_size)
-    indices = order[first_step:, rank::num_ranks].reshape(-1)
+    steps, each = num_train // batch_size, batch_size // parts.total
+    order = permutation(seed, epoch, num_train)[: steps * batch_size].reshape(steps, each, parts.total)
+    own = order[first_step:, :, parts.first : parts.first + parts.count]
+    indices = own.transpose(0, 2, 1).reshape(-1)
     return np.stack([indices.astype(np.uint64), sample_words(seed, epoch, indices)], axis=1)
 
 

@@ -2,7 +2,7 @@
 
 rows (index, random word)  ->  decoded, cropped, shifted, flipped in  ->  copy to the device  ->  normalised
 a function of (seed,           FFCV's threads into its own buffers,        (CUDA: page-locked,    on the whole batch,
-epoch, rank), see `order`      three batches ahead, see `decode`           on a side stream)      see `normalise`
+epoch, parts), see `order`     three batches ahead, see `decode`           on a side stream)      see `normalise`
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ghostmask.data_pipelines.loader import BetonLoader
 from ghostmask.data_pipelines.normalise import Normalisation
 from ghostmask.data_pipelines.order import Words
 from ghostmask.data_pipelines.source import Augmentation, Source
-from ghostmask.engine.data import Batch
+from ghostmask.engine.data import Batch, Parts
 from ghostmask.engine.world import World
 
 
@@ -28,15 +28,17 @@ class BetonPipeline:
     """Training and evaluation batches of one rank. See engine.data.DataPipeline for the promises it keeps."""
 
     def __init__(
-        self, config: DataConfig, source: Source, paths: dict[str, Path], num_classes: int, *, seed: int, world: World
-    ) -> None:
-        """paths: of splits train and eval; config.batch_size is a multiple of world.size."""
+        self, config: DataConfig, source: Source, paths: dict[str, Path], num_classes: int, *, seed: int, world: World,
+        parts: Parts,
+    ) -> None:  # fmt: skip
+        """paths: of splits train and eval; config.batch_size is a multiple of parts.total."""
+        self.parts = parts
         self.num_classes = num_classes
         self.image_shape = (3, source.image_size, source.image_size)
         self.batch_size = config.batch_size
         self._seed, self._world = seed, world
         self._normalise = Normalisation.of(source.mean, source.std, source.image_size, world.device)
-        share = config.batch_size // world.size
+        share = config.batch_size // parts.total * parts.count
         augmentations = {"train": source.augmentation if config.augment else Augmentation(), "eval": Augmentation()}
         self._loaders = {
             split: BetonLoader(
@@ -54,14 +56,13 @@ class BetonPipeline:
         self.steps_per_epoch = self.num_train // config.batch_size
 
     def train(self, epoch: int, first_step: int = 0) -> Generator[Batch]:
-        """Batches first_step, first_step + 1, ... of epoch: rank r gets samples r, r + size, ... of each."""
+        """Batches first_step, first_step + 1, ... of epoch: this rank's parts of each, one part after the other."""
         rows = order.train_rows(
             self._seed,
             epoch,
             num_train=self.num_train,
             batch_size=self.batch_size,
-            rank=self._world.rank,
-            num_ranks=self._world.size,
+            parts=self.parts,
             first_step=first_step,
         )
         return self._batches("train", rows)

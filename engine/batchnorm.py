@@ -1,15 +1,18 @@
-"""Batch norm's running statistics: averaged over ranks, or estimated anew for changed weights."""
+"""Batch norm's running statistics: one set for each part of the batch, averaged, or estimated anew."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ghostmask.engine.data import Batch
+from ghostmask.engine.checkpoint.pieces import Piece
+from ghostmask.engine.data import Batch, Parts
+from ghostmask.engine.precision import autocast
 from ghostmask.engine.world import World
 
 
@@ -18,8 +21,8 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
 
 
-def local_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that differ between ranks: running mean and variance, seen by each rank on its own images."""
+def statistics(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that differ between parts: running mean and variance, seen on the part's own images."""
     return {
         f"{name}.{key}": buffer
         for name, layer in batch_norms(model).items()
@@ -28,39 +31,110 @@ def local_buffers(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-@torch.no_grad()
-def average_buffers(model: nn.Module, world: World) -> None:
-    """Collective: replace every rank's running statistics by their mean over the ranks (one all-reduce)."""
-    buffers = list(local_buffers(model).values())
-    if not buffers or world.size == 1:
-        return
-    flat = torch.cat([b.reshape(-1) for b in buffers])
-    world.all_reduce(flat).div_(world.size)
-    for buffer, mean in zip(buffers, torch.split(flat, [b.numel() for b in buffers]), strict=True):
-        buffer.copy_(mean.view_as(buffer))
+class PartStatistics:
+    """The running statistics of each part that this rank computes; in the model stand those of one of them.
+
+    What a part's statistics are depends on its images alone, and so not on the number of ranks.
+    """
+
+    def __init__(self, model: nn.Module, parts: Parts) -> None:
+        self.model, self.parts = model, parts
+        self._counters = [b for _, b in _counters(model)]
+        buffers = statistics(model)
+        ends = list(accumulate(b.numel() for b in buffers.values()))
+        self._places = [(n, end - b.numel(), end) for (n, b), end in zip(buffers.items(), ends, strict=True)]
+        self._flat = _flattened(list(buffers.values()))
+        self._sets = [self._flat] if parts.count == 1 else [self._flat.clone() for _ in range(parts.count)]
+        self._counts: list[Tensor] = []
+
+    def enter(self, part: int) -> None:
+        """Before the forward pass of this rank's part number `part`."""
+        if self.parts.count == 1:
+            return
+        self._flat.copy_(self._sets[part])
+        # Each part counts for itself; the numbers are the same for all of them.
+        self._counts = [c.clone() for c in self._counters]
+
+    def leave(self, part: int) -> None:
+        """After it."""
+        if self.parts.count == 1:
+            return
+        self._sets[part].copy_(self._flat)
+        if part < self.parts.count - 1:
+            for counter, before in zip(self._counters, self._counts, strict=True):
+                counter.copy_(before)
+
+    @torch.no_grad()
+    def average(self, world: World) -> None:
+        """Collective: every part's statistics, and the model's, become the mean over all parts (one all-reduce)."""
+        if not self._flat.numel() or self.parts.total == 1:
+            return
+        # In float64, so that the mean does not depend on the order of its parts.
+        total = torch.stack([s.double() for s in self._sets]).sum(0)
+        mean = world.all_reduce(total).div_(self.parts.total)
+        for part in self._sets:
+            part.copy_(mean)
+        self._flat.copy_(mean)
+
+    def entries(self) -> dict[str, Tensor | Piece]:
+        """For a checkpoint: name -> this rank's parts of (parts * numel,), part after part."""
+        found: dict[str, Tensor | Piece] = {}
+        for name, low, high in self._places:
+            rows = torch.stack([s[low:high] for s in self._sets]).reshape(-1)
+            found[name] = Piece(self.parts.total * (high - low), self.parts.first * (high - low), rows)
+        return found
+
+    def load(self, entries: dict[str, Tensor | Piece]) -> None:
+        """Take back what `entries` gave, filled; entries beyond the model's are passed over."""
+        for name, low, high in self._places:
+            piece = entries[name]
+            assert isinstance(piece, Piece)
+            for part, row in zip(self._sets, piece.tensor.view(self.parts.count, -1), strict=True):
+                part[low:high] = row
+        self._flat.copy_(self._sets[-1])
 
 
 @torch.no_grad()
-def reestimate(model: nn.Module, batches: Iterable[Batch], world: World) -> None:
-    """Collective: running statistics of `model` as the plain mean over `batches`, then over the ranks.
+def reestimate(model: nn.Module, batches: Iterable[Batch], parts: Parts, world: World, precision: str = "fp32") -> None:
+    """Collective: running statistics of `model` as the plain mean over the parts of `batches`.
 
-    For weights that were changed otherwise than by training, such as by a new mask. Every rank gives as many batches.
+    For weights that were changed otherwise than by training, such as by a new mask.
     """
     layers = batch_norms(model)
     if not layers:
         return
     momentum = {name: layer.momentum for name, layer in layers.items()}
+    counts = {name: buffer.clone() for name, buffer in _counters(model)}
     training = model.training
     for layer in layers.values():
         layer.reset_running_stats()
         layer.momentum = None  # torch's cumulative average
     model.train()
     for batch in batches:
-        model(batch.images)
+        for images in batch.images.chunk(parts.count):
+            with autocast(images.device, precision):
+                model(images)
     for name, layer in layers.items():
         layer.momentum = momentum[name]
+    for name, counter in _counters(model):
+        counter.copy_(counts[name])
     model.train(training)
-    average_buffers(model, world)
+    buffers = list(statistics(model).values())
+    mean = world.all_reduce(torch.cat([b.reshape(-1) for b in buffers]).double()).div_(world.size)
+    for buffer, value in zip(buffers, torch.split(mean, [b.numel() for b in buffers]), strict=True):
+        buffer.copy_(value.view_as(buffer))
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Within, running statistics may be changed; afterwards they are what they were."""
+    before = {name: buffer.clone() for name, buffer in statistics(model).items()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in statistics(model).items():
+                buffer.copy_(before[name])
 
 
 @contextmanager
@@ -77,3 +151,19 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
         for layer, (training, tracking) in zip(layers, before, strict=True):
             layer.train(training)
             layer.track_running_stats = tracking
+
+
+def _counters(model: nn.Module) -> list[tuple[str, Tensor]]:
+    layers = batch_norms(model).items()
+    return [(name, layer.num_batches_tracked) for name, layer in layers if layer.num_batches_tracked is not None]
+
+
+@torch.no_grad()
+def _flattened(buffers: list[Tensor]) -> Tensor:
+    """One buffer of which all of these become views: a part's statistics are then swapped by one copy."""
+    if not buffers:
+        return torch.zeros(0)
+    flat = torch.cat([b.reshape(-1) for b in buffers])
+    for buffer, view in zip(buffers, torch.split(flat, [b.numel() for b in buffers]), strict=True):
+        buffer.set_(view.view_as(buffer))
+    return flat

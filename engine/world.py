@@ -78,9 +78,9 @@ class World:
         self.all_gather_object(None)
 
 
-def single() -> World:
-    """A world of one process on the CPU, without a process group."""
-    return World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+def single(device: torch.device | None = None) -> World:
+    """A world of one process (on the CPU), without a process group: its reductions are identities."""
+    return World(rank=0, size=1, local_rank=0, device=device or torch.device("cpu"))
 
 
 def rank_from_environment() -> tuple[int, int, int]:

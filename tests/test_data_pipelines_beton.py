@@ -15,6 +15,7 @@ from PIL import Image
 from ghostmask.data_pipelines.beton import beton_path, manifest_path, publish, read_manifest
 from ghostmask.data_pipelines.config import DataConfig
 from ghostmask.data_pipelines.open import open_dataset, prepare
+from ghostmask.engine.data import Parts
 from ghostmask.engine.errors import InputError
 from ghostmask.engine.world import single
 
@@ -56,7 +57,7 @@ def test_a_changed_source_is_written_again_and_an_absent_one_keeps_the_files(tmp
     assert read_manifest(prepare(config, progress=False)["train"]).num_images == 7
     (tmp_path / "train").rename(tmp_path / "elsewhere")
     assert read_manifest(prepare(config, progress=False)["train"]).num_images == 7
-    assert open_dataset(config, 0, single()).num_classes == 2
+    assert open_dataset(config, 0, single(), Parts()).num_classes == 2
 
 
 def _prepare_quietly(config: DataConfig) -> None:
@@ -81,7 +82,7 @@ def test_a_killed_writer_leaves_no_beton_and_no_process_and_the_next_one_recover
     assert children
     _wait_until(lambda: not any(_runs(int(child)) for child in children))
     with pytest.raises(InputError, match=r"there is no .*s256-train\.beton; run `ghostmask prepare CONFIG`"):
-        open_dataset(config, 0, single())
+        open_dataset(config, 0, single(), Parts())
     assert read_manifest(prepare(config, progress=False)["train"]).num_images == 400
     assert not partial.exists()
 
@@ -112,7 +113,7 @@ def test_an_unreadable_image_stops_the_writer_and_is_named(tmp_path: Path) -> No
 
 def test_missing_files_name_the_fix(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"data\.root = .*there is no .*; run `ghostmask prepare CONFIG`"):
-        open_dataset(_config(tmp_path), 0, single())
+        open_dataset(_config(tmp_path), 0, single(), Parts())
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +138,7 @@ def test_a_damaged_file_is_one_clear_error(sound: tuple[DataConfig, Path, bytes]
     }
     path.write_bytes(wrong[damage])
     with pytest.raises(InputError, match=r"^data\.root = .*is damaged: .*; run `ghostmask prepare CONFIG`$"):
-        open_dataset(config, 0, single())
+        open_dataset(config, 0, single(), Parts())
 
 
 def test_damaged_and_unfinished_files_are_written_again(tmp_path: Path) -> None:
@@ -146,9 +147,9 @@ def test_damaged_and_unfinished_files_are_written_again(tmp_path: Path) -> None:
     manifest_path(paths["train"]).unlink()
     paths["eval"].write_bytes(paths["eval"].read_bytes()[:1000])
     with pytest.raises(InputError, match="was not written to its end"):
-        open_dataset(config, 0, single())
+        open_dataset(config, 0, single(), Parts())
     prepare(config, progress=False)
-    pipeline = open_dataset(config, 0, single())
+    pipeline = open_dataset(config, 0, single(), Parts())
     assert len(list(pipeline.train(0))) == 5
     pipeline.close()
 
@@ -164,7 +165,7 @@ def test_a_jpeg_damaged_after_its_check_stops_the_epoch_with_its_index(tmp_path:
     path.write_bytes(content)
     manifest = read_manifest_unchecked(path)
     publish(_copy(path), path, manifest, 6, 2)
-    pipeline = open_dataset(config, 0, single())
+    pipeline = open_dataset(config, 0, single(), Parts())
     with pytest.raises(InputError, match="is damaged: image 4 cannot be decoded"):
         list(pipeline.evaluate())
     assert len(list(pipeline.train(0))) == 3

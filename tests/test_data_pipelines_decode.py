@@ -13,6 +13,7 @@ from PIL import Image
 from ghostmask.data_pipelines import order
 from ghostmask.data_pipelines.config import DataConfig
 from ghostmask.data_pipelines.open import open_dataset, prepare
+from ghostmask.engine.data import Parts
 from ghostmask.engine.world import World
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -51,7 +52,7 @@ def _gray_levels(images: torch.Tensor) -> np.ndarray:
 
 def _open(config: DataConfig, rank: int = 0, size: int = 1):  # type: ignore[no-untyped-def]
     prepare(config, progress=False)
-    return open_dataset(config, 0, World(rank, size, rank, torch.device("cpu")))
+    return open_dataset(config, 0, World(rank, size, rank, torch.device("cpu")), Parts(size, rank, 1))
 
 
 def _stored(root: Path) -> list[np.ndarray]:
@@ -67,7 +68,7 @@ def test_training_crops_are_the_derived_boxes_resized(root: Path) -> None:
 
     pipeline = _open(_config(root, 0.0))
     stored = _stored(root)
-    rows = order.train_rows(0, 2, num_train=NUM_TRAIN, batch_size=12, rank=0, num_ranks=1)
+    rows = order.train_rows(0, 2, num_train=NUM_TRAIN, batch_size=12, parts=Parts())
     images = np.concatenate([_gray_levels(b.images) for b in pipeline.train(2)])
     for (index, word), image in zip(rows, images, strict=True):
         source = stored[int(index)]
@@ -82,7 +83,7 @@ def test_training_crops_are_the_derived_boxes_resized(root: Path) -> None:
 def test_evaluation_takes_the_centre_square(root: Path) -> None:
     pipeline = _open(_config(root, 0.0))
     unaugmented = _open(_config(root, 0.0, augment=False))
-    rows = order.train_rows(0, 0, num_train=NUM_TRAIN, batch_size=12, rank=0, num_ranks=1)
+    rows = order.train_rows(0, 0, num_train=NUM_TRAIN, batch_size=12, parts=Parts())
     stored = _stored(root)
     images = np.concatenate([_gray_levels(b.images) for b in unaugmented.train(0)])
     for index, image in zip(rows[:, 0], images, strict=True):

@@ -15,7 +15,7 @@ from ghostmask.data_pipelines.config import DataConfig
 from ghostmask.data_pipelines.open import check_batch, open_dataset, prepare
 from ghostmask.data_pipelines.source import Images
 from ghostmask.data_pipelines.synthetic import SyntheticImages
-from ghostmask.engine.data import DataPipeline
+from ghostmask.engine.data import DataPipeline, Parts
 from ghostmask.engine.errors import InputError
 from ghostmask.engine.world import World
 
@@ -39,10 +39,15 @@ def _config(root: Path, **settings: object) -> DataConfig:
 def open_rank(root: Path) -> Iterator[Open]:
     opened = []
 
-    def open_one(rank: int = 0, size: int = 1, seed: int = 0, **settings: object) -> DataPipeline:
+    def open_one(
+        rank: int = 0, size: int = 1, seed: int = 0, total: int | None = None, **settings: object
+    ) -> DataPipeline:
+        """Rank `rank` of `size`; total: parts of a global batch, of which it has as many as the others; None = size."""
         config = _config(root, **settings)
         prepare(config, progress=False)
-        opened.append(open_dataset(config, seed, World(rank, size, rank, torch.device("cpu"))))
+        total = total or size
+        parts = Parts(total, rank * (total // size), total // size)
+        opened.append(open_dataset(config, seed, World(rank, size, rank, torch.device("cpu")), parts))
         return opened[-1]
 
     yield open_one
@@ -82,6 +87,26 @@ def test_images_keep_their_labels(open_rank: Open) -> None:
     label_of = {source[i][0].tobytes(): source[i][1] for i in range(NUM_TRAIN)}
     for batch in open_rank(augment=False).train(0):
         assert [label_of[image.tobytes()] for image in _gray_levels(batch.images)] == batch.labels.tolist()
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_four_parts_have_the_same_pixels_on_one_two_and_four_ranks(
+    open_rank: Open, size: int, num_workers: int
+) -> None:
+    whole = list(open_rank(seed=3, num_workers=1).train(1, first_step=2))
+    ranks = [open_rank(rank, size, seed=3, total=4, num_workers=num_workers) for rank in range(size)]
+    assert [rank.parts for rank in ranks] == [Parts(4, r * 4 // size, 4 // size) for r in range(size)]
+    shares = [list(rank.train(1, first_step=2)) for rank in ranks]
+    assert {len(share) for share in shares} == {STEPS - 2}
+    for step, batch in enumerate(whole):
+        together = [
+            tensor for share in shares for tensor in zip(*(t.chunk(4 // size) for t in share[step]), strict=True)
+        ]
+        assert len(together) == 4
+        for part, (images, labels) in enumerate(together):
+            assert torch.equal(images, batch.images[part::4])
+            assert torch.equal(labels, batch.labels[part::4])
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -162,9 +187,15 @@ def test_loading_leaves_torchs_threads_alone(open_rank: Open) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [10, 11])
-def test_a_batch_that_ranks_cannot_share_names_the_nearest(batch_size: int, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=rf"data\.batch_size = {batch_size}: .*multiple of 3 ranks, such as 9 or 12"):
-        check_batch(_config(tmp_path, batch_size=batch_size), 3)
+def test_a_batch_that_cannot_be_cut_into_parts_names_the_nearest(batch_size: int, open_rank: Open) -> None:
+    said = rf"data\.batch_size = {batch_size}: give a multiple of train\.replicas = 3, such as 9 or 12"
+    with pytest.raises(InputError, match=said):
+        open_rank(total=3, batch_size=batch_size)
+
+
+def test_a_batch_smaller_than_its_parts_names_the_smallest(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"multiple of train\.replicas = 8, such as 8$"):
+        check_batch(_config(tmp_path, batch_size=5), 8)
 
 
 def test_a_batch_larger_than_the_data_is_an_input_error(open_rank: Open) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ghostmask.data_pipelines import order
+from ghostmask.engine.data import Parts
 
 
 def test_order_and_words_never_change_between_versions() -> None:
@@ -24,21 +25,32 @@ def test_epochs_and_seeds_have_different_orders() -> None:
     assert all(sorted(o) == list(range(50)) for o in orders)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 6])
-def test_ranks_share_each_global_batch_in_turn(num_ranks: int) -> None:
-    whole = order.train_rows(5, 2, num_train=100, batch_size=12, rank=0, num_ranks=1)
+@pytest.mark.parametrize("total", [1, 2, 3, 4, 6])
+def test_part_p_of_every_global_batch_is_its_samples_p_p_plus_total_and_so_on(total: int) -> None:
+    whole = order.train_rows(5, 2, num_train=100, batch_size=12, parts=Parts())
     assert len(whole) == 96
-    for rank in range(num_ranks):
-        rows = order.train_rows(5, 2, num_train=100, batch_size=12, rank=rank, num_ranks=num_ranks)
-        expected = whole.reshape(8, 12, 2)[:, rank::num_ranks].reshape(-1, 2)
+    for part in range(total):
+        rows = order.train_rows(5, 2, num_train=100, batch_size=12, parts=Parts(total, part, 1))
+        expected = whole.reshape(8, 12, 2)[:, part::total].reshape(-1, 2)
         np.testing.assert_array_equal(rows, expected)
 
 
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_rank_gets_its_parts_of_a_batch_one_after_the_other(count: int) -> None:
+    settings = {"num_train": 100, "batch_size": 12}
+    alone = [order.train_rows(5, 2, parts=Parts(4, p, 1), **settings).reshape(8, 3, 2) for p in range(4)]
+    for first in range(0, 4, count):
+        rows = order.train_rows(5, 2, parts=Parts(4, first, count), **settings).reshape(8, count, 3, 2)
+        for part in range(count):
+            np.testing.assert_array_equal(rows[:, part], alone[first + part])
+
+
 def test_starting_in_the_middle_continues_the_same_order() -> None:
-    whole = order.train_rows(1, 9, num_train=64, batch_size=8, rank=1, num_ranks=2)
-    rest = order.train_rows(1, 9, num_train=64, batch_size=8, rank=1, num_ranks=2, first_step=5)
+    parts = Parts(4, 1, 2)
+    whole = order.train_rows(1, 9, num_train=64, batch_size=8, parts=parts)
+    rest = order.train_rows(1, 9, num_train=64, batch_size=8, parts=parts, first_step=5)
     np.testing.assert_array_equal(rest, whole[5 * 4 :])
-    assert len(order.train_rows(1, 9, num_train=64, batch_size=8, rank=1, num_ranks=2, first_step=8)) == 0
+    assert len(order.train_rows(1, 9, num_train=64, batch_size=8, parts=parts, first_step=8)) == 0
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 7])

@@ -1,136 +1,266 @@
-"""The one optimizer of a run: parameter groups, each with its update rule and an optional projection of the result."""
+"""The optimizer whose parameters are functions of sharded state: chain rule, update rules, constraint, new parameters.
+
+           every rank                                     a slice of each group on its owner
+    batches -> the plain network -> loss
+                ^                    | backward
+                | publish            v gradient            (placement: whole, or shared out by DeepSpeed)
+        [ parameters ]  <-------  step():
+                                    1  g = dL/d(parameters) of my slice
+                                    2  gradients of my state             reparametrization.gradients, kernels or autograd
+                                       averaged over the noise groups    [all-reduce across the groups]
+                                    3  joint norm, clipping, rules       [all-reduce of one number]
+                                    4  constraint                        [collective]
+                                    5  parameters of the next step
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim.adam import adam
-from torch.optim.sgd import sgd
+import torch.distributed as dist
+from torch import Tensor
 from torch.profiler import record_function
 
-from ghostmask.engine.sharding.shards import Shard
-
-
-class UpdateRule(Protocol):
-    """How a parameter moves along its gradient. Holds settings only; the state belongs to the optimizer."""
-
-    state_names: ClassVar[tuple[str, ...]]
-    """Tensors kept per parameter, of the parameter's shape, zero before the first update."""
-
-    def update(
-        self, params: list[Tensor], grads: list[Tensor], state: list[dict[str, Tensor]], lr: float, updates: int
-    ) -> None:
-        """Move params in place; `updates` updates were made before this one."""
-        ...
+from ghostmask.engine.sharding.placement import ParameterGroup, Placement, WholePlacement
+from ghostmask.engine.sharding.reparametrization import Draw, State
+from ghostmask.engine.sharding.rules import Scale
+from ghostmask.engine.sharding.slices import Slice
+from ghostmask.engine.world import World, single
 
 
 @dataclass(frozen=True)
-class Sgd:
-    """w <- w - lr b, b <- momentum b + g + weight_decay w (torch.optim.SGD's, with nesterov as there)."""
+class Sampling:
+    """Which noise the optimizer draws: by seed, global step and sample.
 
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    nesterov: bool = False
-    state_names: ClassVar[tuple[str, ...]] = ("momentum",)
-
-    def update(
-        self, params: list[Tensor], grads: list[Tensor], state: list[dict[str, Tensor]], lr: float, updates: int
-    ) -> None:
-        buffers: list[Tensor | None] = [s["momentum"] for s in state]
-        sgd(
-            params, _laid_out_like(params, grads), buffers, weight_decay=self.weight_decay, momentum=self.momentum,
-            lr=lr, dampening=0.0, nesterov=self.nesterov, maximize=False, has_sparse_grad=False, fused=True,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Adam:
-    """Adam (Kingma & Ba 2015) with bias correction, as torch.optim.Adam computes it."""
-
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    state_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
-
-    def update(
-        self, params: list[Tensor], grads: list[Tensor], state: list[dict[str, Tensor]], lr: float, updates: int
-    ) -> None:
-        steps = list(torch.full((len(params),), float(updates), device=params[0].device).unbind())
-        adam(
-            params, _laid_out_like(params, grads), [s["exp_avg"] for s in state], [s["exp_avg_sq"] for s in state], [],
-            steps, amsgrad=False, beta1=self.betas[0], beta2=self.betas[1], lr=lr, weight_decay=self.weight_decay,
-            eps=self.eps, maximize=False, fused=True,
-        )  # fmt: skip
-
-
-Projection = Callable[[Shard], None]
-"""Moves a group's shard, in place, back into the set that its parameters must stay in. Collective."""
-
-
-@dataclass(frozen=True)
-class ParameterGroup:
-    """Parameters that are updated alike. `name` prefixes their keys in checkpoints: "weight/layer1.0.conv1.weight"."""
-
-    name: str
-    parameters: Mapping[str, nn.Parameter]
-    rule: UpdateRule
-    lr: float
-    projection: Projection | None = field(default=None)
-    bf16_gradients: bool = False
-    """Whether ranks send each other this group's gradients as bfloat16 (ZeRO 1 and 2 only)."""
-
-
-class ProjectedOptimizer(torch.optim.Optimizer):
-    """Applies each group's rule, then its projection, to whatever tensors the group holds.
-
-    Under ZeRO 1 and 2 DeepSpeed replaces a group's parameters by one flat float32 slice that this rank owns and calls
-    `step()` once per group; at stage 0 the group keeps its parameters. The projection gets the group's shard, set by
-    `engine.sharding.deepspeed_engine` once the layout is known: the slice, or the flat buffer that the parameters are views of.
-
-        rank 0   [ w0 w1 w2 w | 3 ...      ]   group "weight":       SGD
-        rank 1   [            | w3 w4 ... 0]   (0 = padding)
-        rank 0   [ s0 s1 s2 s | 3 ...      ]   group "probability":  Adam, then clamp(s - v, 0, 1), v by all-reduce
+    first_step: global number of the step that update 0 belongs to. samples: of each step, those that this rank takes,
+    one `step()` call each; the state's gradients are averaged over them, and over the ranks `across`, which hold the
+    same slices but take other samples.
     """
 
-    def __init__(self, groups: list[ParameterGroup]) -> None:
-        super().__init__(
-            [
-                {"params": list(g.parameters.values()), "name": g.name, "rule": g.rule, "lr": g.lr, "base_lr": g.lr,
-                 "projection": g.projection, "updates": 0, "shard": None}
-                for g in groups
-            ],
-            {},
-        )  # fmt: skip
+    seed: int = 0
+    first_step: int = 0
+    samples: tuple[int, ...] = (0,)
+    across: World | None = None
 
-    def allocate_state(self) -> None:
-        """Make every state tensor now, as zeros: a resume fills them before the first step."""
-        for group in self.param_groups:
-            for param in group["params"]:
-                for name in group["rule"].state_names:
-                    if name not in self.state[param]:
-                        self.state[param][name] = torch.zeros_like(param, requires_grad=False)
+
+class ShardedOptimizer(torch.optim.Optimizer):
+    """Trains groups of parameters through their reparametrizations; keeps to torch.optim.Optimizer's conventions.
+
+    Learning-rate schedulers act on `param_groups`. As in Schedule-Free, the parameters hold the weights that are trained
+    with after `train()` and those that would be delivered now after `eval()`: call both where the network's are called.
+
+    clip: largest joint norm of the state's gradients over all groups, 0 = none. An update whose gradients are not
+    finite changes nothing; `finite` tells.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[ParameterGroup],
+        *,
+        clip: float = 0.0,
+        sampling: Sampling | None = None,
+        placement: Callable[[Sequence[ParameterGroup]], Placement] | None = WholePlacement,
+    ) -> None:
+        """placement: where parameters and gradients lie; None = `place` is called later."""
+        self.groups, self.clip, self.sampling = list(groups), clip, sampling or Sampling()
+        super().__init__(
+            [{"params": list(g.parameters.values()), "name": g.name, "lr": g.lr} for g in self.groups], {}
+        )  # fmt: skip
+        self.updates = 0
+        self.finite = torch.ones(())
+        """() float32, 1 where the last update's gradients were finite."""
+        self.norms: dict[str, Tensor] = {}
+        """Norm of the last update's gradient of each trained state tensor, "group.state" -> () float64, before clipping."""
+        self.divisor = torch.ones(())
+        """() float32: what clipping divided the last update's gradients by."""
+        self._cycle = 0
+        self._evaluating = False
+        self._sums: list[State] = []
+        if placement is not None:
+            self.place(placement(self.groups))
+
+    def place(self, placement: Placement) -> None:
+        """Collective: make the state from the parameters' values, and the first parameters from the state."""
+        self.placement = placement
+        self.slices: Sequence[Slice] = placement.slices
+        self.states: list[State] = []
+        with torch.no_grad():
+            for index, group in enumerate(self.groups):
+                form = group.reparametrization
+                state = form.start(placement.initial(index), self.slices[index])
+                for name, rule in form.rules.items():
+                    state |= {f"{name}.{buffer}": torch.zeros_like(state[name]) for buffer in rule.buffers}
+                self.states.append(state)
+        self.refresh()
+
+    @property
+    def draw(self) -> Draw:
+        """The noise of the parameters that stand in the network while training."""
+        taken = self.sampling
+        return Draw(taken.seed, taken.first_step + self.updates, taken.samples[self._cycle])
+
+    @property
+    def differs_in_evaluation(self) -> bool:
+        """Whether `eval()` changes the parameters."""
+        return any(g.reparametrization.differs_in_evaluation for g in self.groups)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Collective where a group has a projection: update every group whose parameters have gradients."""
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            grads = [p.grad for p in params]
+        """Collective: take the gradients that stand in the parameters; with the last sample of a step, update.
+
+        Afterwards the parameters are those of the next sample.
+        """
+        self._collect()
+        self._cycle = (self._cycle + 1) % len(self.sampling.samples)
+        if self._cycle == 0:
+            self._update()
+        self._write()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Collective: make the parameters anew from the state, after it was changed from outside."""
+        for group in self.groups:
+            group.reparametrization.schedule(self.updates)
+        self._write()
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Collective: the parameters become those of the network that would be delivered now."""
+        if not self._evaluating:
+            self._evaluating = True
+            if self.differs_in_evaluation:
+                self._write()
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Collective: the parameters become those to train with, as they were before `eval()`, bit for bit."""
+        if self._evaluating:
+            self._evaluating = False
+            if self.differs_in_evaluation:
+                self._write()
+
+    @torch.no_grad()
+    def scale(self, factors: Mapping[str, float]) -> None:
+        """Collective: multiply parameters by a factor each, by name, through their state."""
+        for group, state, part in zip(self.groups, self.states, self.slices, strict=True):
+            group.reparametrization.scale(state, part, factors)
+        self.refresh()
+
+    @torch.no_grad()
+    def give_back(self) -> None:
+        """Collective: the parameters become plain float32 tensors of their own, with the evaluation's values.
+
+        The optimizer has no hold on them any more.
+        """
+        for group, state, part in zip(self.groups, self.states, self.slices, strict=True):
+            whole = part.gathered(group.reparametrization.evaluation_weights(state, part))
+            for name, parameter in group.parameters.items():
+                parameter.data, parameter.grad = whole[name].contiguous(), None
+
+    def group(self, name: str) -> tuple[ParameterGroup, State, Slice]:
+        """A group by name, with the state and the slice that this rank holds of it."""
+        index = [g.name for g in self.groups].index(name)
+        return self.groups[index], self.states[index], self.slices[index]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs: this rank's state, the counts, the learning rates.
+
+        For the same slices; checkpoints of the engine are keyed by parameter name and fit any number of ranks.
+        """
+        return {
+            "updates": self.updates,
+            "state": {g.name: dict(state) for g, state in zip(self.groups, self.states, strict=True)},
+            "param_groups": [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups],
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Collective: take back what `state_dict` gave. Raises ValueError where groups, tensors or sizes differ."""
+        for group, state in zip(self.groups, self.states, strict=True):
+            given = state_dict["state"].get(group.name, {})
+            if {n: t.shape for n, t in given.items()} != {n: t.shape for n, t in state.items()}:
+                raise ValueError(
+                    f"group {group.name}: the saved state is not that of these parameters, method and number of ranks; "
+                    "build the optimizer as it was when the state was saved"
+                )
+        for group, state in zip(self.groups, self.states, strict=True):
+            for name, tensor in state.items():
+                tensor.copy_(state_dict["state"][group.name][name])
+        for mine, given in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            mine.update(given)
+        self.updates, self._cycle = int(state_dict["updates"]), 0
+        self.refresh()
+
+    def _collect(self) -> None:
+        """Add the chain rule's result of one sample to the step's."""
+        several = len(self.sampling.samples) > 1
+        for index, (group, state, part) in enumerate(zip(self.groups, self.states, self.slices, strict=True)):
+            with record_function("chain rule"):
+                gradient = self.placement.gradient(index)
+                found = group.reparametrization.gradients(gradient, state, part, self.draw)
+            if self._cycle == 0:
+                # With several samples the gradient's own memory is filled again by the next one.
+                kept = {n: g.clone() for n, g in found.items()} if several else found
+                self._sums = [*self._sums[:index], kept]
+            else:
+                for name, g in found.items():
+                    self._sums[index][name] += g
+
+    def _update(self) -> None:
+        self._average()
+        scale = self._clipping()
+        rates = {g["name"]: g["lr"] for g in self.param_groups}
+        for group, state, part, gradients in zip(self.groups, self.states, self.slices, self._sums, strict=True):
+            form = group.reparametrization
             with record_function("optimizer"):
-                group["rule"].update(params, grads, [self.state[p] for p in params], group["lr"], group["updates"])
-            group["updates"] += 1
-            if group["projection"] is not None:
-                with record_function("projection"):
-                    group["projection"](group["shard"])
+                for name, rule in form.rules.items():
+                    buffers = [state[f"{name}.{buffer}"] for buffer in rule.buffers]
+                    lr = rates[group.name] * form.rates.get(name, 1.0)
+                    rule.update(state[name], gradients[name], buffers, lr, self.updates, scale)
+            with record_function("constraint"):
+                form.constrain(state, part, self.updates + 1)
+        self._sums = []
+        self.updates += 1
+        for group in self.groups:
+            group.reparametrization.schedule(self.updates)
 
+    def _average(self) -> None:
+        """Over the samples of this rank, and over the noise groups."""
+        across = self.sampling.across or single()
+        count = len(self.sampling.samples) * across.size
+        if count == 1:
+            return
+        for gradients in self._sums:
+            for g in gradients.values():
+                across.all_reduce(g).div_(count)
 
-def _laid_out_like(params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-    """The gradients in the memory order of their parameters: torch's fused kernels take both as plain vectors."""
-    pairs = zip(params, grads, strict=True)
-    return [g if g.stride() == p.stride() else torch.empty_like(p).copy_(g) for p, g in pairs]
+    def _clipping(self) -> Scale:
+        names, squares = [], []
+        for group, gradients in zip(self.groups, self._sums, strict=True):
+            for name, g in gradients.items():
+                names.append(f"{group.name}.{name}")
+                squares.append(torch.linalg.vector_norm(g).double().square())
+        total = self.slices[0].world.all_reduce(torch.stack(squares))
+        if self.sampling.across is not None:
+            # Equal on all groups but for the order of additions; they must stay equal bit for bit.
+            total = self.sampling.across.all_reduce(total, dist.ReduceOp.MAX)
+        self.norms = dict(zip(names, total.sqrt().unbind(), strict=True))
+        norm = total.sum().sqrt()
+        self.finite = norm.isfinite().float()
+        self.divisor = (norm / self.clip).clamp(min=1.0).float() if self.clip else torch.ones_like(self.finite)
+        return Scale(torch.where(self.finite > 0, self.divisor, 1.0), 1.0 - self.finite)
+
+    def _write(self) -> None:
+        for index, (group, state, part) in enumerate(zip(self.groups, self.states, self.slices, strict=True)):
+            form, outputs = group.reparametrization, self.placement.outputs(index)
+            with record_function("parameters"):
+                if self._evaluating and form.differs_in_evaluation:
+                    values = form.evaluation_weights(state, part)
+                    for run, out in outputs:
+                        out.copy_(values[run.start : run.start + run.numel])
+                else:
+                    form.write(state, part, self.draw, outputs)
+        self.placement.publish()

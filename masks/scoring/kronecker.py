@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ghostmask.engine.errors import bad_value
+from ghostmask.engine.errors import InputError, bad_value
 from ghostmask.engine.world import World
 from ghostmask.masks.scoring.score_images import Chunk
-from ghostmask.masks.scoring.scored_copy import full_float32, scored_copy
+from ghostmask.masks.scoring.scored_copy import full_float32, logits_of, scored_copy
 
+METHOD = "mlprune"
+"""The mask.method that errors name: the only one that uses these factors."""
 ROWS_BYTES = 1 << 28
 """Patches of a convolution are laid out for as many images at once as fit into this."""
 
@@ -27,6 +29,9 @@ class KroneckerFactors:
 
     For a convolution, a is each patch of the input and g the gradient at each output pixel. The network is in eval
     mode: images do not depend on each other. Labels are drawn from its predictions, by (seed, image).
+
+    Raises InputError for a layer that it cannot score: neither Linear nor Conv2d, a grouped convolution, or one whose
+    weights are used without a call of the layer (as in torch's attention).
     """
 
     def __init__(self, net: nn.Module, names: Sequence[str], seed: int) -> None:
@@ -34,21 +39,28 @@ class KroneckerFactors:
         self.twin, self.weights = scored_copy(net, dict.fromkeys(names))
         self.twin.eval()
         self.sums: Factors = {}
+        self.called: set[str] = set()
         for name, w in self.weights.items():
             outputs, inputs = w.shape[0], w[0].numel()
             self.sums[name] = (w.new_zeros(inputs, inputs), w.new_zeros(outputs, outputs))
             layer = self.twin.get_submodule(name.removesuffix(".weight"))
-            if getattr(layer, "groups", 1) != 1:
-                raise bad_value("mask.method", "mlprune", f"{name} is a grouped convolution, which it cannot score")
+            if not isinstance(layer, nn.Linear | nn.Conv2d):
+                raise _not_scored(name, f"belongs to a {type(layer).__name__}")
+            if isinstance(layer, nn.Conv2d) and layer.groups != 1:
+                raise _not_scored(name, "belongs to a grouped convolution")
             layer.register_forward_hook(self._hook(name))
 
     @full_float32()
     def add(self, chunk: Chunk) -> None:
-        """Add this rank's images of a chunk."""
-        logits = self.twin(chunk.images)
+        """Add this rank's images of a chunk. Raises InputError for a network whose output is not (N, classes)."""
+        self.called.clear()
+        logits = logits_of(self.twin, chunk.images, METHOD)
         labels = drawn_labels(logits.detach(), chunk.numbers, self.seed)
         loss = functional.cross_entropy(logits, labels, reduction="sum")
-        torch.autograd.grad(loss, list(self.weights.values()))
+        gradients = torch.autograd.grad(loss, list(self.weights.values()), allow_unused=True)
+        for name, gradient in zip(self.weights, gradients, strict=True):
+            if gradient is not None and name not in self.called:
+                raise _not_scored(name, "is used without a call of its layer")
 
     def reduced(self, world: World) -> Factors:
         """Collective: (A, G) by weight name, summed over the ranks; only their ratios within a layer mean something."""
@@ -58,8 +70,9 @@ class KroneckerFactors:
         inputs_sum, outputs_sum = self.sums[name]
 
         def hook(layer: nn.Module, inputs: Any, output: Any) -> None:
+            self.called.add(name)
             _add_inputs(inputs_sum, layer, inputs[0].detach())
-            output.register_hook(lambda gradient: _add_outputs(outputs_sum, gradient))
+            output.register_hook(lambda gradient: _add_outputs(outputs_sum, layer, gradient))
 
         return hook
 
@@ -92,22 +105,29 @@ def _uniform(seed: int, number: int) -> float:
     return float(np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little"))).random())
 
 
+def _not_scored(name: str, why: str) -> InputError:
+    fix = f"cannot score {name}, which {why}; name it in mask.dense_layers or use another method"
+    return bad_value("mask.method", METHOD, fix)
+
+
 def _add_inputs(total: Tensor, layer: nn.Module, x: Tensor) -> None:
     if isinstance(layer, nn.Linear):
         rows = x.reshape(-1, x.shape[-1])
         total.addmm_(rows.T, rows)
         return
     assert isinstance(layer, nn.Conv2d)
-    assert not isinstance(layer.padding, str)
     pixels = x[0:1].numel() * layer.kernel_size[0] * layer.kernel_size[1] * x.element_size()
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     for part in torch.split(x, max(1, ROWS_BYTES // max(1, pixels))):
-        patches = functional.unfold(part, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+        padded = functional.pad(part, layer._reversed_padding_repeated_twice, mode)  # "same" and "valid" too
+        patches = functional.unfold(padded, layer.kernel_size, layer.dilation, 0, layer.stride)
         rows = patches.transpose(1, 2).reshape(-1, patches.shape[1])
         total.addmm_(rows.T, rows)
 
 
-def _add_outputs(total: Tensor, gradient: Tensor) -> None:
-    rows = gradient.movedim(1, -1).reshape(-1, gradient.shape[1])
+def _add_outputs(total: Tensor, layer: nn.Module, gradient: Tensor) -> None:
+    rows = gradient if isinstance(layer, nn.Linear) else gradient.movedim(1, -1)
+    rows = rows.reshape(-1, len(total))
     total.addmm_(rows.T, rows)
 
 

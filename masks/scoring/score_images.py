@@ -18,7 +18,8 @@ from ghostmask.engine.world import World
 class Chunk:
     """This rank's part of one chunk: images (n, C, H, W) contiguous, labels (n,), n may differ between ranks and be 0.
 
-    numbers: (n,) int64, the images' places among all chosen ones; they say which image it is on any number of ranks.
+    numbers: (n,) int64, on the CPU, ascending: the images' places among all chosen ones; they say which image it is on
+    any number of ranks.
     """
 
     images: Tensor
@@ -77,8 +78,11 @@ def chosen_images(data: DataPipeline, epoch: int, choice: Choice, size: int, wor
     """Collective: the images of `epoch` that `choice` takes, in chunks of `size` over all ranks (the last: the rest).
 
     Each rank keeps those that the loader gives it, as many chunks on every rank; at most a chunk and a batch of images
-    are held at once.
+    are held at once. Images are chosen, numbered and cut into chunks in the order of the global batches, whichever rank
+    has which parts of them.
     """
+    places = _places(data)
+    everywhere = world.all_gather(places).reshape(-1)
     images: list[Tensor] = []
     labels: list[Tensor] = []
     numbers: list[Tensor] = []
@@ -87,14 +91,16 @@ def chosen_images(data: DataPipeline, epoch: int, choice: Choice, size: int, wor
         for batch in batches:
             if choice.done():
                 break
-            everyone = world.all_gather(batch.labels).T.reshape(-1).tolist()
+            gathered = world.all_gather(batch.labels).reshape(-1).cpu()
+            everyone = torch.empty_like(gathered).index_copy_(0, everywhere, gathered).tolist()
             taken = torch.tensor([choice.take(label) for label in everyone])
-            places = (count + taken.cumsum(0) - 1)[world.rank :: world.size]
-            mine = taken[world.rank :: world.size]
-            count += int(taken.sum())
+            # Of this rank's images those that are taken, in the order of the global batch.
+            mine = places.argsort()
+            mine = mine[taken[places[mine]]]
             images.append(batch.images[mine].contiguous(memory_format=torch.contiguous_format))
             labels.append(batch.labels[mine])
-            numbers.append(places[mine])
+            numbers.append((count + taken.cumsum(0) - 1)[places[mine]])
+            count += int(taken.sum())
             if count - sent < size:
                 continue
             held = Chunk(torch.cat(images), torch.cat(labels), torch.cat(numbers))
@@ -105,6 +111,13 @@ def chosen_images(data: DataPipeline, epoch: int, choice: Choice, size: int, wor
             images, labels, numbers = [rest.images], [rest.labels], [rest.numbers]
     if count > sent:
         yield Chunk(torch.cat(images), torch.cat(labels), torch.cat(numbers))
+
+
+def _places(data: DataPipeline) -> Tensor:
+    """(this rank's images of a global batch,) int64: the place in the global batch of each, in the rank's order."""
+    parts = data.parts
+    of_parts = torch.arange(data.batch_size).view(-1, parts.total).T
+    return of_parts[parts.first : parts.first + parts.count].reshape(-1)
 
 
 def _between(chunk: Chunk, low: int, high: int) -> Chunk:

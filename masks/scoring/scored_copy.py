@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from torch.autograd import Function
 from torch.nn import functional
 
 from ghostmask.engine.batchnorm import batch_norms
+from ghostmask.engine.errors import bad_value
 from ghostmask.engine.world import World
 
 
@@ -24,10 +26,41 @@ def scored_copy(net: nn.Module, names: Mapping[str, Any], dtype: torch.dtype = t
     """
     twin = copy.deepcopy(net).to(dtype).requires_grad_(False)
     for module in twin.modules():
-        if isinstance(module, nn.ReLU):
-            module.inplace = False  # scores read activations after the next layer has had them
+        if getattr(module, "inplace", False) is True:
+            module.inplace = False  # type: ignore[assignment]  # scores read activations after the next layer has had them
     weights = {name: twin.get_parameter(name).requires_grad_(True) for name in names}
     return twin, weights
+
+
+def logits_of(twin: nn.Module, images: Tensor, method: str) -> Tensor:
+    """(N, classes) twin(images). Raises InputError, on every rank alike, for a network with any other output.
+
+    method: the value of mask.method that the error names.
+    """
+    logits: object = twin(images)
+    if isinstance(logits, Tensor) and logits.dim() == 2 and len(logits) == len(images):
+        return logits
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    fix = f"scores one row of logits per image, (N, classes); this network gives {shape} for {len(images)} images"
+    raise bad_value("mask.method", method, fix)
+
+
+def draw_classifier(twin: nn.Module, seed: int) -> None:
+    """Draw the weight of the classifier anew from N(0, 2 / (fan_in + fan_out)) (Xavier), a function of the seed alone.
+
+    The classifier is the last of the convolutions and linear layers if it is a 1x1 convolution, else the last linear
+    layer; a network that has neither stays as it is.
+    """
+    layers = [m for m in twin.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    found = [m for m in layers if isinstance(m, nn.Linear) or (m is layers[-1] and m.kernel_size == (1, 1))]
+    if not found:
+        return
+    digest = hashlib.blake2b(f"fresh classifier {seed}".encode(), digest_size=7).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    drawn = torch.empty(found[-1].weight.shape)  # on the CPU: the same on every device
+    nn.init.xavier_normal_(drawn, generator=generator)
+    with torch.no_grad():
+        found[-1].weight.copy_(drawn)
 
 
 @contextmanager

@@ -1,0 +1,58 @@
+"""Exactly what a resume needs: the tensors of a trainer under names that depend on no rank count and no ZeRO stage.
+
+prunable.weight/layer1.0.conv1.weight             a state tensor of a group; each rank writes the piece that it owns
+prunable.weight.momentum/layer1.0.conv1.weight    what its update rule keeps
+frozen/conv1.weight                               a parameter that is not trained
+buffer/bn1.num_batches_tracked                    a buffer equal on all ranks
+part/bn1.running_mean                             statistics of each part of the batch: (parts * numel,), part after part
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ghostmask.engine.batchnorm import PartStatistics, statistics
+from ghostmask.engine.checkpoint.pieces import Piece
+from ghostmask.engine.sharding.optimizer import ShardedOptimizer
+
+Entries = dict[str, Tensor | Piece]
+
+
+def checkpoint_entries(model: nn.Module, optimizer: ShardedOptimizer, parts: PartStatistics) -> Entries:
+    """Everything to save, as views of the live tensors where that can be."""
+    entries = _trained(optimizer) | _replicated(model, optimizer)
+    return entries | {f"part/{name}": value for name, value in parts.entries().items()}
+
+
+def restore(
+    model: nn.Module, optimizer: ShardedOptimizer, parts: PartStatistics, meta: Mapping[str, Any],
+    load: Callable[[Entries], None],
+) -> None:  # fmt: skip
+    """Collective: fill the trainer's tensors from a checkpoint; load(entries) reads them in place."""
+    statistics_here = parts.entries()
+    load(_trained(optimizer) | _replicated(model, optimizer) | {f"part/{n}": v for n, v in statistics_here.items()})
+    parts.load(statistics_here)
+    optimizer.updates = int(meta["updates"])
+    optimizer.refresh()
+
+
+def _trained(optimizer: ShardedOptimizer) -> Entries:
+    entries: Entries = {}
+    for group, state, part in zip(optimizer.groups, optimizer.states, optimizer.slices, strict=True):
+        for s in part.segments:
+            full = part.layout.shapes[s.name].numel()
+            for key, tensor in state.items():
+                view = tensor[s.start : s.start + s.numel]
+                entries[f"{group.name}.{key}/{s.name}"] = Piece(full, s.offset, view)
+    return entries
+
+
+def _replicated(model: nn.Module, optimizer: ShardedOptimizer) -> Entries:
+    trained = {id(p) for group in optimizer.groups for p in group.parameters.values()}
+    entries: Entries = {f"frozen/{n}": p.detach() for n, p in model.named_parameters() if id(p) not in trained}
+    local, saved = set(statistics(model)), set(model.state_dict())
+    entries.update({f"buffer/{n}": b for n, b in model.named_buffers() if n not in local and n in saved})
+    return entries

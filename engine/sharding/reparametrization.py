@@ -1,0 +1,105 @@
+"""What a group of parameters is a function of: its state, how that moves, and what it is held to.
+
+    state  --weights(draw)-->  the parameters that the network computes with
+           <--gradients-----   dL/d(parameters)              the chain rule, on this rank's slice
+           <--rules---------   SGD, Adam: one for each trained state tensor
+           <--constrain-----   whatever must hold afterwards: a projection, a new mask; all ranks together
+
+All tensors are 1-D, (n,): this rank's slice of the group (see `slices`). A subclass is a function of a few lines:
+
+    class Squared(Reparametrization):
+        def weights(self, state, part, draw):
+            return state["weight"] * state["weight"].abs()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ghostmask.engine.sharding.rules import UpdateRule
+from ghostmask.engine.sharding.slices import Run, Slice
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Which noise: of the run's seed, the global number of the step, and the sample's number in it."""
+
+    seed: int
+    step: int
+    sample: int
+
+
+class Reparametrization:
+    """The parameters as one differentiable function of their state; here: the parameters are their state.
+
+    rules: state tensor -> how it moves; what has no rule is not trained. rates: its learning rate as a multiple of the
+    group's, 1 where it is not named.
+    """
+
+    noisy: ClassVar[bool] = False
+    """Whether `weights` depends on the draw: noise groups and several samples per step mean something then."""
+    differs_in_evaluation: ClassVar[bool] = False
+    """Whether `evaluation_weights` are others than those trained with."""
+
+    def __init__(self, rules: Mapping[str, UpdateRule], rates: Mapping[str, float] | None = None) -> None:
+        self.rules, self.rates = dict(rules), dict(rates or {})
+
+    def start(self, weight: Tensor, part: Slice) -> State:
+        """Every state tensor, trained ones float32; weight: (n,) float32, the parameters' initial values, to keep."""
+        return {"weight": weight}
+
+    def schedule(self, updates: int) -> None:
+        """Called before update number `updates` of the group's training, from 0, is computed: what changes over time."""
+
+    def weights(self, state: State, part: Slice, draw: Draw) -> Tensor:
+        """(n,) the parameters, differentiable in the trained state tensors."""
+        return state["weight"]
+
+    def evaluation_weights(self, state: State, part: Slice) -> Tensor:
+        """(n,) float32: the parameters of the network that would be delivered now. Collective."""
+        return self.weights(state, part, Draw(0, 0, 0))
+
+    def write(self, state: State, part: Slice, draw: Draw, outputs: list[tuple[Run, Tensor]]) -> None:
+        """Fill the runs' outputs, of any float type, with `weights`; to be overridden where a kernel does it at once."""
+        values = self.weights(state, part, draw)
+        for run, out in outputs:
+            out.copy_(values[run.start : run.start + run.numel])
+
+    def gradients(self, gradient: Tensor, state: State, part: Slice, draw: Draw) -> State:
+        """dL/d(state), (n,) float32 each, of the trained tensors from dL/d(parameters); may overwrite `gradient`.
+
+        By autograd through `weights`, unless there is something faster.
+        """
+        with torch.enable_grad():
+            inputs = {name: state[name].detach().requires_grad_() for name in self.rules}
+            values = self.weights({**state, **inputs}, part, draw)
+            found = torch.autograd.grad(values, list(inputs.values()), gradient, materialize_grads=True, allow_unused=True)
+        return dict(zip(inputs, found, strict=True))
+
+    def constrain(self, state: State, part: Slice, updates: int) -> None:
+        """Collective: after update number `updates`, counted from 1: bring the state back to what it must satisfy."""
+
+    def scale(self, state: State, part: Slice, factors: Mapping[str, float]) -> None:
+        """Multiply the parameters by a factor each, by name; those not named stay."""
+        for s in part.segments:
+            state["weight"][s.start : s.start + s.numel] *= factors.get(s.name, 1.0)
+
+
+class Plain(Reparametrization):
+    """Parameters that are their own state."""
+
+    def write(self, state: State, part: Slice, draw: Draw, outputs: list[tuple[Run, Tensor]]) -> None:
+        for run, out in outputs:
+            own = state["weight"][run.start : run.start + run.numel]
+            if own.data_ptr() != out.data_ptr():  # one rank, float32: state and parameters share their memory
+                out.copy_(own)
+
+    def gradients(self, gradient: Tensor, state: State, part: Slice, draw: Draw) -> State:
+        return {"weight": gradient}
