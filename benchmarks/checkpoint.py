@@ -47,7 +47,7 @@ def rows(bench: Bench) -> list[Row]:
     return [
         share(
             "checkpoint_stall", ms["asynchronous"], ms["synchronous"], "ms",
-            f"{what}; baseline: the loop waits until all is on disk with its checksums; bar: 0.1",
+            f"{what}; baseline: the loop waits until all is on disk with its checksums", bar=0.1,
         ),
         share(
             "checkpoint_first_stall", 1000 * seconds["asynchronous"][0], 1000 * seconds["synchronous"][0], "ms",
@@ -55,7 +55,7 @@ def rows(bench: Bench) -> list[Row]:
         ),
         share(
             "checkpoint_share", ms["asynchronous"] / 1000, 60 * MINUTES_BETWEEN, "s",
-            f"share of a run with one save per {MINUTES_BETWEEN} minutes; bar: 0.02",
+            f"share of a run with one save per {MINUTES_BETWEEN} minutes", bar=0.02,
         ),
         Row("checkpoint_bandwidth", total / 1e3 / ms["synchronous"], "MB/s", note="bytes over a synchronous save"),
     ]  # fmt: skip

@@ -74,10 +74,10 @@ def rows(bench: Bench) -> list[Row]:
             what = f"{iterations} iterations; the default, {defaults.iterations}"
             times = defaults.iterations / iterations
         reckoned = "" if times == 1 else f", takes {seconds * times / 60:.1f} minutes (reckoned)"
-        note = "most that is held beside the network; baseline and bar: 16 GB"
+        note = "most that is held beside the network; baseline: 16 GB"
         found += [
             Row(f"finder_{name}", seconds, "s", note=f"{model}, {side} x {side} pixels, {what}{reckoned}"),
-            share(f"finder_{name}_memory", held / 1e6, BAR_BYTES / 1e6, "MB", note),
+            share(f"finder_{name}_memory", held / 1e6, BAR_BYTES / 1e6, "MB", note, bar=1),
         ]
     return found
 

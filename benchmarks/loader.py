@@ -101,7 +101,7 @@ def _photographs_row(case: str, config: DataConfig, what: str, bench: Bench) -> 
     rates = _interleaved(ours, theirs, 1 if bench.quick else 3, bench.world)
     ours.close()
     note = f"{what}, 224 x 224 random resized crops, {WORKERS} workers, {config.jpeg_fraction:.0%} stored as JPEG"
-    return more_per_second(case, *rates, "images/s", f"{note}; baseline: torchvision's DataLoader; bar: 2x")
+    return more_per_second(case, *rates, "images/s", f"{note}; baseline: torchvision's DataLoader", bar=2)
 
 
 def _cifar_row(paths: dict[str, Path], pixels: NDArray[np.uint8], kind: str, bench: Bench) -> Row:
@@ -124,7 +124,7 @@ def _cifar_row(paths: dict[str, Path], pixels: NDArray[np.uint8], kind: str, ben
     ours.close()
     what = f"{len(pixels):,} {kind} 32 x 32 images"
     note = f"{what} as torchvision's CIFAR datasets hand them out, pad-crop-flip, {WORKERS} workers"
-    return more_per_second("loader_cifar", *rates, "images/s", f"{note}; baseline: its DataLoader; bar: 5x")
+    return more_per_second("loader_cifar", *rates, "images/s", f"{note}; baseline: its DataLoader", bar=5)
 
 
 class _Pixels(Dataset[Any]):

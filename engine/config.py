@@ -10,7 +10,7 @@ from ghostmask.engine.errors import bad_value, unknown_name
 from ghostmask.engine.position import Duration
 
 SCHEDULES = ("cosine", "step", "constant")
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "tf32", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -46,7 +46,7 @@ class OptimConfig:
     weight_decay: float = 5e-4
     """L2 penalty on every weight, batch norm included; never on probabilities."""
     clip: float = 0.0
-    """Largest joint norm of all gradients, weights and probabilities together; 0 = no clipping."""
+    """Largest joint norm of all gradients, dense weights and probabilities together; 0 = no clipping."""
     schedule: str = "cosine"
     """cosine (to 0), step (x gamma at each milestone) or constant, evaluated at every optimizer step."""
     warmup: str = "0ep"
@@ -101,11 +101,13 @@ class TrainConfig:
     epochs: int = 300
     """Epochs of the main phase (search for ProbMask); fine-tuning comes on top (finetune.epochs)."""
     zero_stage: int = may_change(1)
-    """DeepSpeed ZeRO stage: 0 replicates, 1 shards optimizer state and probabilities, 2 gradients too."""
+    """DeepSpeed ZeRO stage: 0 replicates, 1 shards dense weights, probabilities and optimizer state, 2 gradients too."""
     precision: str = "fp32"
-    """fp32, or bf16 (autocast; parameters, probabilities and optimizer state stay float32)."""
-    accumulation: int = 1
-    """Microbatches per optimizer step and rank."""
+    """fp32; tf32 (products on GPUs rounded to TF32); bf16 (autocast; with train.zero_stage 1 or 2 the weights that the
+    network sees and their gradients travel as bf16; dense weights, probabilities and optimizer state stay float32)."""
+    replicas: int = 0
+    """Parts that every global batch is cut into, each with its own batch-norm statistics; ranks share them evenly, and
+    a run is the same run on any number of ranks that divides it. 0 = chosen when the run starts, and kept."""
     channels_last: bool = True
     """Convolutions in channels_last memory order."""
     compile: bool = False
@@ -132,7 +134,7 @@ class TrainConfig:
             raise unknown_name("train.precision", self.precision, PRECISIONS)
         if self.device not in DEVICES:
             raise unknown_name("train.device", self.device, DEVICES)
-        require_number("train.accumulation", self.accumulation, 1)
+        require_number("train.replicas", self.replicas, 0)
         require_number("train.threads", self.threads, 0)
         require_number("train.log_every", self.log_every, 1)
         require_number("train.eval_every", self.eval_every, 1)

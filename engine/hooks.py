@@ -5,16 +5,15 @@
         hook.on_epoch_start(trainer)
         for each step:
             hook.on_step_start(trainer)
-            for each microbatch, for each pass:
-                hook.on_forward(trainer, microstep)   # forward and backward follow
+            [for each noise sample, for each part of the batch: forward, backward]
             [all ranks agree that the loss is finite]
-            [optimizer update, projection]
+            [optimizer update, constraint, the next step's weights]
             hook.on_step_end(trainer)              # position already counts the step
         hook.on_epoch_end(trainer)                 # after the evaluation, before the checkpoint
     hook.on_stop(trainer)                          # also when the loop ends by an exception
 
-Hooks run in the order given to the trainer. What a hook must not forget goes into `state_dict` (JSON-able) or into
-buffers of the trained module (tensors); both are in every checkpoint.
+Hooks run in the order given to the trainer. What a hook must not forget goes into `state_dict` (JSON-able) or `tensors`;
+both are in every checkpoint.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from ghostmask.engine.metrics import Counts
     from ghostmask.engine.trainer import Trainer
 
 
@@ -43,9 +43,6 @@ class Hook:
     def on_step_start(self, trainer: Trainer) -> None:
         """Before the first forward pass of a step."""
 
-    def on_forward(self, trainer: Trainer, microstep: int) -> None:
-        """Before forward pass `microstep` of a step, counted from 0 over microbatches x passes."""
-
     def on_step_end(self, trainer: Trainer) -> None:
         """After the optimizer update; `trainer.position` counts this step."""
 
@@ -59,8 +56,8 @@ class Hook:
         """Numbers to log with the loss every train.log_every steps. Called on every rank; may be collective."""
         return {}
 
-    def histograms(self, trainer: Trainer) -> Mapping[str, Tensor]:
-        """Tensors to log as histograms, once per epoch. Called on every rank."""
+    def histograms(self, trainer: Trainer) -> Mapping[str, Tensor | Counts]:
+        """What to log as histograms, once per epoch. Called on every rank; may be collective."""
         return {}
 
     def epoch_scalars(self, trainer: Trainer) -> Mapping[str, float | Tensor]:
@@ -69,6 +66,10 @@ class Hook:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resume needs, JSON-able."""
+        return {}
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Tensors that a checkpoint must hold for it, equal on every rank; a resume fills them in place."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

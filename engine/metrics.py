@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,17 @@ Tag = str | int | float | bool | None
 NUM_BUCKETS = 64
 _CHUNK = 1 << 22
 """Values that a histogram counts at a time, so that its index tensor stays at 32 MB."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """A distribution that was counted already: values below each of the rising limits (above the one before), their sum
+    and their sum of squares."""
+
+    limits: list[float]
+    counts: list[int]
+    total: float
+    squares: float
 
 
 class MetricWriter:
@@ -69,12 +81,19 @@ class MetricWriter:
         for name, number in numbers.items():
             self._writer.add_scalar(name, number, step)
 
-    def histogram(self, step: int, name: str, tensor: Tensor) -> None:
+    def histogram(self, step: int, name: str, tensor: Tensor | Counts) -> None:
         """Write the distribution of a tensor's finite values, counted on the tensor's device in NUM_BUCKETS buckets.
 
         A tensor without finite values writes nothing.
         """
         if self._writer is None:
+            return
+        if isinstance(tensor, Counts):
+            c = tensor
+            first, last = min(c.limits) - 1.0 / len(c.limits), max(c.limits)
+            self._writer.add_histogram_raw(
+                name, first, last, sum(c.counts), c.total, c.squares, c.limits, c.counts, step
+            )
             return
         values = tensor.detach().flatten()
         values = values[torch.isfinite(values)].float()

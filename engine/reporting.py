@@ -13,6 +13,7 @@ from torch import Tensor
 from ghostmask.engine.evaluation import Score
 from ghostmask.engine.metrics import MetricWriter
 from ghostmask.engine.progress import Progress
+from ghostmask.engine.sharding.optimizer import ShardedOptimizer
 from ghostmask.engine.world import World
 
 if TYPE_CHECKING:
@@ -66,8 +67,7 @@ class Reporter:
             "speed/checkpoint_stall_fraction": min(1.0, self.checkpoint_stall_s / seconds),
             "memory/peak_bytes": float(peak_memory_bytes(self.world.device)),
         }
-        for group in trainer.sharded.optimizer.param_groups:
-            values[f"lr/{group['name']}"] = group["lr"]
+        values.update(_optimizer_numbers(trainer.sharded.optimizer))
         for hook in trainer.task.hooks:
             values.update(_numbers(hook.scalars(trainer)))
         epoch = (position.step - 1) // position.steps_per_epoch
@@ -106,6 +106,15 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 def _numbers(values: Mapping[str, float | Tensor]) -> dict[str, float]:
     return {name: float(value) for name, value in values.items()}
+
+
+def _optimizer_numbers(optimizer: ShardedOptimizer) -> dict[str, float]:
+    """Learning rate and gradient norm of every trained state tensor, and what clipping left of the last update."""
+    values = {"gradient/clip_factor": 1.0 / float(optimizer.divisor)}
+    for settings, group in zip(optimizer.param_groups, optimizer.groups, strict=True):
+        for name in group.reparametrization.rules:
+            values[f"lr/{group.name}.{name}"] = settings["lr"] * group.reparametrization.rates.get(name, 1.0)
+    return values | {f"gradient/{name}": float(norm) for name, norm in optimizer.norms.items()}
 
 
 def _line(trainer: Trainer, epoch: int, values: Mapping[str, float]) -> dict[str, float | str]:

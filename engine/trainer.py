@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ghostmask.engine.batchnorm import average_buffers
+from ghostmask.engine.batchnorm import PartStatistics, reestimate, restored
+from ghostmask.engine.checkpoint.entries import checkpoint_entries, restore
 from ghostmask.engine.checkpoint.store import CheckpointStore, Saved
 from ghostmask.engine.config import CheckpointConfig, TrainConfig
 from ghostmask.engine.data import Batch, DataPipeline
@@ -20,21 +22,29 @@ from ghostmask.engine.evaluation import Score, score
 from ghostmask.engine.hooks import Hook
 from ghostmask.engine.loss import LossModule
 from ghostmask.engine.position import Phase, Position
+from ghostmask.engine.precision import set_float32_precision
+from ghostmask.engine.readback import Readback
 from ghostmask.engine.reporting import Reporter
 from ghostmask.engine.schedule import LearningRate
-from ghostmask.engine.sharding.deepspeed_engine import ShardedEngine, shard_model
-from ghostmask.engine.sharding.optimizer import ParameterGroup
-from ghostmask.engine.sharding.train_state import checkpoint_entries, restore
+from ghostmask.engine.sharding.optimizer import Sampling
+from ghostmask.engine.sharding.placement import ParameterGroup
+from ghostmask.engine.sharding.replicas import Replicas
+from ghostmask.engine.sharding.zero import ShardedEngine, shard_model
 from ghostmask.engine.signals import StopSignals
 from ghostmask.engine.world import World
+
+EVALUATION_BATCHES = 20
+"""Training batches from which batch norm is estimated for evaluation weights that are not those trained with (fewer if
+the epoch has fewer)."""
 
 
 @dataclass(frozen=True)
 class Task:
     """What one phase trains.
 
-    model: images -> logits; passes: forward passes per microbatch, over which the gradient is averaged;
-    label_smoothing: of the training loss; clip: largest joint gradient norm, 0 = none.
+    model: images -> logits; passes: noise samples that the gradient of every part is averaged over (I), where a group's
+    reparametrization is noisy; label_smoothing: of the training loss; clip: largest joint norm of the state's
+    gradients, 0 = none; seed: of the noise.
     """
 
     phase: Phase
@@ -45,26 +55,32 @@ class Task:
     passes: int = 1
     label_smoothing: float = 0.0
     clip: float = 0.0
+    seed: int = 0
 
 
 class Trainer:
-    """Runs a Task on this rank's share of the data. Every method is collective.
+    """Runs a Task on this rank's parts of the data. Every method is collective.
 
     position: where the run is; model: the network being trained; world: this rank among its peers.
     """
 
     def __init__(
         self, task: Task, data: DataPipeline, config: TrainConfig, saving: CheckpointConfig, world: World,
-        store: CheckpointStore, reporter: Reporter, run_meta: dict[str, Any],
+        replicas: Replicas, store: CheckpointStore, reporter: Reporter, run_meta: dict[str, Any],
     ) -> None:  # fmt: skip
         self.task, self.data, self.config, self.saving = task, data, config, saving
-        self.world, self.store, self.reporter, self.run_meta = world, store, reporter, run_meta
+        self.world, self.replicas = world, replicas
+        self.store, self.reporter, self.run_meta = store, reporter, run_meta
         self.model, self.phase = task.model, task.phase
-        self.microsteps = config.accumulation * task.passes
+        self.cycles = replicas.cycles(task.passes)
+        self.microsteps = sum(len(cycle.parts) for cycle in self.cycles)
         self.position = Position(task.phase.name, task.phase.first_step, data.steps_per_epoch, data.batch_size)
         self.evaluation: Score | None = None
+        set_float32_precision(config.precision)
+        self.statistics = PartStatistics(task.model, replicas.parts)
         self.sharded = self._shard()
         self._saved_step, self._saved_at = -1, perf_counter()
+        self._finite: Readback | None = None
 
     @property
     def num_updates(self) -> int:
@@ -79,7 +95,7 @@ class Trainer:
     def resume(self, saved: Saved) -> None:
         """Go on from a checkpoint of this phase, whatever its number of ranks and ZeRO stage were."""
         restore(
-            self.model, self.task.groups, self.sharded, self.world, saved.meta,
+            self.model, self.sharded.optimizer, self.statistics, self.task.hooks, saved.meta,
             lambda entries: self.store.load(saved, entries),
         )  # fmt: skip
         self.position = replace(self.position, step=saved.step)
@@ -97,6 +113,7 @@ class Trainer:
                 self.reporter.restart_clock()
                 while self.position.step < self.phase.end_step:
                     self._run_epoch(signals)
+                self._check_gradient()
                 # Asked for after the last step's vote, during the evaluation: the phase's end is saved already.
                 if float(self.world.all_reduce(self._flag(signals.requested != 0))) > 0:
                     self._stop()
@@ -111,11 +128,11 @@ class Trainer:
         meta = {
             **self.run_meta,
             "phase": self.position.phase,
-            "world_size": self.world.size,
-            "updates": {g["name"]: g["updates"] for g in self.sharded.optimizer.param_groups},
+            "updates": self.sharded.optimizer.updates,
             "hooks": {h.name: h.state_dict() for h in self.task.hooks if h.name},
         }
-        entries = checkpoint_entries(self.model, self.task.groups, self.sharded, self.world)
+        self._check_gradient()
+        entries = checkpoint_entries(self.model, self.sharded.optimizer, self.statistics, self.task.hooks)
         start = perf_counter()
         self.reporter.writer.flush()  # what is logged up to a step is on disk before the step's checkpoint is
         self.store.save(self.position.step, entries, meta)
@@ -123,29 +140,45 @@ class Trainer:
         self._saved_step, self._saved_at = self.position.step, perf_counter()
 
     def evaluate(self) -> Score:
-        """Score of the present model on the evaluation images."""
-        self.model.eval()
-        result = score(self.model, self.data.evaluate(), self.world, self.config.precision)
-        self.model.train()
-        return result
+        """Score, on the evaluation images, of the network that would be delivered now."""
+        with self.evaluation_weights():
+            return score(self.model, self.data.evaluate(), self.world, self.config.precision)
+
+    @contextmanager
+    def evaluation_weights(self) -> Iterator[None]:
+        """Within, the model is in evaluation mode, with the weights that would be delivered now.
+
+        Where these are not the ones trained with, batch norm's running statistics do not fit them (a network under the
+        most probable mask can fall to chance): they are estimated on a few training batches, for as long.
+        """
+        optimizer = self.sharded.optimizer
+        self._check_gradient()
+        optimizer.eval()
+        try:
+            with restored(self.model):
+                if optimizer.differs_in_evaluation:
+                    with closing(self.data.train(self.position.epoch)) as batches:
+                        some = islice(batches, EVALUATION_BATCHES)
+                        reestimate(self.model, some, self.replicas.parts, self.world, self.config.precision)
+                self.model.eval()
+                yield
+        finally:
+            self.model.train()
+        optimizer.train()
 
     def release(self, names: set[str]) -> None:
         """Between steps: take the parameter groups `names` out of the optimizer, DeepSpeed and the checkpoints.
 
-        The other groups keep every bit of their parameters and optimizer state, in a new DeepSpeed engine.
+        The other groups keep every bit of their state, in a new DeepSpeed engine.
         """
-        kept = {g.name: self.sharded.group_state(i) for i, g in enumerate(self.task.groups) if g.name not in names}
+        before, parts = self.sharded.optimizer, self.statistics.entries()
         self.sharded.destroy()
-        self.task = replace(self.task, groups=[g for g in self.task.groups if g.name in kept])
+        self.task = replace(self.task, groups=[g for g in self.task.groups if g.name not in names])
         self.forget_compiled()
         self.sharded = self._shard()
-        for index, group in enumerate(self.task.groups):
-            self.sharded.load_group_state(index, kept[group.name])
-
-    def adopt_parameters(self) -> None:
-        """Between steps: train on from the values that the parameters have now, changed by hand on every rank alike."""
-        for group, shard in zip(self.task.groups, self.sharded.shards, strict=True):
-            shard.copy_from(group.parameters)
+        self.sharded.optimizer.adopt(before)
+        self.statistics = PartStatistics(self.model, self.replicas.parts)
+        self.statistics.load(parts)
 
     def forget_compiled(self) -> None:
         """Compile anew what a changed module tree makes wrong: torch.compile does not look at hooks again."""
@@ -153,15 +186,21 @@ class Trainer:
             torch._dynamo.reset()
 
     def close(self) -> None:
-        """Give up DeepSpeed's buffers; the model stays usable."""
+        """Collective: the model's parameters become plain ones, with the weights that are delivered; DeepSpeed's
+        buffers are given up."""
+        self.sharded.optimizer.give_back()
         self.sharded.destroy()
 
     def _shard(self) -> ShardedEngine:
         config, task = self.config, self.task
+        sampling = Sampling(
+            task.seed, task.phase.first_step, tuple(cycle.sample for cycle in self.cycles), self.replicas.across
+        )
         return shard_model(
             LossModule(task.model, task.label_smoothing, config.precision, compiled=config.compile),
-            task.groups, self.world, zero_stage=config.zero_stage, clip=task.clip, microsteps=self.microsteps,
-            micro_batch=self.data.batch_size // self.world.size // config.accumulation,
+            task.groups, self.replicas.inner, zero_stage=config.zero_stage, clip=task.clip,
+            microsteps=len(self.cycles[0].parts), micro_batch=self.data.batch_size // self.replicas.parts.total,
+            sampling=sampling, whole_world=self.world,
         )  # fmt: skip
 
     def _run_epoch(self, signals: StopSignals) -> None:
@@ -205,36 +244,49 @@ class Trainer:
         """Collective: one optimizer step; returns whether some rank was asked to stop, and whether a save is due."""
         for hook in self.task.hooks:
             hook.on_step_start(self)
+        engine, optimizer = self.sharded.engine, self.sharded.optimizer
         factor = self.task.learning_rate.factor(self.num_updates)
-        for group in self.sharded.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
+        for settings, group in zip(optimizer.param_groups, optimizer.groups, strict=True):
+            settings["lr"] = group.lr * factor
         layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
-        images = batch.images.contiguous(memory_format=layout).chunk(self.config.accumulation)
-        labels = batch.labels.chunk(self.config.accumulation)
+        images = batch.images.contiguous(memory_format=layout).chunk(self.replicas.parts.count)
+        labels = batch.labels.chunk(self.replicas.parts.count)
         totals = torch.zeros(2, dtype=torch.float32, device=self.world.device)
         vote = None
-        for microstep in range(self.microsteps):
-            for hook in self.task.hooks:
-                hook.on_forward(self, microstep)
-            part = microstep // self.task.passes
-            loss, correct = self.sharded.engine(images[part], labels[part])
+        passes = [part for cycle in self.cycles for part in cycle.parts]
+        for number, part in enumerate(passes, 1):
+            self.statistics.enter(part)
+            loss, correct = engine(images[part], labels[part])
+            self.statistics.leave(part)
             totals += torch.stack([loss.detach(), correct])
-            if microstep == self.microsteps - 1:
+            if number == len(passes):
                 vote = self._vote(totals, signals)
-            self.sharded.engine.backward(loss)
+            engine.backward(loss)
             if vote is None:
-                self.sharded.engine.step()
+                engine.step()
         assert vote is not None
-        asked, due, loss_value, correct_count = self._decide(*vote)
-        if not self.sharded.step():
-            raise self._not_finite("gradient")
+        asked, due, loss_value, correct_count = self._decide(vote)
+        self._check_gradient()
+        engine.step()
+        self._finite = Readback(optimizer.finite)
+        if self.world.device.type == "cpu":
+            self._check_gradient()
         self.position = replace(self.position, step=self.position.step + 1)
         for hook in self.task.hooks:
             hook.on_step_end(self)
         self.reporter.step(self, loss_value, correct_count / (self.data.batch_size * self.task.passes))
         return asked, due
 
-    def _vote(self, totals: Tensor, signals: StopSignals) -> tuple[Tensor, Any]:
+    def _check_gradient(self) -> None:
+        """Stop where the last update's gradients were not finite; it has changed nothing.
+
+        On CUDA this is asked a step later, or before anything is saved, so that nobody waits for backward to end.
+        """
+        finite, self._finite = self._finite, None
+        if finite is not None and finite.values() != [1.0]:
+            raise self._not_finite("gradient")
+
+    def _vote(self, totals: Tensor, signals: StopSignals) -> Readback:
         """Start adding up, over the ranks, the step's loss and who wants to stop or save.
 
         Started before the last backward pass and read after it was launched, so that on a GPU the host waits for the
@@ -245,19 +297,10 @@ class Trainer:
         wishes = self._flag(signals.requested != 0, due)
         bad = (~torch.isfinite(totals[:1])).float()
         finite = torch.nan_to_num(totals, nan=0.0, posinf=0.0, neginf=0.0)
-        votes = self.world.all_reduce(torch.cat([finite, bad, wishes]))
-        if votes.device.type != "cuda":
-            return votes, None
-        host = torch.empty(votes.shape, pin_memory=True)
-        host.copy_(votes, non_blocking=True)
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        done.record()
-        return host, done
+        return Readback(self.world.all_reduce(torch.cat([finite, bad, wishes])))
 
-    def _decide(self, votes: Tensor, done: Any) -> tuple[bool, bool, float, float]:
-        if done is not None:
-            done.synchronize()
-        loss, correct, bad, asked, due = votes.tolist()
+    def _decide(self, votes: Readback) -> tuple[bool, bool, float, float]:
+        loss, correct, bad, asked, due = votes.values()
         if bad:
             raise self._not_finite("loss")
         every = self.saving.every_steps
@@ -273,7 +316,7 @@ class Trainer:
         )
 
     def _end_epoch(self, epoch: int) -> None:
-        average_buffers(self.model, self.world)
+        self.statistics.average(self.world)
         last = self.position.step == self.phase.end_step
         done = epoch + 1 - self.phase.first_epoch
         self.evaluation = self.evaluate() if last or done % self.config.eval_every == 0 else None

@@ -1,4 +1,4 @@
-"""`python -m launcher`, which only a checkout has: the same command as `python -m ghostmask`."""
+"""`python -m launcher`, with a checkout on the import path: the same command as `python -m ghostmask`."""
 
 from __future__ import annotations
 

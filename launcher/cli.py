@@ -15,57 +15,11 @@ from ghostmask.engine.errors import InputError, bad_value
 from ghostmask.launcher import locate, settings, show
 from ghostmask.launcher.checks import check_config, check_finder
 from ghostmask.launcher.environment import prepare_environment
+from ghostmask.launcher.examples import EXAMPLES
 
 CONFIG_HELP = "YAML file, or the name of a shipped config (ghostmask show configs)"
 SETTINGS_HELP = "settings that go before the file's, such as mask.density=0.05 optim.milestones=[90,135]"
 RUN_HELP = "a run's name (folder runs/NAME) or its folder"
-
-EXAMPLES = {
-    "": """examples:
-  ghostmask prepare digits_probmask                             writes its images to data/beton/
-  ghostmask train digits_probmask                               a small run for a first try
-  torchrun --nproc-per-node 4 -m ghostmask train imagenet_resnet50_probmask data.root=/data/imagenet
-  ghostmask evaluate digits_probmask --json
-  ghostmask show config cifar10_resnet32_probmask mask.density=0.02""",
-    "train": """examples:
-  ghostmask train cifar10_resnet32_probmask                     starts, or goes on where it stopped
-  ghostmask train cifar10_resnet32_probmask mask.density=0.02 run=density02
-  ghostmask train my.yaml run=/scratch/me/first_try --restart
-  torchrun --nproc-per-node 2 -m ghostmask train cifar10_resnet32_probmask train.zero_stage=2
-
-exit codes: 0 done, 2 wrong input, 3 loss not finite, 75 interrupted after saving (run it again to go on)""",
-    "evaluate": """examples:
-  ghostmask evaluate cifar10_resnet32_probmask
-  ghostmask evaluate /scratch/me/first_try --json""",
-    "export": """examples:
-  ghostmask export cifar10_resnet32_probmask                    writes runs/cifar10_resnet32_probmask/export/""",
-    "hessian": """examples:
-  ghostmask hessian cifar10_resnet32_probmask                   writes runs/cifar10_resnet32_probmask/hessian/
-  ghostmask hessian /scratch/me/first_try --top 1 --batches 16
-  torchrun --nproc-per-node 4 -m ghostmask hessian imagenet_resnet50_probmask --top 1
-
-Train with checkpoint.keep=1000 to have a checkpoint of every epoch to look at.""",
-    "find-mask": """examples:
-  ghostmask find-mask cifar10_resnet32_snip                     writes runs/cifar10_resnet32_snip/mask.safetensors
-  ghostmask find-mask cifar10_resnet32_synflow mask.density=0.02 --out synflow02.safetensors
-  ghostmask train cifar10_resnet32_file mask.path=synflow02.safetensors
-
-methods: magnitude (with mask.path), random, snip, grasp, synflow, mlprune, file""",
-    "prepare": """examples:
-  ghostmask prepare cifar10_resnet32_probmask                   downloads CIFAR-10, writes data/beton/
-  ghostmask prepare imagenet_resnet50_probmask data.root=/data/imagenet""",
-    "bench": """examples:
-  ghostmask bench mask                                          the mask operator against textbook code
-  ghostmask bench step --json step.json
-  ghostmask bench projection --device cuda""",
-    "show": """examples:
-  ghostmask show configs
-  ghostmask show methods
-  ghostmask show config cifar10_resnet32_probmask mask.density=0.02""",
-    "config": """examples:
-  ghostmask show config                                         every setting, what it means, its default
-  ghostmask show config cifar10_resnet32_probmask mask.density=0.02 > my.yaml""",
-}
 
 
 def run_command(argv: Sequence[str]) -> int:
@@ -117,6 +71,8 @@ def build_parser() -> argparse.ArgumentParser:
     prepare = _add(commands, "prepare", "download a config's dataset and write its .beton files", _prepare)
     _add_settings(prepare)
     _add_bench(_add(commands, "bench", "time one part of the system against textbook code", _bench))
+    _add_sweep(_add(commands, "sweep", "train several settings over several seeds and print a table", _sweep))
+    _add_tost_table(_add(commands, "tost-table", "train masks without and with ToST and print a table", _tost_table))
     _add_topics(_add(commands, "show", "print settings, or what can be chosen"))
     return parser
 
@@ -158,6 +114,31 @@ def _add_bench(parser: _Parser) -> None:
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the rows to FILE")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="as train.device")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs: no numbers to quote")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 where a row does not meet its bar")
+
+
+def _add_sweep(parser: _Parser) -> None:
+    several = f"{CONFIG_HELP}, one or more; then {SETTINGS_HELP}"
+    parser.add_argument("overrides", metavar="CONFIG or key=value", nargs="+", help=several)
+    parser.add_argument(
+        "--vary", metavar="KEY=A,B,...", action="append", default=[], help="values of one setting; again for another"
+    )
+    _add_table(parser, "runs/sweep")
+
+
+def _add_tost_table(parser: _Parser) -> None:
+    _add_settings(parser)
+    for name, default in (
+        ("masks", "random,snip,grasp,synflow,magnitude,lth"), ("densities", "0.1,0.05,0.02"), ("tweaks", "all"),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", metavar="A,B,...", default=default, help=f"default: {default}")
+    parser.add_argument("--print", action="store_true", help="run nothing, print the table of what is there")
+    _add_table(parser, "runs/tost")
+
+
+def _add_table(parser: _Parser, folder: str) -> None:
+    parser.add_argument("--seeds", metavar="N", type=_count, default=3, help="seeds 0, 1, ... (default: 3)")
+    parser.add_argument("--folder", type=Path, default=Path(folder), help=f"where the runs go (default: {folder})")
 
 
 def _add_topics(parser: _Parser) -> None:
@@ -174,6 +155,7 @@ def _train(arguments: Namespace) -> int:
     check_config(config, int(os.environ.get("WORLD_SIZE", "1")))
     locate.check_writable(settings.run_folder(config), "run", config.run)
     prepare_environment(config.train.device)
+    _check_network(config.model.name)
     from ghostmask.launcher.train import train
 
     return train(config, restart=arguments.restart)
@@ -212,6 +194,7 @@ def _find_mask(arguments: Namespace) -> int:
         raise bad_value("--out", str(out), "give a file ending in .safetensors")
     locate.check_writable(out.parent, "--out", str(out))
     prepare_environment(config.train.device)
+    _check_network(config.model.name)
     from ghostmask.launcher.find_mask import find_mask
 
     return find_mask(config, out)
@@ -227,10 +210,34 @@ def _prepare(arguments: Namespace) -> int:
 
 
 def _bench(arguments: Namespace) -> int:
+    _refuse_ranks("bench")
+    if arguments.strict and arguments.quick:
+        raise InputError("--strict: the numbers of --quick mean nothing; leave one of them out")
     prepare_environment(arguments.device)
     from ghostmask.launcher.bench import bench
 
-    return bench(arguments.benchmark, device=arguments.device, quick=arguments.quick, file=arguments.json)
+    return bench(
+        arguments.benchmark, device=arguments.device, quick=arguments.quick, file=arguments.json,
+        strict=arguments.strict,
+    )  # fmt: skip
+
+
+def _sweep(arguments: Namespace) -> int:
+    _refuse_ranks("sweep")
+    from ghostmask.launcher.sweep import sweep
+
+    return sweep(arguments.overrides, vary=arguments.vary, seeds=arguments.seeds, folder=arguments.folder)
+
+
+def _tost_table(arguments: Namespace) -> int:
+    _refuse_ranks("tost-table")
+    from ghostmask.launcher.tost_table import tost_table
+
+    lists = {name: getattr(arguments, name).split(",") for name in ("masks", "densities", "tweaks")}
+    return tost_table(
+        arguments.config, arguments.overrides, **lists,
+        seeds=arguments.seeds, folder=arguments.folder, only_print=arguments.print,
+    )  # fmt: skip
 
 
 def _show_config(arguments: Namespace) -> int:
@@ -240,6 +247,19 @@ def _show_config(arguments: Namespace) -> int:
     if named:
         check_config(config, world_size=1)
     return _print(settings.to_yaml(config))
+
+
+def _refuse_ranks(command: str) -> None:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError(f"ghostmask {command}: starts what it needs by itself; run it without torchrun or srun")
+
+
+def _check_network(name: str) -> None:
+    """Raise InputError where a function of the user's own is not there: that is said before any rank is waited for."""
+    if ":" in name:
+        from ghostmask.models.foreign import find_builder
+
+        find_builder(name)
 
 
 def _count(text: str) -> int:

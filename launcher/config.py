@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any
 
 from ghostmask.data_pipelines.config import DataConfig
 from ghostmask.engine.config import (
@@ -11,10 +12,11 @@ from ghostmask.engine.config import (
     OptimConfig,
     TrainConfig,
     may_change,
-    require,
     require_number,
 )
-from ghostmask.masks.config import MaskConfig
+from ghostmask.engine.errors import InputError
+from ghostmask.launcher.values import as_text
+from ghostmask.masks.settings import MaskSettings
 from ghostmask.models.config import ModelConfig, TostConfig
 
 
@@ -28,7 +30,8 @@ class RunConfig:
     """Seed of the initialisation, the order of samples, the augmentation and the mask noise."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    mask: MaskConfig = field(default_factory=MaskConfig)
+    mask: MaskSettings = field(default_factory=MaskSettings)
+    """Of the class that mask.method's file calls Settings."""
     tost: TostConfig = field(default_factory=TostConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -37,7 +40,23 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require_number("seed", self.seed, 0, 2**63 - 1)
-        require(
-            self.data.batch_size % self.train.accumulation == 0,
-            "data.batch_size", self.data.batch_size, f"give a multiple of train.accumulation={self.train.accumulation}",
-        )  # fmt: skip
+
+    @property
+    def noises(self) -> int:
+        """S: noise samples per step; 1 for methods without noise."""
+        return int(getattr(self.mask, "noises", 1))
+
+    def given(self, section: str) -> set[str]:
+        """The settings of a section that are not at their default: someone set them and expects them to be read."""
+        values = getattr(self, section)
+        return {f.name for f in fields(values) if getattr(values, f.name) != default_of(f)}
+
+    def not_read(self, section: str, name: str, chosen: str, alternative: str) -> InputError:
+        """The error for a setting that a run with `chosen` would ignore."""
+        value = as_text(getattr(getattr(self, section), name))
+        return InputError(f"{section}.{name} = {value}: is not read with {chosen}; leave it out, or use {alternative}")
+
+
+def default_of(setting: Field[Any]) -> Any:
+    """The default of a dataclass field."""
+    return setting.default_factory() if setting.default_factory is not MISSING else setting.default

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ghostmask.engine.errors import InputError
 from ghostmask.engine.world import connect
-from ghostmask.launcher.run import assemble, build_method, open_data
+from ghostmask.launcher.run import Shares, assemble, build_method, open_data
 from ghostmask.launcher.settings import load_config
 from ghostmask.launcher.train import finish, open_folder
 
@@ -19,13 +19,14 @@ def export_run(run: Path) -> int:
     """
     config = load_config(str(run / "config.yaml"), [])
     with connect(config.train.device) as world:
-        data = open_data(config, world)
+        shares = Shares.of(config, world)
+        data = open_data(config, world, shares.plain.parts)
         method = build_method(config, world, data)
         saved, store = open_folder(run, config, world)
         if saved is None:
             store.close()
             raise InputError(f"RUN = {str(run)!r}: it holds no checkpoint yet; train it first")
-        with assemble(config, run, data, method, store, saved).closing() as built:
+        with assemble(config, run, data, method, store, saved, shares).closing() as built:
             built.execute(saved, train=False)
             last = built.phases[-1].end_step
             if world.is_main and saved.step < last:

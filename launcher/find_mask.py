@@ -5,31 +5,33 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from ghostmask.engine.sharding.replicas import share
 from ghostmask.engine.world import connect
 from ghostmask.launcher.config import RunConfig
-from ghostmask.launcher.run import build_method, open_data
+from ghostmask.launcher.run import build_method, open_data, settle
 from ghostmask.launcher.settings import to_dict
 from ghostmask.masks.mask_file import write_masks
-from ghostmask.masks.masked_model import density_of
+from ghostmask.masks.masked import density_of
 from ghostmask.masks.method import check_agreement
-from ghostmask.masks.one_shot import report
+from ghostmask.masks.report import mask_lines
 
 
 def find_mask(config: RunConfig, out: Path) -> int:
-    """Write the masks of `config`, whose method is one of launcher.checks.FINDERS, to `out` (safetensors of bools);
+    """Write the masks of `config`, whose method is one that finds it without training, to `out` (safetensors of bools);
     returns exit code 0.
 
     The ranks share the data. Loaded with mask.method=file, the file gives bit-identical masks.
     """
     with connect(config.train.device) as world:
-        data = open_data(config, world)
+        config = settle(config, world)
+        data = open_data(config, world, share(world, config.train.replicas).parts)
         method = build_method(config, world, data)
         method.prepare()
         masks = method.find(data)
         check_agreement(masks, world)
         data.close()
         if world.is_main:
-            for line in report(masks, method.protects):
+            for line in mask_lines(masks, config.mask):
                 print(f"ghostmask: {line}", file=sys.stderr, flush=True)
             meta = {"method": config.mask.method, "density": density_of(masks), "config": to_dict(config)}
             write_masks(out, masks, meta)

@@ -10,7 +10,6 @@ from pathlib import Path
 from torch import Tensor
 from torch.func import functional_call
 
-from ghostmask.engine.batchnorm import average_buffers
 from ghostmask.engine.checkpoint.store import CheckpointStore, Saved
 from ghostmask.engine.curvature import Curvature, Spectrum, top_eigenvalues
 from ghostmask.engine.data import Batch, DataPipeline
@@ -21,10 +20,9 @@ from ghostmask.engine.reporting import Reporter
 from ghostmask.engine.world import World, connect
 from ghostmask.launcher.checks import check_config
 from ghostmask.launcher.config import RunConfig
-from ghostmask.launcher.run import Run, build_method, open_data, plan
+from ghostmask.launcher.run import Run, Shares, build_method, open_data, plan
 from ghostmask.launcher.settings import load_config
-from ghostmask.masks.masked_model import MaskedModel, present_masks
-from ghostmask.models.ghosts import GhostedModel
+from ghostmask.masks.masked import present_masks
 
 FOLDER = "hessian"
 """Below the run's folder: not its own metrics.jsonl, whose lines a resume drops by their step."""
@@ -35,18 +33,21 @@ def hessian(run: Path, *, top: int, batches: int) -> int:
     config = load_config(str(run / "config.yaml"), [])
     with connect(config.train.device) as world:
         check_config(config, world.size)
-        measure(run, config, world, open_data(config, world), top=top, num_batches=batches)
+        shares = Shares.of(config, world)
+        data = open_data(config, world, shares.plain.parts)
+        measure(run, config, world, data, shares, top=top, num_batches=batches)
     return 0
 
 
 def measure(
-    folder: Path, config: RunConfig, world: World, data: DataPipeline, *, top: int, num_batches: int
+    folder: Path, config: RunConfig, world: World, data: DataPipeline, shares: Shares, *, top: int, num_batches: int
 ) -> list[tuple[int, Spectrum]]:
     """Collective: (step, spectrum) of each intact checkpoint, oldest first; written to folder/hessian on rank 0.
 
     The loss: plain cross-entropy over the first num_batches training batches of epoch 0, with batch norm in evaluation
     mode, so that it is one function on any number of ranks. The point: the network as it trains at the checkpoint,
-    with the ghosts and soft activations of that moment and its pruned weights at zero. The subspace: all weights that
+    with the ghosts and soft activations of that moment and its pruned weights at zero (and, in a search, batch norm that
+    fits them). The subspace: all weights that
     the mask keeps and all other parameters of the plain network. Raises InputError where there is no checkpoint.
     """
     store = CheckpointStore(folder / "checkpoints", world)
@@ -62,7 +63,7 @@ def measure(
         print(f"{len(saves)} checkpoints are left of this run (checkpoint.keep = {config.checkpoint.keep}): {steps}")
     spectra = []
     for saved in saves:
-        spectrum = _at(saved, config, world, data, store, reporter, batches, top)
+        spectrum = _at(saved, config, world, data, shares, store, reporter, batches, top)
         spectra.append((saved.step, spectrum))
         _write(saved, spectrum, reporter, world, data.steps_per_epoch)
     store.close()
@@ -72,30 +73,28 @@ def measure(
 
 
 def _at(
-    saved: Saved, config: RunConfig, world: World, data: DataPipeline, store: CheckpointStore, reporter: Reporter,
+    saved: Saved, config: RunConfig, world: World, data: DataPipeline, shares: Shares, store: CheckpointStore, reporter: Reporter,
     batches: list[Batch], top: int,
 ) -> Spectrum:  # fmt: skip
     method = build_method(config, world, data)
-    run = Run(config, world, data, method.net, method, plan(method, data.steps_per_epoch), store, reporter)
+    run = Run(config, world, shares, data, method.net, method, plan(method, data.steps_per_epoch), store, reporter)
     (phase,) = [p for p in run.phases if p.name == saved.meta["phase"]]
     trainer = run.trainer(phase, saved.step)
     trainer.resume(saved)
-    average_buffers(trainer.model, world)
+    trainer.statistics.average(world)
     for hook in trainer.task.hooks:
         hook.on_start(trainer)
         hook.on_epoch_start(trainer)
-    trainer.model.eval()
-    model = trainer.model.model if isinstance(trainer.model, GhostedModel) else trainer.model
-    masks = present_masks(model)
-    net = model.net if isinstance(model, MaskedModel) else run.net
+    with trainer.evaluation_weights():
+        masks = present_masks(trainer.sharded.optimizer)
 
-    def logits(parameters: Mapping[str, Tensor], images: Tensor) -> Tensor:
-        result: Tensor = functional_call(net, dict(parameters), (images,))
-        return result
+        def logits(parameters: Mapping[str, Tensor], images: Tensor) -> Tensor:
+            result: Tensor = functional_call(run.net, dict(parameters), (images,))
+            return result
 
-    point = {n: p * masks[n] if n in masks else p for n, p in run.net.named_parameters()}
-    curvature = Curvature(logits, point, masks, batches, world)
-    spectrum = top_eigenvalues(curvature.product, curvature.start(), top)
+        point = {name: p.detach().float() for name, p in run.net.named_parameters()}
+        curvature = Curvature(logits, point, masks, batches, world)
+        spectrum = top_eigenvalues(curvature.product, curvature.start(), top)
     for hook in trainer.task.hooks:
         hook.on_stop(trainer)
     trainer.close()

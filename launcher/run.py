@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ghostmask.data_pipelines.open import open_dataset
-from ghostmask.engine.batchnorm import average_buffers
 from ghostmask.engine.checkpoint.store import CheckpointStore, Saved
-from ghostmask.engine.data import DataPipeline
+from ghostmask.engine.data import DataPipeline, Parts
 from ghostmask.engine.errors import InputError, RunStopped
 from ghostmask.engine.hooks import Hook
 from ghostmask.engine.metrics import MetricWriter
@@ -24,12 +23,15 @@ from ghostmask.engine.progress import Progress
 from ghostmask.engine.registry import resolve
 from ghostmask.engine.reporting import Reporter
 from ghostmask.engine.schedule import LearningRate
+from ghostmask.engine.sharding.ranks import chosen_parts
+from ghostmask.engine.sharding.replicas import Replicas, share
 from ghostmask.engine.trainer import Task, Trainer
 from ghostmask.engine.world import World
 from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.settings import to_dict
 from ghostmask.launcher.tweaks import with_tweaks
-from ghostmask.masks.method import FINETUNE, MaskMethod, Recipe
+from ghostmask.masks.masked import present_masks
+from ghostmask.masks.method import FINETUNE, MaskMethod, Recipe, Start
 from ghostmask.masks.registry import METHODS
 from ghostmask.models.build import build_model
 
@@ -40,6 +42,7 @@ class Run:
 
     config: RunConfig
     world: World
+    shares: Shares
     data: DataPipeline
     net: nn.Module
     method: MaskMethod
@@ -57,16 +60,17 @@ class Run:
         names = [p.name for p in self.phases]
         for phase in self.phases[names.index(saved.meta["phase"]) if saved else 0 :]:
             here = saved is not None and saved.meta["phase"] == phase.name
+            if not here:
+                self.method.begin(phase, Start(self.data, self.reporter.progress.message))
             trainer = self.trainer(phase, saved.step if saved is not None and here else phase.first_step)
             if saved is not None and here:
                 trainer.resume(saved)
-            else:
-                self.method.begin(trainer)
             if train:
                 trainer.fit()
             else:
-                average_buffers(trainer.model, self.world)
+                trainer.statistics.average(self.world)
             if not train and self.method.every_phase_has_a_result:
+                self.method.found = present_masks(trainer.sharded.optimizer)
                 trainer.close()
                 return
             self.method.leave(trainer)
@@ -101,36 +105,69 @@ class Run:
         task = Task(
             phase, setup.model.to(self.world.device), setup.groups, learning_rate(self.config, phase),
             (*setup.hooks, *self.hooks), setup.passes, self.config.tost.label_smoothing, self.config.optim.clip,
+            self.config.seed,
         )  # fmt: skip
         meta = {"config": to_dict(self.config), "torch": torch.__version__}
+        noisy = any(group.reparametrization.noisy for group in setup.groups)
         return Trainer(
-            task, self.data, self.config.train, self.config.checkpoint, self.world, self.store, self.reporter, meta
-        )
+            task, self.data, self.config.train, self.config.checkpoint, self.world,
+            self.shares.noisy if noisy else self.shares.plain, self.store, self.reporter, meta,
+        )  # fmt: skip
 
 
-def open_data(config: RunConfig, world: World) -> DataPipeline:
-    """The run's data on this rank, whose torch threads are set on the way. Raises InputError."""
+@dataclass(frozen=True)
+class Shares:
+    """This rank's share of a step: in phases with noise (mask.noises groups) and in others (one group of all ranks)."""
+
+    noisy: Replicas
+    plain: Replicas
+
+    @classmethod
+    def of(cls, config: RunConfig, world: World) -> Shares:
+        """Collective. config.train.replicas is settled (see `settle`). Raises InputError where the ranks do not fit."""
+        plain = share(world, config.train.replicas)
+        noises = config.noises
+        return cls(plain if noises == 1 else share(world, config.train.replicas, noises), plain)
+
+
+def settle(config: RunConfig, world: World, before: RunConfig | None = None) -> RunConfig:
+    """`config` with train.replicas chosen: as in the run's own configuration `before`, or for the ranks there are."""
+    if config.train.replicas:
+        return config
+    parts = before.train.replicas if before is not None else 0
+    if not parts:
+        parts = chosen_parts(config.data.batch_size, config.noises, world.size, world.device.type)
+    return replace(config, train=replace(config.train, replicas=parts))
+
+
+def open_data(config: RunConfig, world: World, parts: Parts | None = None) -> DataPipeline:
+    """The run's data on this rank, whose torch threads are set on the way. Raises InputError.
+
+    parts: of the training batches; None where only evaluation images are read.
+    """
     torch.set_num_threads(config.train.threads or threads_per_rank())
-    return open_dataset(config.data, config.seed, world)
+    return open_dataset(config.data, config.seed, world, parts or Parts())
 
 
 def build_method(config: RunConfig, world: World, data: DataPipeline) -> MaskMethod:
     """The network, from its seed, on this rank's device, and the mask method around it. Raises InputError."""
     net = build_model(config.model, data.num_classes, data.image_shape, config.seed).to(world.device)
-    recipe = Recipe(config.optim, config.finetune, config.train.epochs, config.seed)
+    bf16 = config.train.precision == "bf16" and config.train.zero_stage > 0
+    recipe = Recipe(config.optim, config.finetune, config.train.epochs, config.seed, bf16)
     method: MaskMethod = resolve(METHODS[config.mask.method])(config.mask, net, recipe, world)
     return method
 
 
 def assemble(
-    config: RunConfig, folder: Path, data: DataPipeline, method: MaskMethod, store: CheckpointStore, saved: Saved | None
-) -> Run:
+    config: RunConfig, folder: Path, data: DataPipeline, method: MaskMethod, store: CheckpointStore, saved: Saved | None,
+    shares: Shares,
+) -> Run:  # fmt: skip
     """The run in `folder`, whose writers go on after `saved`; nothing is trained yet."""
     phases = plan(method, data.steps_per_epoch)
     writer = MetricWriter(folder, method.world, saved.step if saved else None)
     reporter = Reporter(writer, Progress(method.world, phases[-1].end_step), method.world)
     hooks = (ProfileSteps(folder / "profile"),) if config.train.profile else ()
-    return Run(config, method.world, data, method.net, method, phases, store, reporter, hooks)
+    return Run(config, method.world, shares, data, method.net, method, phases, store, reporter, hooks)
 
 
 def plan(method: MaskMethod, steps_per_epoch: int) -> list[Phase]:

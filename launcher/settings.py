@@ -12,11 +12,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from ghostmask.engine.errors import InputError, bad_value
+from ghostmask.engine.errors import InputError, bad_value, unknown_name
+from ghostmask.engine.registry import resolve
 from ghostmask.launcher import locate
 from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.values import as_text, convert
 from ghostmask.launcher.yaml_text import Plain, read_yaml
+from ghostmask.masks.registry import METHODS
+from ghostmask.masks.settings import MaskSettings
 from ghostmask.models.config import TOST_PRESETS, TostConfig
 
 Section = TypeVar("Section")
@@ -70,12 +73,16 @@ def to_yaml(config: RunConfig) -> str:
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
     """One line per setting that differs between a run folder and what is given now, without those that may change."""
-    given = dict(_leaves(new))
+    before, given = dict(_leaves(old)), dict(_leaves(new))
     return [
-        f"{name}: {as_text(value)} in the run folder, {as_text(given[name][0])} given"
-        for name, (value, may_change) in _leaves(old)
-        if value != given[name][0] and not may_change
+        f"{name}: {_shown(before.get(name))} in the run folder, {_shown(given.get(name))} given"
+        for name in before | given
+        if before.get(name) != given.get(name) and not (before.get(name) or given[name])[1]
     ]
+
+
+def _shown(leaf: tuple[Any, bool] | None) -> str:
+    return as_text(leaf[0]) if leaf is not None else "not there"
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -87,9 +94,11 @@ def run_folder(config: RunConfig) -> Path:
 
 def field_docs(cls: type) -> dict[str, str]:
     """field name -> the string that stands under it in the source of the dataclass `cls`."""
+    docs: dict[str, str] = {}
+    for base in cls.__bases__:
+        docs |= field_docs(base) if is_dataclass(base) else {}
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     assert isinstance(body, ast.ClassDef)
-    docs = {}
     for field, below in zip(body.body, body.body[1:], strict=False):
         if (
             isinstance(field, ast.AnnAssign)
@@ -104,14 +113,25 @@ def field_docs(cls: type) -> dict[str, str]:
 
 @cache
 def setting_types(cls: type = RunConfig, prefix: str = "") -> dict[str, Any]:
-    """dotted key -> type, of every setting and every section in and below `cls`."""
+    """dotted key -> type, of every setting and every section in and below `cls`; of mask, what any method reads."""
     hints = get_type_hints(cls)
     types = {}
     for field in fields(cls):
         types[prefix + field.name] = hints[field.name]
-        if is_dataclass(hints[field.name]):
+        if hints[field.name] is MaskSettings:
+            for method in METHODS:
+                types |= setting_types(settings_of(method), f"{prefix}{field.name}.")
+        elif is_dataclass(hints[field.name]):
             types |= setting_types(hints[field.name], f"{prefix}{field.name}.")
     return types
+
+
+def settings_of(method: str) -> type[MaskSettings]:
+    """The settings that a mask method reads. Raises InputError for an unknown name. Imports the method's file."""
+    if method not in METHODS:
+        raise unknown_name("mask.method", method, METHODS)
+    found: type[MaskSettings] = resolve(METHODS[method]).Settings
+    return found
 
 
 def _read_file(file: Path) -> Any:
@@ -167,6 +187,8 @@ def _build(cls: type[Section], values: Any, prefix: str) -> Section:
     values = _without_preset(cls, values)
     if not isinstance(values, Mapping):
         raise _is_section(prefix.rstrip("."), values)
+    if cls is MaskSettings:
+        return _build_mask(values, prefix)  # type: ignore[return-value]
     hints = get_type_hints(cls)
     arguments: dict[str, Any] = {}
     for key, value in values.items():
@@ -176,6 +198,27 @@ def _build(cls: type[Section], values: Any, prefix: str) -> Section:
         section = is_dataclass(hints[key])
         arguments[str(key)] = _build(hints[key], value, f"{name}.") if section else convert(name, value, hints[key])
     return cls(**arguments)
+
+
+def _build_mask(values: Mapping[str, Any], prefix: str) -> MaskSettings:
+    """The settings of the method that is named; one that it does not read is refused with the methods that do."""
+    method = str(values.get("method", MaskSettings.method))
+    cls = settings_of(method)
+    known = {field.name for field in fields(cls)}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if key in known or name not in setting_types():
+            continue
+        if key == "density" and convert(name, value, float) == 1:  # what takes back the density of a configuration file
+            continue
+        readers = [other for other in METHODS if key in {field.name for field in fields(settings_of(other))}]
+        other = f"mask.method={' or '.join(readers)}"
+        raise InputError(
+            f"{name} = {as_text(convert(name, value, setting_types()[name]))}: is not read with mask.method={method}; "
+            f"leave it out, or use {'mask.density=1' if key == 'density' else other}"
+        )
+    kept = {key: value for key, value in values.items() if key in known or key != "density"}
+    return _build(cls, kept, prefix)
 
 
 def _is_section(name: str, value: Any) -> InputError:

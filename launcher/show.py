@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 
+from ghostmask import __version__
 from ghostmask.data_pipelines.registry import DATASETS
 from ghostmask.launcher.locate import shipped_configs
 from ghostmask.masks.registry import METHODS
+from ghostmask.models.names import OTHERS
 from ghostmask.models.registry import MODELS
 
 
@@ -22,8 +24,8 @@ def methods() -> list[str]:
 
 
 def models() -> list[str]:
-    """One line per network: its name and the first line of its function's docstring."""
-    return _aligned((name, _function_doc(entry)) for name, entry in MODELS.items())
+    """One line per network: its name and the first line of its function's docstring; then what else is taken."""
+    return _aligned([*((name, _function_doc(entry)) for name, entry in MODELS.items()), *OTHERS.items()])
 
 
 def datasets() -> list[str]:
@@ -46,9 +48,9 @@ TABLES: dict[str, Callable[[], list[str]]] = {
 
 
 def versions() -> str:
-    """The versions of ghostmask and of what a bug report needs, from the packages' metadata: nothing is imported."""
+    """The versions of ghostmask and of what a bug report needs, from the libraries' metadata: none is imported."""
     parts = [f"{name} {_version(name)}" for name in ("torch", "deepspeed", "ffcv")]
-    return f"ghostmask {_version('ghostmask')} ({', '.join(parts)}, python {platform.python_version()})"
+    return f"ghostmask {__version__} ({', '.join(parts)}, python {platform.python_version()})"
 
 
 def _version(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from ghostmask.engine.world import World, connect, rank_from_environment
 from ghostmask.launcher.checks import check_config
 from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.export import write_export
-from ghostmask.launcher.run import Run, assemble, build_method, open_data
+from ghostmask.launcher.run import Run, Shares, assemble, build_method, open_data, settle
 from ghostmask.launcher.settings import differences, load_config, run_folder, to_dict, to_yaml
 from ghostmask.launcher.summary import closing_table
 
@@ -32,13 +33,17 @@ def train(config: RunConfig, *, restart: bool = False) -> int:
     _, size, _ = rank_from_environment()
     check_config(config, size)
     folder = run_folder(config)
-    if not restart:
-        _refuse_other_config(folder, config)
+    before = None if restart else _kept_config(folder)
+    if before is not None:
+        _refuse_other_config(folder, before, config)
     with connect(config.train.device) as world:
-        data = open_data(config, world)
+        config = settle(config, world, before)
+        check_config(config, world.size)
+        shares = Shares.of(config, world)
+        data = open_data(config, world, shares.plain.parts)
         method = build_method(config, world, data)
         saved, store = open_folder(folder, config, world, restart=restart)
-        with assemble(config, folder, data, method, store, saved).closing() as run:
+        with assemble(config, folder, data, method, store, saved, shares).closing() as run:
             if saved is not None and world.is_main:
                 run.reporter.progress.message(f"resuming {folder} at step {saved.step}, phase {saved.meta['phase']}")
             run.execute(saved)
@@ -89,11 +94,24 @@ def open_folder(
         raise InputError(f"{error}; run with --restart to start over (this removes the run's files)") from None
 
 
-def _refuse_other_config(folder: Path, config: RunConfig) -> None:
+def _kept_config(folder: Path) -> RunConfig | None:
+    """The configuration of the run whose checkpoints the folder holds; None where nothing was kept."""
     file = folder / "config.yaml"
     if not file.exists() or not any((folder / "checkpoints").glob("step-*")):
-        return  # nothing of the other configuration was kept
-    changes = differences(load_config(str(file), []), config)
+        return None
+    try:
+        return load_config(str(file), [])
+    except InputError as error:
+        raise InputError(
+            f"run = {str(folder)!r}: its configuration cannot be read ({error}); was it made by an older version, whose "
+            "checkpoints fit no more? give another run=NAME, or --restart to start over"
+        ) from None
+
+
+def _refuse_other_config(folder: Path, before: RunConfig, config: RunConfig) -> None:
+    if not config.train.replicas:  # not asked for: the run keeps what was chosen when it started
+        config = replace(config, train=replace(config.train, replicas=before.train.replicas))
+    changes = differences(before, config)
     if changes:
         raise InputError(
             f"run = {str(folder)!r}: the run folder holds another configuration ({'; '.join(changes)}); "

@@ -9,9 +9,10 @@ from torch import nn
 
 from ghostmask.engine.hooks import Hook
 from ghostmask.engine.position import Phase
-from ghostmask.engine.sharding.optimizer import ParameterGroup, Sgd
+from ghostmask.engine.sharding.placement import ParameterGroup
+from ghostmask.engine.sharding.reparametrization import Plain
+from ghostmask.engine.sharding.rules import Sgd
 from ghostmask.launcher.config import RunConfig
-from ghostmask.masks.masked_model import present_masks
 from ghostmask.masks.method import FINETUNE, Setup
 from ghostmask.models.ghosts import GhostedModel, Ghosts
 from ghostmask.models.tost import GHOST, ActivationSparsity, GhostSkip, GhostSwish, Rescaling, ghost_alpha
@@ -22,7 +23,7 @@ def with_tweaks(setup: Setup, config: RunConfig, net: nn.Module, phase: Phase, s
 
     net: the plain network inside setup.model, on its device. What is left of a schedule is a function of step.
     """
-    tost, method_model = config.tost, setup.model
+    tost = config.tost
     model, groups, hooks = setup.model, list(setup.groups), list[Hook](setup.hooks)
     if phase.name != FINETUNE and phase.epochs > 0:
         done = (step - phase.first_step) / (phase.end_step - phase.first_step)
@@ -31,15 +32,15 @@ def with_tweaks(setup: Setup, config: RunConfig, net: nn.Module, phase: Phase, s
             if ghost_alpha(done, tost.ghost_skip_fraction) > 0:
                 ghosts = Ghosts(net, _seed(config.seed, phase))
                 optim = config.optim
-                rule = Sgd(optim.momentum, optim.weight_decay, optim.nesterov)
-                groups.append(ParameterGroup(GHOST, dict(ghosts.named_parameters()), rule, optim.lr))
+                form = Plain({"weight": Sgd(optim.momentum, optim.weight_decay, optim.nesterov)})
+                groups.append(ParameterGroup(GHOST, dict(ghosts.named_parameters()), form, optim.lr))
             ghosted = GhostedModel(model, ghosts)
             hooks.append(GhostSkip(tost, ghosted))
             model = ghosted
         if tost.ghost_swish:
             hooks.append(GhostSwish(tost, net))
         if tost.lrsi:  # last: it is learned for the network that the first step trains
-            hooks.append(Rescaling(tost, net, lambda: present_masks(method_model)))
+            hooks.append(Rescaling(tost, net))
     if tost.log_activation_sparsity:
         hooks.append(ActivationSparsity(net))
     return replace(setup, model=model, groups=groups, hooks=hooks)

@@ -3,20 +3,23 @@
 phases()                 ("search", "finetune"), ("train",), ...
 prepare()                a new run only: load what the method starts from
 for each phase:
-    enter(phase)         -> Setup: module, parameter groups, hooks     (new and resumed runs: builds, decides nothing
-                            that a checkpoint does not overwrite)
-    begin(trainer)       only when the phase starts at its first step
+    begin(phase, start)  only when the phase starts at its first step, on the plain network: find a mask, ...
+    enter(phase)         -> Setup: how the weights are made from their state, hooks   (new and resumed runs: builds,
+                            decides nothing that a checkpoint does not overwrite)
     [the engine trains the phase]
     leave(trainer)       the phase's result, e.g. the mask that the probabilities give
+    [the network's parameters are plain again, pruned weights 0]
 masks()                  name -> bool tensor, the result
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,20 +29,25 @@ from ghostmask.engine.config import FinetuneConfig, OptimConfig
 from ghostmask.engine.data import DataPipeline
 from ghostmask.engine.hooks import Hook
 from ghostmask.engine.position import Phase
-from ghostmask.engine.sharding.optimizer import ParameterGroup, Sgd
+from ghostmask.engine.sharding.placement import ParameterGroup
+from ghostmask.engine.sharding.reparametrization import Plain, Reparametrization
+from ghostmask.engine.sharding.rules import Sgd
 from ghostmask.engine.trainer import Trainer
 from ghostmask.engine.world import World
-from ghostmask.masks.config import MaskConfig
+from ghostmask.masks.masked import PRUNABLE, present_masks
 from ghostmask.masks.prunable import prunable_weights
+from ghostmask.masks.settings import MaskSettings
 
 FINETUNE = "finetune"
+OTHER = "other"
+"""The parameter group of everything that is never pruned: biases, batch norm, dense layers."""
 BATCH_NORM_BATCHES = 100
-"""Training batches per rank from which batch norm is re-estimated for a new mask (fewer if the epoch has fewer)."""
+"""Training batches from which batch norm is re-estimated for a new mask (fewer if the epoch has fewer)."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a phase trains: module (images -> logits), parameter groups, hooks, forward passes per microbatch."""
+    """What a phase trains: module (images -> logits), parameter groups, hooks, noise samples per part."""
 
     model: nn.Module
     groups: list[ParameterGroup]
@@ -49,74 +57,121 @@ class Setup:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How weights are trained: the main phase's optimizer, fine-tuning, the main phase's epochs, the run's seed."""
+    """How weights are trained: the main phase's optimizer, fine-tuning, the main phase's epochs, the run's seed; bf16:
+    whether the network computes with bfloat16 weights."""
 
     optim: OptimConfig
     finetune: FinetuneConfig
     epochs: int
     seed: int
+    bf16: bool = False
+
+
+@dataclass(frozen=True)
+class Start:
+    """What `begin` may use: the data, and where messages for the user go (rank 0 prints them)."""
+
+    data: DataPipeline
+    say: Callable[[str], None]
 
 
 class MaskMethod(ABC):
     """Chooses which weights of `net` stay. One subclass per method, listed in masks.registry.
 
-    net is mask-free and stays so: its state dict has plain names at every moment.
+    net is mask-free: its state dict has plain names at every moment, and between phases plain float32 parameters.
     """
 
-    every_phase_has_a_result = False
+    Settings: ClassVar[type[MaskSettings]] = MaskSettings
+    """All settings of `mask` that the method reads."""
+    searches: ClassVar[bool] = False
+    """Whether it finds its mask while the main phase trains."""
+    finds: ClassVar[bool] = False
+    """Whether it finds its mask without training: `ghostmask find-mask`."""
+    finetunes: ClassVar[bool] = False
+    """Whether a fine-tuning phase follows after the mask is found."""
+    every_phase_has_a_result: ClassVar[bool] = False
     """Whether each phase, and not the last one only, trains a network that can be exported under its present masks."""
 
-    protects = False
-    """Whether it reads mask.min_per_layer, which saves a layer from losing all its weights."""
-
-    def __init__(self, config: MaskConfig, net: nn.Module, recipe: Recipe, world: World) -> None:
-        self.config, self.net, self.recipe, self.world = config, net, recipe, world
-        self.weights: dict[str, nn.Parameter] = prunable_weights(net, config.dense_layers)
+    def __init__(self, settings: Any, net: nn.Module, recipe: Recipe, world: World) -> None:
+        self.settings, self.net, self.recipe, self.world = settings, net, recipe, world
+        self.weights: dict[str, nn.Parameter] = prunable_weights(net, settings.dense_layers, settings.only)
+        self.found: dict[str, Tensor] = {}
 
     @property
     def num_prunable(self) -> int:
         """n: the number of weights that may be pruned, over the whole network."""
         return sum(w.numel() for w in self.weights.values())
 
-    @abstractmethod
+    @classmethod
+    def check(cls, settings: Any, run: Any) -> None:  # noqa: B027
+        """Raise InputError where the method's settings do not fit the rest of a run (launcher.config.RunConfig)."""
+
     def phases(self) -> tuple[tuple[str, int], ...]:
         """The phases in order, with their epochs; 0 epochs = only begin() and leave()."""
+        return (("train", self.recipe.epochs),)
 
     @abstractmethod
+    def reparametrization(self, phase: Phase) -> Reparametrization:
+        """How `phase` makes the prunable weights from their state."""
+
+    def hooks(self, phase: Phase, form: Reparametrization) -> Sequence[Hook]:
+        """What reports on the method, or acts for it, while `phase` trains."""
+        return ()
+
     def enter(self, phase: Phase) -> Setup:
-        """What `phase` trains."""
+        """What `phase` trains: the prunable weights through their reparametrization, everything else as it is."""
+        form = self.reparametrization(phase)
+        lr = self.recipe.finetune.lr if phase.name == FINETUNE else self.recipe.optim.lr
+        return Setup(self.net, self.groups(form, lr), self.hooks(phase, form))
 
-    @abstractmethod
-    def masks(self) -> Mapping[str, Tensor]:
-        """Weight name -> bool tensor of its shape, equal on every rank; empty for a dense network."""
+    def groups(self, form: Reparametrization, lr: float) -> list[ParameterGroup]:
+        """Every parameter of the network: the prunable weights made by `form`, the others under SGD."""
+        names = {id(w) for w in self.weights.values()}
+        others = {n: p for n, p in self.net.named_parameters() if id(p) not in names}
+        groups = [ParameterGroup(PRUNABLE, self.weights, form, lr, self.recipe.bf16)]
+        if others:
+            groups.append(ParameterGroup(OTHER, others, Plain({"weight": self.rule()}), lr))
+        return groups
 
-    def find(self, data: DataPipeline) -> dict[str, Tensor]:
-        """Collective: the masks of a method that needs no training to find them (launcher.checks.FINDERS), equal on
-        every rank; the network, as `prepare` left it, stays exactly as it is."""
-        raise NotImplementedError(f"{type(self).__name__} finds its mask by training")
+    def rule(self) -> Sgd:
+        """How dense weights move."""
+        optim = self.recipe.optim
+        return Sgd(optim.momentum, optim.weight_decay, optim.nesterov)
 
     def prepare(self) -> None:  # noqa: B027  (a method that starts from the initialisation needs nothing)
         """A new run: bring `net` to the state the method starts from."""
 
-    def begin(self, trainer: Trainer) -> None:
-        """Collective: before the first step of a phase. Re-estimates batch norm where a mask was just applied."""
-        if trainer.phase.name == FINETUNE:
-            batches = trainer.data.train(trainer.phase.first_epoch)
-            reestimate(trainer.model, islice(batches, BATCH_NORM_BATCHES), self.world)
+    def begin(self, phase: Phase, start: Start) -> None:
+        """Collective: before the first step of a phase, on the plain network.
 
-    def leave(self, trainer: Trainer) -> None:  # noqa: B027
+        Re-estimates batch norm where a mask was just applied.
+        """
+        if phase.name == FINETUNE:
+            with torch.no_grad():
+                for name, mask in self.found.items():
+                    self.weights[name].masked_fill_(~mask, 0.0)
+            with closing(start.data.train(phase.first_epoch)) as batches:
+                some = islice(batches, BATCH_NORM_BATCHES)
+                reestimate(self.net, some, start.data.parts, self.world)
+
+    def leave(self, trainer: Trainer) -> None:
         """Collective: after the last step of a phase."""
+        self.found = present_masks(trainer.sharded.optimizer)
 
-    def weight_group(self, phase: Phase) -> ParameterGroup:
-        """Every parameter of the network, under SGD with the phase's learning rate."""
-        optim = self.recipe.optim
-        lr = self.recipe.finetune.lr if phase.name == FINETUNE else optim.lr
-        rule = Sgd(optim.momentum, optim.weight_decay, optim.nesterov)
-        return ParameterGroup("weight", dict(self.net.named_parameters()), rule, lr)
+    def masks(self) -> Mapping[str, Tensor]:
+        """Weight name -> bool tensor of its shape, equal on every rank; empty for a dense network."""
+        return self.found
+
+    def find(self, data: DataPipeline) -> dict[str, Tensor]:
+        """Collective: the masks of a method that `finds`, equal on every rank; the network, as `prepare` left it, stays
+        exactly as it is."""
+        raise NotImplementedError(f"{type(self).__name__} finds its mask by training")
 
 
 def check_agreement(masks: Mapping[str, Tensor], world: World) -> None:
     """Collective: raises RuntimeError unless every rank holds the same masks (compared by position-weighted sums)."""
+    if not masks:
+        return
     sums = torch.stack([_fingerprint(m) for m in masks.values()]).to(world.device)
     every = world.all_gather(sums)
     if not bool((every == every[0]).all()):

@@ -1,36 +1,93 @@
-"""Which weights of a network may be pruned: those of its convolutions and linear layers."""
+"""Which weights of a network may be pruned: those of its convolutions, linear layers and attention projections."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from ghostmask.engine.errors import bad_value
+from ghostmask.engine.errors import InputError, bad_value
+
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+"""Layers whose weight is prunable, depthwise convolutions included; transposed convolutions are not among them."""
+ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+"""Prunable parameters of nn.MultiheadAttention: one for queries, keys and values, or three. Its output projection is a
+Linear."""
 
 
-def prunable_weights(net: nn.Module, dense_layers: Sequence[str] = ()) -> dict[str, nn.Parameter]:
-    """The prunable weights of a mask-free network by name ("layer1.0.conv1.weight"), in module order.
+def prunable_weights(
+    net: nn.Module, exclude: Sequence[str] = (), include: Sequence[str] = ()
+) -> dict[str, nn.Parameter]:
+    """The weights of a mask-free network that are pruned, by name ("layer1.0.conv1.weight"), in module order.
 
-    These are the weights of every Conv2d and Linear, without biases and batch norm; a weight that two layers share
-    appears once. dense_layers: fnmatch patterns of names that are left out. Raises InputError for a pattern that
-    matches nothing and where nothing is left.
+    Without patterns: the weights of all LAYERS and the ATTENTION parameters; no biases, no normalisation, and what two
+    layers share once. Patterns are fnmatch's, or a name as it stands. include (mask.only): what is pruned at all; a
+    pattern that matches none of these may name other parameters of two dimensions and more, such as embeddings.
+    exclude (mask.dense_layers): what of that is not. Raises InputError for a pattern that matches nothing, where
+    nothing is left, and for a weight that is not a parameter with a shape.
     """
-    weights: dict[str, nn.Parameter] = {}
-    for name, module in net.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear) and all(module.weight is not w for w in weights.values()):
-            weights[f"{name}.weight"] = module.get_parameter("weight")
-    for pattern in dense_layers:
-        if not any(fnmatchcase(name, pattern) for name in weights):
-            raise bad_value(
-                "mask.dense_layers", pattern, f"matches no prunable weight; they are {', '.join(_ends(list(weights)))}"
-            )
-    left = {n: w for n, w in weights.items() if not any(fnmatchcase(n, pattern) for pattern in dense_layers)}
+    usual = _usual(net)
+    chosen = _included(net, usual, include) if include else usual
+    for pattern in exclude:
+        if not _matching(pattern, chosen):
+            raise _matches_nothing("mask.dense_layers", pattern, "prunable weight", chosen)
+    dense = {name for pattern in exclude for name in _matching(pattern, chosen)}
+    left = {name: weight for name, weight in chosen.items() if name not in dense}
+    if dense and not left:
+        raise bad_value("mask.dense_layers", list(exclude), "leaves nothing to prune; remove a pattern")
     if not left:
-        raise bad_value("mask.dense_layers", list(dense_layers), "leaves nothing to prune; remove a pattern")
-    return left
+        raise bad_value("mask.only", list(include), "the network has no convolution or linear layer; name parameters")
+    return {name: _parameter(name, weight) for name, weight in left.items()}
 
 
-def _ends(names: list[str]) -> list[str]:
-    return names if len(names) <= 6 else [*names[:3], "...", *names[-2:]]
+def _usual(net: nn.Module) -> dict[str, object]:
+    """name -> weight of what is pruned without patterns; not a parameter where the layer computes its weight."""
+    weights: dict[str, object] = {}
+    seen: set[int] = set()
+    for path, module in net.named_modules():
+        names = ATTENTION if isinstance(module, nn.MultiheadAttention) else ("weight",)
+        for name in names if isinstance(module, (*LAYERS, nn.MultiheadAttention)) else ():
+            weight = getattr(module, name)
+            if weight is not None and id(weight) not in seen:
+                seen.add(id(weight))
+                weights[f"{path}.{name}".removeprefix(".")] = weight
+    return weights
+
+
+def _included(net: nn.Module, usual: dict[str, object], patterns: Sequence[str]) -> dict[str, object]:
+    """The usual weights that a pattern matches or, where it matches none, other large parameters; in module order."""
+    same = {id(weight) for weight in usual.values()}
+    others = {n: p for n, p in net.named_parameters() if id(p) not in same and (is_lazy(p) or p.dim() >= 2)}
+    names: dict[str, None] = {}
+    for pattern in patterns:
+        found = _matching(pattern, usual) or _matching(pattern, others)
+        if not found:
+            raise _matches_nothing("mask.only", pattern, "weight of two or more dimensions", {**usual, **others})
+        names.update(dict.fromkeys(found))
+    place = {name: index for index, (name, _) in enumerate(net.named_parameters(remove_duplicate=False))}
+    return {name: (usual | others)[name] for name in sorted(names, key=lambda name: place.get(name, -1))}
+
+
+def _matching(pattern: str, names: Collection[str]) -> list[str]:
+    return [pattern] if pattern in names else [name for name in names if fnmatchcase(name, pattern)]
+
+
+def _matches_nothing(field: str, pattern: str, what: str, known: Collection[str]) -> InputError:
+    names = list(known)
+    ends = names if len(names) <= 6 else [*names[:3], "...", *names[-2:]]
+    # In a pattern [ab] is one letter, so that a part of a name with brackets does not match itself.
+    escape = "; in a pattern, write [[] for a [ and [*] for a *" if any(set("[*?") & {*name} for name in names) else ""
+    return bad_value(field, pattern, f"matches no {what}; they are {', '.join(ends)}{escape}")
+
+
+def _parameter(name: str, weight: object) -> nn.Parameter:
+    if not isinstance(weight, nn.Parameter):
+        how = "is computed by its layer (weight_norm, spectral_norm, parametrize): take that off"
+        raise InputError(f"the network's {name} {how}, or name it in mask.dense_layers")
+    if is_lazy(weight):
+        raise InputError(
+            f"the network's {name} has no shape yet (a lazy layer): call the network once before it is masked"
+        )
+    return weight

@@ -1,4 +1,4 @@
-"""The mask methods by name: to add one, write masks/<name>.py and add a line here (see CONTRIBUTING.md)."""
+"""The mask methods by name: to add one, write masks/methods/<name>.py and add a line here (see CONTRIBUTING.md)."""
 
 from __future__ import annotations
 

@@ -7,17 +7,17 @@ def cubic_density(t: float, start: float, end: float, target: float) -> float:
     """Density in [target, 1] at time t: 1 until `start`, falling as a cubic to `target` at `end`, constant after it.
 
     Equation 7 of ProbMask. GMP's sparsity s_f (1 - (1 - x)^3), x = (t - start) / (end - start), is one minus this with
-    target = 1 - s_f. t may be fractional (per step instead of per epoch). Raises ValueError unless start < end and
-    0 < target <= 1.
+    target = 1 - s_f. t may be fractional (per step instead of per epoch). With start = end it
+    falls at once. Raises ValueError unless start <= end and 0 < target <= 1.
     """
-    if not start < end:
-        raise ValueError(f"start = {start}: give less than end = {end}")
+    if start > end:
+        raise ValueError(f"start = {start}: give at most end = {end}")
     if not 0 < target <= 1:
         raise ValueError(f"target = {target}: give a density in (0, 1]")
-    if t < start:
-        return 1.0
     if t >= end:
         return target
+    if t < start:
+        return 1.0
     left = 1 - (t - start) / (end - start)
     return target + (1 - target) * left**3
 

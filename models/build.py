@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
 import torch
 from torch import nn
 
 from ghostmask.engine.errors import bad_value
 from ghostmask.engine.registry import resolve
 from ghostmask.models.config import ModelConfig
+from ghostmask.models.foreign import check_network, find_builder
 from ghostmask.models.registry import MODELS
 
 
@@ -16,14 +22,32 @@ def build_model(config: ModelConfig, num_classes: int, image_shape: tuple[int, i
 
     image_shape: (channels, height, width) of the dataset. The initialisation is a function of seed alone, equal on
     every rank; the global generators are left as they were. Raises InputError where config.num_classes is not the
-    dataset's or the images are too small for the network.
+    dataset's, where the images are too small for the network, and for what is wrong with a network that is not ours
+    (models.foreign).
     """
     if config.num_classes not in (0, num_classes):
         raise bad_value(
             "model.num_classes", config.num_classes, f"the dataset has {num_classes} classes; use {num_classes} or 0"
         )
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    with _seeded(seed), torch.device("cpu"):
+        if config.name in MODELS:
+            net: nn.Module = resolve(MODELS[config.name])(num_classes, image_shape)
+            return net
+        found = find_builder(config.name)(num_classes, image_shape)
+        return check_network(found, config.name, num_classes, image_shape)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Inside, the global generators of torch (CPU), numpy and Python start from `seed`; then they go on as before."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would reseed CUDA's generators too, which fork_rng(devices=[]) does not restore.
         torch.default_generator.manual_seed(seed)
-        net: nn.Module = resolve(MODELS[config.name])(num_classes, image_shape)
-    return net
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])

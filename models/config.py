@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ghostmask.engine.config import require, require_number
 from ghostmask.engine.errors import unknown_name
-from ghostmask.models.registry import MODELS
+from ghostmask.models.names import check_name
 
 
 @dataclass(frozen=True)
@@ -14,13 +14,13 @@ class ModelConfig:
     """Which network."""
 
     name: str = "resnet32"
-    """One of `ghostmask show models`."""
+    """One of `ghostmask show models`, the name of a classification network of torchvision, or a function of your own
+    as package.module:function, with (num_classes, image_shape) or (num_classes)."""
     num_classes: int = 0
     """Classes of the last layer; 0 = as many as the dataset has."""
 
     def __post_init__(self) -> None:
-        if self.name not in MODELS:
-            raise unknown_name("model.name", self.name, MODELS)
+        check_name(self.name)
         require_number("model.num_classes", self.num_classes, 0)
 
 
@@ -57,6 +57,8 @@ class TostConfig:
     """lrsi: size of the look-ahead SGD step after which the loss is minimised."""
     lrsi_gamma: float = 1.0
     """lrsi: above this norm of the gradient, the norm is minimised instead."""
+    lrsi_normalize: bool = True
+    """lrsi: the look-ahead step follows g / |g| instead of g, as the authors run it."""
     log_activation_sparsity: bool = False
     """Log, once per epoch, the share of exact zeros after each activation on one evaluation batch per rank."""
 

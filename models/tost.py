@@ -24,10 +24,6 @@ from ghostmask.models.rescaling import Rescaled, learn_factors
 GHOST = "ghost"
 """Parameter group of the ghost skips."""
 
-Masks = Callable[[], Mapping[str, Tensor]]
-"""The masks at present by weight name, equal on every rank; a weight that is left out is dense."""
-
-
 def ghost_alpha(done: float, fraction: float) -> float:
     """alpha of the ghost skips when the fraction `done` of the phase is over: linear from 1 to 0 at `fraction`."""
     return max(0.0, 1.0 - done / fraction)
@@ -107,35 +103,38 @@ class GhostSwish(Hook):
 
 
 class Rescaling(Hook):
-    """LRsI: before the first step of the phase, multiplies every parameter tensor of `net` by its learned factor."""
+    """LRsI: before the first step of the phase, multiplies every parameter tensor of `net` by its learned factor.
 
-    def __init__(self, config: TostConfig, net: nn.Module, masks: Masks) -> None:
-        self.config, self.net, self.masks = config, net, masks
+    The factors are learned for the network that would be delivered, with its pruned weights at zero.
+    """
+
+    def __init__(self, config: TostConfig, net: nn.Module) -> None:
+        self.config, self.net = config, net
 
     def on_start(self, trainer: Trainer) -> None:
         if trainer.num_updates > 0:
             return
+        optimizer = trainer.sharded.optimizer
+        optimizer.eval()
         learned = self._learn(trainer)
-        with torch.no_grad():
-            for name, parameter in self.net.named_parameters():
-                parameter.mul_(learned.factors[name])
-        trainer.adopt_parameters()
+        optimizer.train()
+        optimizer.scale(learned.factors)
         self._report(trainer, learned)
 
     def _learn(self, trainer: Trainer) -> Rescaled:
-        masks, config = self.masks(), self.config
+        config = self.config
 
         def logits(parameters: Mapping[str, Tensor], images: Tensor) -> Tensor:
-            masked = {n: p * masks[n] if n in masks else p for n, p in parameters.items()}
-            result: Tensor = functional_call(self.net, masked, (images,))
+            result: Tensor = functional_call(self.net, dict(parameters), (images,))
             return result
 
+        parameters = {name: p.detach().float() for name, p in self.net.named_parameters()}
         with ExitStack() as stack:
             stack.enter_context(batch_statistics(trainer.model))
-            batches = _endless(trainer.data, trainer.phase.first_epoch, trainer.config.accumulation)
+            batches = stack.enter_context(closing(_endless(trainer.data, trainer.phase.first_epoch)))
             return learn_factors(
-                logits, dict(self.net.named_parameters()), stack.enter_context(closing(batches)), trainer.world,
-                steps=config.lrsi_steps, lr=config.lrsi_lr, eta=config.lrsi_eta, gamma=config.lrsi_gamma,
+                logits, parameters, batches, trainer.world, steps=config.lrsi_steps, lr=config.lrsi_lr,
+                eta=config.lrsi_eta, gamma=config.lrsi_gamma, normalize=config.lrsi_normalize,
             )  # fmt: skip
 
     def _report(self, trainer: Trainer, learned: Rescaled) -> None:
@@ -166,23 +165,23 @@ class ActivationSparsity(Hook):
     def epoch_scalars(self, trainer: Trainer) -> Mapping[str, float | Tensor]:
         with closing(_evaluation(trainer.data)) as batches:
             batch = next(batches, None)
-        trainer.model.eval()
-        with autocast(trainer.world.device, trainer.config.precision), torch.no_grad():
+        precision = autocast(trainer.world.device, trainer.config.precision)
+        with trainer.evaluation_weights(), precision, torch.no_grad():
             # A rank without evaluation images counts on an empty batch: the names are the same on every rank.
             images = batch.images if batch else torch.zeros(0, *trainer.data.image_shape, device=trainer.world.device)
             counts = zeros_after_activations(self.net, lambda: trainer.model(images))
-        trainer.model.train()
         pairs = torch.tensor([[float(zeros), total] for zeros, total in counts.values()], dtype=torch.float64)
         zeros, total = trainer.world.all_reduce(pairs.to(trainer.world.device)).T
         return {f"zeros/{name}": share for name, share in zip(counts, (zeros / total).tolist(), strict=True)}
 
 
-def _endless(data: DataPipeline, first_epoch: int, accumulation: int) -> Generator[Batch, None, None]:
-    """The training batches of one epoch after the other, each cut to one microbatch, which is what fits in memory."""
+def _endless(data: DataPipeline, first_epoch: int) -> Generator[list[Batch], None, None]:
+    """The training batches of one epoch after the other, each as this rank's parts."""
     for epoch in count(first_epoch):
         with closing(data.train(epoch)) as batches:
             for images, labels in batches:
-                yield Batch(images.chunk(accumulation)[0], labels.chunk(accumulation)[0])
+                parts = zip(images.chunk(data.parts.count), labels.chunk(data.parts.count), strict=True)
+                yield [Batch(*part) for part in parts]
 
 
 def _evaluation(data: DataPipeline) -> Generator[Batch, None, None]:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import signal
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +19,41 @@ from ghostmask.engine.hooks import Hook
 from ghostmask.engine.trainer import Trainer
 from ghostmask.engine.world import World
 from ghostmask.launcher.config import RunConfig
-from ghostmask.launcher.run import Run, assemble, build_method
-from ghostmask.masks.config import MaskConfig
+from ghostmask.launcher.run import Run, Shares, assemble, build_method
+from ghostmask.launcher.settings import settings_of
 from ghostmask.models.config import ModelConfig
 
 CONFIG = RunConfig(
     seed=3,
     model=ModelConfig(name="conv4"),
-    mask=MaskConfig(
-        density=0.1, noise="shared", lr=0.03, samples=2, start_fraction=0.0, end_fraction=0.7,
-        score_batch=48, score_batches=1, iterations=4, round_fraction=0.6, rewind="1ep",
-    ),
+    mask=settings_of("probmask")(density=0.1, lr=0.03, samples=2, start_fraction=0.0, end_fraction=0.7),  # type: ignore[call-arg]
     optim=OptimConfig(lr=0.02, clip=3.0),
-    train=TrainConfig(epochs=3, log_every=1, threads=1),
+    train=TrainConfig(epochs=3, log_every=1, threads=1, replicas=4),
     finetune=FinetuneConfig(epochs=2, lr=0.01),
     checkpoint=CheckpointConfig(every_steps=3, every_minutes=0, keep=3),
 )  # fmt: skip
 """Search over 3 epochs of 4 steps, then 2 of fine-tuning; a checkpoint every 3 steps and at the end of epochs."""
 
+QUICK: dict[str, Any] = {
+    "density": 0.1, "start_fraction": 0.0, "end_fraction": 0.7, "lr": 0.03, "samples": 2, "update_every": 2,
+    "score_batch": 48, "score_batches": 1, "iterations": 4, "round_fraction": 0.6, "rewind": "1ep",
+}  # fmt: skip
+"""Values of the methods' settings with which a run of 3 epochs means something."""
+
 
 def configured(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
-    """`config` with fields of its sections replaced: configured(CONFIG, train={"zero_stage": 2})."""
-    return replace(config, **{name: replace(getattr(config, name), **values) for name, values in sections.items()})
+    """`config` with fields of its sections replaced: configured(CONFIG, train={"zero_stage": 2}).
+
+    mask={"method": ...} takes that method's settings, at QUICK's values where it has them.
+    """
+    mask = sections.pop("mask", {})
+    changed = replace(config, **{name: replace(getattr(config, name), **values) for name, values in sections.items()})
+    method = mask.get("method", config.mask.method)
+    if method == config.mask.method:
+        return replace(changed, mask=replace(config.mask, **mask))
+    cls = settings_of(method)
+    quick = {f.name: QUICK[f.name] for f in fields(cls) if f.name in QUICK}
+    return replace(changed, mask=cls(**{**quick, **mask}))
 
 
 def memory_run(world: World, folder: Path, config: RunConfig, data: MemoryData | None = None) -> tuple[Run, Any]:
@@ -49,8 +62,10 @@ def memory_run(world: World, folder: Path, config: RunConfig, data: MemoryData |
     saving = config.checkpoint
     store = CheckpointStore(folder / "checkpoints", world, saving.keep, saving.asynchronous)
     saved = store.latest()
+    shares = Shares.of(config, world)
     data = data or MemoryData(world)
-    return assemble(config, folder, data, build_method(config, world, data), store, saved), saved
+    data.parts = shares.plain.parts
+    return assemble(config, folder, data, build_method(config, world, data), store, saved, shares), saved
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
+import ghostmask
+
 ROOT = Path(__file__).resolve().parents[1]
 MAY_IMPORT = {
+    "ghostmask": {"launcher"},
     "engine": {"engine"},
     "models": {"models", "engine"},
     "masks": {"masks", "engine"},
@@ -22,11 +25,13 @@ MAY_IMPORT = {
     "launcher": {"launcher", "benchmarks", "masks", "models", "data_pipelines", "engine", "configs"},
     "configs": set[str](),
 }
-"""Ours that each package may import: launcher -> benchmarks -> masks | models | data_pipelines -> engine."""
-SCRIPTS = {"benchmarks/sweep.py", "benchmarks/tost_table.py"}
-"""Run with `python -m`, imported by nothing: these may import everything."""
+"""Ours that each package may import: launcher -> benchmarks -> masks | models | data_pipelines -> engine. ghostmask:
+the two files above them all."""
+EVERYBODY = {"__version__"}
+"""Names of ghostmask itself, which stands above the packages, that each may import; the library's are for others."""
 FILES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
 IDS = [str(path.relative_to(ROOT)) for path in FILES]
+TESTS = sorted((ROOT / "tests").glob("*.py"))
 
 HEAVY = {"torch", "torchvision", "deepspeed", "ffcv", "numba", "cv2", "tensorboard"}
 LIGHT_FILES = ("config.py", "registry.py", "errors.py", "position.py")
@@ -52,13 +57,18 @@ def package_of(path: Path) -> str:
 
 
 def imported(nodes: Iterator[ast.AST]) -> Iterator[str]:
-    """The top-level name of every module that the nodes import."""
+    """The dotted name of every module that the nodes import; for `from ghostmask import x`, ghostmask.x."""
     for node in nodes:
         if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: imports are absolute"
-            yield str(node.module).split(".")[0]
+            yield from (f"ghostmask.{a.name}" for a in node.names) if node.module == "ghostmask" else [str(node.module)]
+
+
+def libraries(nodes: Iterator[ast.AST]) -> set[str]:
+    """The top-level name of every module that the nodes import."""
+    return {name.split(".")[0] for name in imported(nodes)}
 
 
 def run_on_import(body: list[ast.stmt]) -> Iterator[ast.stmt]:
@@ -91,13 +101,18 @@ def calls_outside_functions(statement: ast.stmt) -> Iterator[ast.Call]:
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)
 def test_imports_go_one_way_from_launcher_to_engine(path: Path) -> None:
-    ours = set(imported(ast.walk(parsed(path)))) & set(MAY_IMPORT)
-    script = path.relative_to(ROOT).as_posix() in SCRIPTS
-    forbidden = ours - (set(MAY_IMPORT) if script else MAY_IMPORT[package_of(path)])
-    assert not forbidden, f"{path.relative_to(ROOT)} imports {sorted(forbidden)}"
+    ours = {f"{name}.".split(".")[1] for name in imported(ast.walk(parsed(path))) if name.split(".")[0] == "ghostmask"}
+    forbidden = ours - MAY_IMPORT[package_of(path)] - EVERYBODY
+    assert not forbidden, f"{path.relative_to(ROOT)} imports {sorted(forbidden)} of ghostmask"
 
 
-@pytest.mark.parametrize("package", ["data_pipelines", "masks", "models"])
+@pytest.mark.parametrize("path", [*FILES, *TESTS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_is_imported_under_a_short_name(path: Path) -> None:
+    short = libraries(ast.walk(parsed(path))) & (set(MAY_IMPORT) - {"ghostmask"})
+    assert not short, f"{path.relative_to(ROOT)} imports {sorted(short)}: write ghostmask.{min(short)}"
+
+
+@pytest.mark.parametrize("package", ["benchmarks", "data_pipelines", "masks", "models"])
 def test_a_registry_names_only_things_that_exist_in_its_own_package(package: str) -> None:
     registry = parsed(ROOT / package / "registry.py")
     targets = [
@@ -107,16 +122,33 @@ def test_a_registry_names_only_things_that_exist_in_its_own_package(package: str
     ]
     assert targets, "the registry is empty, or no longer a literal dict"
     for target in targets:
-        module, _, name = target.partition(":")
-        assert module.startswith(f"{package}.")
-        path = ROOT / (module.replace(".", "/") + ".py")
-        assert path.is_file(), f"{target}: no such module"
-        assert name in {getattr(node, "name", None) for node in parsed(path).body}, f"{target}: no such name"
+        assert target.startswith(f"ghostmask.{package}.")
+        assert is_defined(target), f"{target}: there is no such module, or no such name in it"
+
+
+def test_what_the_library_offers_exists_and_hides_no_package() -> None:
+    """Without importing it: most of it needs torch."""
+    assert not set(ghostmask._LIBRARY) & set(MAY_IMPORT)
+    missing = [target for target in ghostmask._LIBRARY.values() if not is_defined(target)]
+    assert not missing
+
+
+def is_defined(target: str) -> bool:
+    """True where "ghostmask.module:name" names a class, a function or a constant in the file of that module."""
+    module, _, name = target.partition(":")
+    path = ROOT / (module.replace(".", "/") + ".py")
+    if not path.is_file():
+        return False
+    for node in parsed(path).body:
+        defined = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", node)]
+        if name in {getattr(item, "id", getattr(item, "name", None)) for item in defined}:
+            return True
+    return False
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.name in LIGHT_FILES], ids=lambda p: "/".join(p.parts[-2:]))
 def test_settings_and_registries_load_without_heavy_libraries(path: Path) -> None:
-    assert not set(imported(run_on_import(parsed(path).body))) & HEAVY
+    assert not libraries(run_on_import(parsed(path).body)) & HEAVY
 
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)
@@ -138,7 +170,7 @@ def test_every_library_that_is_imported_is_declared() -> None:
     declared.add("triton")  # part of torch where there is a GPU to use it; nothing imports it elsewhere
     providers = importlib.metadata.packages_distributions()
     for path in FILES:
-        for name in set(imported(ast.walk(parsed(path)))) - set(MAY_IMPORT) - set(sys.stdlib_module_names):
+        for name in libraries(ast.walk(parsed(path))) - {"ghostmask"} - set(sys.stdlib_module_names):
             sources = {normal(source) for source in providers.get(name, [])}
             assert sources & declared, (
                 f"{path.relative_to(ROOT)} imports {name} ({sorted(sources)}), not in pyproject.toml"

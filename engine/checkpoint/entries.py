@@ -4,36 +4,41 @@ prunable.weight/layer1.0.conv1.weight             a state tensor of a group; eac
 prunable.weight.momentum/layer1.0.conv1.weight    what its update rule keeps
 frozen/conv1.weight                               a parameter that is not trained
 buffer/bn1.num_batches_tracked                    a buffer equal on all ranks
+hook/rewind/bn1.running_mean                      a tensor that a hook must not forget
 part/bn1.running_mean                             statistics of each part of the batch: (parts * numel,), part after part
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from ghostmask.engine.batchnorm import PartStatistics, statistics
 from ghostmask.engine.checkpoint.pieces import Piece
+from ghostmask.engine.hooks import Hook
 from ghostmask.engine.sharding.optimizer import ShardedOptimizer
 
 Entries = dict[str, Tensor | Piece]
 
 
-def checkpoint_entries(model: nn.Module, optimizer: ShardedOptimizer, parts: PartStatistics) -> Entries:
+def checkpoint_entries(
+    model: nn.Module, optimizer: ShardedOptimizer, parts: PartStatistics, hooks: Sequence[Hook]
+) -> Entries:
     """Everything to save, as views of the live tensors where that can be."""
-    entries = _trained(optimizer) | _replicated(model, optimizer)
+    entries = _trained(optimizer) | _replicated(model, optimizer, hooks)
     return entries | {f"part/{name}": value for name, value in parts.entries().items()}
 
 
 def restore(
-    model: nn.Module, optimizer: ShardedOptimizer, parts: PartStatistics, meta: Mapping[str, Any],
-    load: Callable[[Entries], None],
+    model: nn.Module, optimizer: ShardedOptimizer, parts: PartStatistics, hooks: Sequence[Hook],
+    meta: Mapping[str, Any], load: Callable[[Entries], None],
 ) -> None:  # fmt: skip
     """Collective: fill the trainer's tensors from a checkpoint; load(entries) reads them in place."""
     statistics_here = parts.entries()
-    load(_trained(optimizer) | _replicated(model, optimizer) | {f"part/{n}": v for n, v in statistics_here.items()})
+    entries = _trained(optimizer) | _replicated(model, optimizer, hooks)
+    load(entries | {f"part/{name}": value for name, value in statistics_here.items()})
     parts.load(statistics_here)
     optimizer.updates = int(meta["updates"])
     optimizer.refresh()
@@ -50,9 +55,10 @@ def _trained(optimizer: ShardedOptimizer) -> Entries:
     return entries
 
 
-def _replicated(model: nn.Module, optimizer: ShardedOptimizer) -> Entries:
+def _replicated(model: nn.Module, optimizer: ShardedOptimizer, hooks: Sequence[Hook]) -> Entries:
     trained = {id(p) for group in optimizer.groups for p in group.parameters.values()}
     entries: Entries = {f"frozen/{n}": p.detach() for n, p in model.named_parameters() if id(p) not in trained}
     local, saved = set(statistics(model)), set(model.state_dict())
     entries.update({f"buffer/{n}": b for n, b in model.named_buffers() if n not in local and n in saved})
+    entries.update({f"hook/{hook.name}/{n}": t for hook in hooks for n, t in hook.tensors().items()})
     return entries

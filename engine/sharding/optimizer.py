@@ -160,6 +160,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for name, parameter in group.parameters.items():
                 parameter.data, parameter.grad = whole[name].contiguous(), None
 
+    @torch.no_grad()
+    def adopt(self, other: ShardedOptimizer) -> None:
+        """Collective: take over the state of the groups that `other` has too, in the same slices, and its counts."""
+        known = {g.name: state for g, state in zip(other.groups, other.states, strict=True)}
+        for group, state in zip(self.groups, self.states, strict=True):
+            for name, tensor in state.items():
+                tensor.copy_(known[group.name][name])
+        self.updates = other.updates
+        self.refresh()
+
     def group(self, name: str) -> tuple[ParameterGroup, State, Slice]:
         """A group by name, with the state and the slice that this rank holds of it."""
         index = [g.name for g in self.groups].index(name)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from ghostmask.engine.data import Parts
-from ghostmask.engine.errors import InputError, bad_value
+from ghostmask.engine.sharding.ranks import check_ranks
 from ghostmask.engine.world import World
 
 
@@ -57,22 +57,6 @@ class Replicas:
             for n in range(count)
             for i in range(passes)
         ]
-
-
-def check_ranks(parts: int, noises: int, ranks: int) -> None:
-    """Raise InputError unless `ranks` can share `parts` parts and `noises` noise groups evenly; names those that can."""
-    if parts % noises:
-        raise bad_value("train.replicas", parts, f"give a multiple of mask.noises = {noises}")
-    fitting = fitting_ranks(parts, noises)
-    if ranks not in fitting:
-        listed = ", ".join(map(str, fitting))
-        noise = f" and mask.noises = {noises}" if noises > 1 else ""
-        raise InputError(f"ranks = {ranks}: do not fit train.replicas = {parts}{noise}; start {listed} ranks")
-
-
-def fitting_ranks(parts: int, noises: int) -> list[int]:
-    """The numbers of ranks that can do a run with so many parts and noise groups."""
-    return [r for r in range(1, parts + 1) if parts % r == 0 and (r % noises == 0 or noises % r == 0)]
 
 
 def share(world: World, parts: int, noises: int = 1, node: str | None = None) -> Replicas:

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from torch import Tensor
-
 from ghostmask.engine.position import Phase
-from ghostmask.masks.method import MaskMethod, Setup
+from ghostmask.engine.sharding.reparametrization import Plain, Reparametrization
+from ghostmask.masks.method import MaskMethod
 
 
 class Dense(MaskMethod):
     """Trains every weight for train.epochs."""
 
-    def phases(self) -> tuple[tuple[str, int], ...]:
-        return (("train", self.recipe.epochs),)
-
-    def enter(self, phase: Phase) -> Setup:
-        return Setup(self.net, [self.weight_group(phase)])
-
-    def masks(self) -> Mapping[str, Tensor]:
-        return {}
+    def reparametrization(self, phase: Phase) -> Reparametrization:
+        return Plain({"weight": self.rule()})

@@ -2,53 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
+from ghostmask.engine.config import require_number
 from ghostmask.engine.hooks import Hook
 from ghostmask.engine.position import Phase
-from ghostmask.engine.trainer import Trainer
-from ghostmask.masks.masked_model import FixedMasks, MaskedModel
-from ghostmask.masks.method import MaskMethod, Setup
-from ghostmask.masks.methods.magnitude import magnitude_masks
+from ghostmask.engine.sharding.reparametrization import Reparametrization, State
+from ghostmask.engine.sharding.rules import UpdateRule
+from ghostmask.engine.sharding.slices import Slice
+from ghostmask.masks.masked import FixedMask
+from ghostmask.masks.method import MaskMethod
 from ghostmask.masks.report import DensityReport
 from ghostmask.masks.schedules import cubic_density
+from ghostmask.masks.scoring.largest import Budget, largest
+from ghostmask.masks.settings import Ranked, Scheduled
+
+
+@dataclass(frozen=True)
+class Settings(Ranked, Scheduled):
+    """gmp."""
+
+    update_every: int = 100
+    """Optimizer steps between updates of the mask."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number("mask.update_every", self.update_every, 1)
 
 
 class GradualMagnitude(MaskMethod):
     """GMP (Zhu & Gupta 2017): every mask.update_every steps between mask.start_fraction and mask.end_fraction of
     training, the masks are chosen anew as the largest |w| at density 1 - (1 - density)(1 - (1 - x)^3)."""
 
-    fixed: FixedMasks | None = None
+    Settings = Settings
+    searches = True
 
-    def phases(self) -> tuple[tuple[str, int], ...]:
-        return (("train", self.recipe.epochs),)
+    def reparametrization(self, phase: Phase) -> Reparametrization:
+        s, total = self.settings, phase.epochs * phase.steps_per_epoch
+        budget = Budget(s.density, s.constraint, seed=self.recipe.seed)
+        return Shrinking(self.rule(), budget, s.start_fraction * total, s.end_fraction * total, s.update_every)
 
-    def enter(self, phase: Phase) -> Setup:
-        fixed = FixedMasks({n: torch.ones_like(w, dtype=torch.bool) for n, w in self.weights.items()})
-        self.fixed = fixed
-        model = MaskedModel(self.net, list(self.weights), fixed)
-        return Setup(model, [self.weight_group(phase)], [_Shrink(self, fixed), DensityReport(fixed)])
-
-    def masks(self) -> Mapping[str, Tensor]:
-        assert self.fixed is not None
-        return self.fixed.masks()
+    def hooks(self, phase: Phase, form: Reparametrization) -> Sequence[Hook]:
+        return (DensityReport(),)
 
 
-class _Shrink(Hook):
-    """Chooses the masks anew when the schedule says so; a pruned weight keeps its last value, so it may return."""
+class Shrinking(FixedMask):
+    """A mask of the largest |w| that falls to the budget between two updates; a pruned weight keeps its last value, so
+    it may return. start, end: in updates, rounded."""
 
-    def __init__(self, method: GradualMagnitude, fixed: FixedMasks) -> None:
-        self.method, self.fixed = method, fixed
+    def __init__(self, rule: UpdateRule, budget: Budget, start: float, end: float, every: int) -> None:
+        super().__init__(rule)
+        self.budget, self.every = budget, every
+        self.first, self.last = round(start), round(end)
 
-    def on_step_end(self, trainer: Trainer) -> None:
-        config, total = self.method.config, trainer.phase.end_step - trainer.phase.first_step
-        start, end = round(config.start_fraction * total), round(config.end_fraction * total)
-        done = trainer.num_updates
-        if done < start or done > end or ((done - start) % config.update_every and done != end):
+    def constrain(self, state: State, part: Slice, updates: int) -> None:
+        if not self.first <= updates <= self.last:
             return
-        density = cubic_density(done, start, end, config.density)
-        masks = magnitude_masks(self.method.weights, density, config.constraint)
-        self.fixed.replace(list(masks.values()))
+        if (updates - self.first) % self.every == 0 or updates == self.last:
+            density = cubic_density(updates, self.first, self.last, self.budget.density)
+            state["mask"].copy_(largest(part, state["weight"].abs(), replace(self.budget, density=density)))

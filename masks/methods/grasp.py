@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from ghostmask.engine.config import require_number
 from ghostmask.engine.data import DataPipeline
+from ghostmask.engine.sharding.slices import Slice
 from ghostmask.masks.one_shot import Scored
 from ghostmask.masks.scoring.gradient_scores import ScoreLoss
 from ghostmask.masks.scoring.score_images import Chunk, PerClass, chosen_images
-from ghostmask.masks.scoring.score_shards import ScoreShards
+from ghostmask.masks.settings import FromTrained, Protecting, ScoringImages
 
 TEMPERATURE = 200.0
 """T that the logits are divided by, as in the authors' code."""
@@ -19,26 +22,41 @@ SHARE = 3
 image (ResNet-50 at 224 pixels: 0.20 GB), and one setting should bound the memory of every finder."""
 
 
+@dataclass(frozen=True)
+class Settings(Protecting, FromTrained, ScoringImages):
+    """grasp."""
+
+    samples_per_class: int = 0
+    """Images of each class that are scored; 0 = the paper's 10, but 1 with more than 100 classes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number("mask.samples_per_class", self.samples_per_class, 0)
+
+
 class Grasp(Scored):
     """GraSP (Wang et al. 2020): the weights with the largest -w (H g) are removed; H and g of the loss at logits / T.
 
     Two passes over mask.samples_per_class images of every class, in chunks of mask.score_batch / SHARE: one for g over
     all of them, one for H g. Batch norm in batch-statistics mode, chunk by chunk: nothing else depends on the chunks.
+    The copy that is scored gets a classifier drawn anew, as in the authors' code.
     """
 
-    def scores(self, data: DataPipeline, shards: ScoreShards) -> Tensor:
-        """Collective: w (H g) of this rank's slice, (end - first,), of the loss summed over the images: the largest
-        -w (H g) are removed, so the largest w (H g) are kept."""
-        config = self.config
-        each = config.samples_per_class or default_per_class(data.num_classes)
+    Settings = Settings
+
+    def scores(self, data: DataPipeline, part: Slice) -> Tensor:
+        """Collective: w (H g) of this rank's slice, (n,), of the loss summed over the images: the largest -w (H g) are
+        removed, so the largest w (H g) are kept."""
+        each = self.settings.samples_per_class or default_per_class(data.num_classes)
+        size = -(-self.settings.score_batch // SHARE)
 
         def chunks() -> Iterator[Chunk]:
-            return chosen_images(data, 0, PerClass(data.num_classes, each), -(-config.score_batch // SHARE), self.world)
+            return chosen_images(data, 0, PerClass(data.num_classes, each), size, self.world)
 
-        loss = ScoreLoss(self.net, self.weights, chunks, self.world, TEMPERATURE)
+        loss = ScoreLoss(self.net, self.weights, chunks, self.world, TEMPERATURE, fresh_classifier=self.recipe.seed)
         gradient = [self.world.all_reduce(g) for g in loss.gradient()]
-        product = shards.summed(loss.hessian_product(gradient))
-        return shards.own(self.weights.values()) * product
+        product = part.summed(loss.hessian_product(gradient))
+        return part.cut(loss.weights) * product
 
 
 def default_per_class(num_classes: int) -> int:

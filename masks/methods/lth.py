@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from ghostmask.engine.batchnorm import average_buffers
-from ghostmask.engine.config import require
+from ghostmask.engine.batchnorm import statistics
+from ghostmask.engine.config import require, require_number
 from ghostmask.engine.hooks import Hook
 from ghostmask.engine.position import Duration, Phase
+from ghostmask.engine.sharding.placement import ParameterGroup
+from ghostmask.engine.sharding.reparametrization import Plain, Reparametrization, State
+from ghostmask.engine.sharding.rules import UpdateRule
+from ghostmask.engine.sharding.slices import Slice
 from ghostmask.engine.trainer import Trainer
-from ghostmask.masks.masked_model import FixedMasks, MaskedModel, key
-from ghostmask.masks.method import MaskMethod, Setup, check_agreement
-from ghostmask.masks.one_shot import report
-from ghostmask.masks.report import DensityReport
-from ghostmask.masks.scoring.allocation import kept_masks
+from ghostmask.masks.masked import PRUNABLE, FixedMask, masked_group
+from ghostmask.masks.method import OTHER, MaskMethod, Start, check_agreement
+from ghostmask.masks.report import DensityReport, mask_lines
+from ghostmask.masks.scoring.largest import Budget, largest
+from ghostmask.masks.settings import Protecting
+
+Points = dict[str, Tensor]
+"""Group name -> this rank's slice of the weights that rounds are rewound to."""
+
+
+@dataclass(frozen=True)
+class Settings(Protecting):
+    """lth."""
+
+    round_fraction: float = 0.2
+    """Share of the remaining weights that each round prunes."""
+    rewind: str = "0ep"
+    """How far into the first round's training the weights are rewound, such as 500st or 2ep; 0ep = to init."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number("mask.round_fraction", self.round_fraction, 0, 0.99, above=True)
+        Duration.parse(self.rewind, "mask.rewind")
 
 
 class LotteryTicket(MaskMethod):
@@ -28,12 +51,14 @@ class LotteryTicket(MaskMethod):
         roundR   the density asked for; its weights are the result
 
     Each round is a phase of train.epochs under the whole learning-rate schedule. The rewind point, weights and batch
-    norm after mask.rewind of round 0 (0: the initialisation), travels in every checkpoint.
+    norm after mask.rewind of round 0 (0: the initialisation), is part of the sharded state and of every checkpoint.
     """
 
+    Settings = Settings
+    searches = True
     every_phase_has_a_result = True
-    protects = True
-    rewindable: RewindableMasks | None = None
+    points: Points | None = None
+    point: RewindPoint | None = None
 
     def phases(self) -> tuple[tuple[str, int], ...]:
         return tuple((f"round{i}", self.recipe.epochs) for i in range(len(self.densities())))
@@ -41,80 +66,108 @@ class LotteryTicket(MaskMethod):
     def densities(self) -> list[float]:
         """The density of each round: 1, 1 - f, (1 - f)^2, ..., mask.density, with f = mask.round_fraction."""
         densities, left = [], 1.0
-        while left > self.config.density * (1 + 1e-9):
+        while left > self.settings.density * (1 + 1e-9):
             densities.append(left)
-            left *= 1 - self.config.round_fraction
-        return [*densities, self.config.density]
+            left *= 1 - self.settings.round_fraction
+        return [*densities, self.settings.density]
 
-    def enter(self, phase: Phase) -> Setup:
-        if self.rewindable is None:  # on a resume the checkpoint's masks and rewind point take the place of these
-            full = {n: torch.ones_like(w, dtype=torch.bool) for n, w in self.weights.items()}
-            self.rewindable = RewindableMasks(full, self.net)
-        model = MaskedModel(self.net, list(self.weights), self.rewindable)
-        hooks: list[Hook] = [DensityReport(self.rewindable)]
-        rewind = Duration.parse(self.config.rewind).steps(phase.steps_per_epoch)
+    def begin(self, phase: Phase, start: Start) -> None:
+        if self.point is not None:
+            self.point.rewind()
+
+    def reparametrization(self, phase: Phase) -> Reparametrization:
+        return Rewindable(self.rule(), self.found or None, self.points)
+
+    def groups(self, form: Reparametrization, lr: float) -> list[ParameterGroup]:
+        prunable, *others = super().groups(form, lr)
+        rewindable = [replace(g, reparametrization=PlainRewindable(self.rule(), self.points)) for g in others]
+        return [prunable, *rewindable]
+
+    def hooks(self, phase: Phase, form: Reparametrization) -> Sequence[Hook]:
+        rewind = Duration.parse(self.settings.rewind).steps(phase.steps_per_epoch)
         steps = phase.epochs * phase.steps_per_epoch
-        require(rewind <= steps, "mask.rewind", self.config.rewind, f"a round has {steps} steps; give at most that")
-        if phase.first_epoch == 0 and rewind > 0:
-            hooks.append(_Remember(self.rewindable, self.net, rewind))
-        return Setup(model, [self.weight_group(phase)], hooks)
+        require(rewind <= steps, "mask.rewind", self.settings.rewind, f"a round has {steps} steps; give at most that")
+        self.point = self.point or RewindPoint(self.net)
+        self.point.step = rewind if phase.first_epoch == 0 else 0
+        return (DensityReport(), self.point)
 
     def leave(self, trainer: Trainer) -> None:
-        """Prune and rewind, here and not in begin(): the next phase's optimizer copies the weights when it is built."""
-        assert self.rewindable is not None
+        super().leave(trainer)
+        optimizer = trainer.sharded.optimizer
+        self.points = {g.name: s["rewind"] for g, s in zip(optimizer.groups, optimizer.states, strict=True) if "rewind" in s}
         following = int(trainer.phase.name.removeprefix("round")) + 1
-        config, densities = self.config, self.densities()
+        s, densities = self.settings, self.densities()
         if following == len(densities):
             return
-        present = self.rewindable.masks()
-        masks = surviving(self.weights, present, densities[following], config.constraint, config.min_per_layer)
-        check_agreement(masks, self.world)
-        for line in report(masks, self.protects):
+        found = masked_group(optimizer)
+        assert found is not None
+        _, state, part = found
+        budget = Budget(densities[following], s.constraint, s.min_per_layer, self.recipe.seed)
+        self.found = part.gathered(surviving(state, part, budget))
+        check_agreement(self.found, self.world)
+        for line in mask_lines(self.found, s):
             trainer.reporter.progress.message(line)
-        self.rewindable.replace(list(masks.values()))
-        self.rewindable.rewind(self.net)
-
-    def masks(self) -> Mapping[str, Tensor]:
-        assert self.rewindable is not None
-        return self.rewindable.masks()
 
 
-class RewindableMasks(FixedMasks):
-    """FixedMasks that also keep a copy of a network's whole state, as buffers: the point that rounds rewind to."""
-
-    def __init__(self, masks: Mapping[str, Tensor], net: nn.Module) -> None:
-        super().__init__(masks)
-        for name, tensor in net.state_dict().items():
-            self.register_buffer(f"rewind/{key(name)}", tensor.detach().clone())
-
-    @torch.no_grad()
-    def remember(self, net: nn.Module) -> None:
-        """Make the network's present state the point to rewind to."""
-        for name, tensor in net.state_dict().items():
-            self.get_buffer(f"rewind/{key(name)}").copy_(tensor)
-
-    @torch.no_grad()
-    def rewind(self, net: nn.Module) -> None:
-        """Bring the network back to it, in place."""
-        for name, tensor in net.state_dict().items():
-            tensor.copy_(self.get_buffer(f"rewind/{key(name)}"))
+def surviving(state: State, part: Slice, budget: Budget) -> Tensor:
+    """Collective: (n,) bools: the largest |w| among those that the mask keeps; nothing pruned returns."""
+    return largest(part, torch.where(state["mask"], state["weight"].abs(), -1.0), budget)
 
 
-class _Remember(Hook):
-    """Collective: takes the rewind point when `step` updates of the phase are done."""
+class Rewindable(FixedMask):
+    """A fixed mask over weights that start at the rewind point and keep it in the state."""
 
-    def __init__(self, rewindable: RewindableMasks, net: nn.Module, step: int) -> None:
-        self.rewindable, self.net, self.step = rewindable, net, step
+    def __init__(self, rule: UpdateRule, masks: Mapping[str, Tensor] | None, points: Points | None) -> None:
+        super().__init__(rule, masks)
+        self.points = points
+
+    def start(self, weight: Tensor, part: Slice) -> State:
+        return super().start(weight, part) | _rewound(weight, self.points, PRUNABLE)
+
+
+class PlainRewindable(Plain):
+    """The same for parameters that are never pruned."""
+
+    def __init__(self, rule: UpdateRule, points: Points | None) -> None:
+        super().__init__({"weight": rule})
+        self.points = points
+
+    def start(self, weight: Tensor, part: Slice) -> State:
+        return super().start(weight, part) | _rewound(weight, self.points, OTHER)
+
+
+def _rewound(weight: Tensor, points: Points | None, group: str) -> State:
+    """The rewind point, after `weight` was brought back to it; where there is none yet, `weight` as it is."""
+    if points is None:
+        return {"rewind": weight.clone()}
+    weight.copy_(points[group])
+    return {"rewind": points[group]}
+
+
+class RewindPoint(Hook):
+    """Collective: takes the rewind point when `step` updates of the phase are done (0: it was taken before)."""
+
+    name = "rewind"
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net, self.step = net, 0
+        self.buffers = {name: buffer.clone() for name, buffer in statistics(net).items()}
 
     def on_step_end(self, trainer: Trainer) -> None:
-        if trainer.num_updates == self.step:
-            average_buffers(self.net, trainer.world)  # the rewind point is one, batch norm's statistics are each rank's
-            self.rewindable.remember(self.net)
+        if not self.step or trainer.num_updates != self.step:
+            return
+        trainer.statistics.average(trainer.world)  # the rewind point is one, batch norm's statistics are each part's
+        for name, buffer in statistics(self.net).items():
+            self.buffers[name].copy_(buffer)
+        for state in trainer.sharded.optimizer.states:
+            if "rewind" in state:
+                state["rewind"].copy_(state["weight"])
 
+    def rewind(self) -> None:
+        """Bring batch norm's statistics back; the weights are brought back by their state."""
+        with torch.no_grad():
+            for name, buffer in statistics(self.net).items():
+                buffer.copy_(self.buffers[name])
 
-def surviving(
-    weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], density: float, constraint: str, min_per_layer: int = 0
-) -> dict[str, Tensor]:
-    """Masks at the new density: the largest |w| among those that `masks` keep; nothing pruned returns."""
-    scores = [torch.where(masks[n], w.detach().abs(), torch.full_like(w, -1.0)) for n, w in weights.items()]
-    return dict(zip(weights, kept_masks(scores, density, constraint, min_per_layer), strict=True))
+    def tensors(self) -> Mapping[str, Tensor]:
+        return self.buffers

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from ghostmask.engine.data import DataPipeline
+from ghostmask.engine.hooks import Hook
 from ghostmask.engine.position import Phase
-from ghostmask.engine.trainer import Trainer
-from ghostmask.masks.masked_model import FixedMasks, MaskedModel
-from ghostmask.masks.method import FINETUNE, MaskMethod, Setup
-from ghostmask.masks.one_shot import report
-from ghostmask.masks.report import DensityReport
-from ghostmask.masks.scoring.allocation import kept_masks
-from ghostmask.masks.trained import load_trained
+from ghostmask.engine.sharding.reparametrization import Plain, Reparametrization
+from ghostmask.engine.sharding.slices import Slice
+from ghostmask.masks.masked import FixedMask
+from ghostmask.masks.method import FINETUNE, MaskMethod, Start
+from ghostmask.masks.report import DensityReport, mask_lines
+from ghostmask.masks.scoring.largest import Budget, largest
+from ghostmask.masks.settings import FromTrained, Protecting
+from ghostmask.masks.trained import check_without_main_phase, load_trained
+
+
+@dataclass(frozen=True)
+class Settings(Protecting, FromTrained):
+    """magnitude: with mask.path, the network found there is pruned and the dense training left out."""
 
 
 class Magnitude(MaskMethod):
@@ -23,47 +32,39 @@ class Magnitude(MaskMethod):
     With mask.path the dense training is left out and the network found there is pruned instead.
     """
 
-    fixed: FixedMasks | None = None
-    protects = True
+    Settings = Settings
+    finds = True
+    finetunes = True
+
+    @classmethod
+    def check(cls, settings: Any, run: Any) -> None:
+        if settings.path:
+            check_without_main_phase(settings.path, run)
 
     def phases(self) -> tuple[tuple[str, int], ...]:
-        dense = () if self.config.path else (("train", self.recipe.epochs),)
+        dense = () if self.settings.path else (("train", self.recipe.epochs),)
         return (*dense, (FINETUNE, self.recipe.finetune.epochs))
 
     def prepare(self) -> None:
-        if self.config.path:
-            load_trained(self.net, self.config.path)
+        if self.settings.path:
+            load_trained(self.net, self.settings.path)
 
-    def enter(self, phase: Phase) -> Setup:
+    def begin(self, phase: Phase, start: Start) -> None:
+        if phase.name == FINETUNE:
+            self.found = self.find(start.data)
+            for line in mask_lines(self.found, self.settings):
+                start.say(line)
+        super().begin(phase, start)
+
+    def reparametrization(self, phase: Phase) -> Reparametrization:
         if phase.name != FINETUNE:
-            return Setup(self.net, [self.weight_group(phase)])
-        # On a resume these masks come from untrained weights; the checkpoint's take their place.
-        self.fixed = FixedMasks(self._largest())
-        model = MaskedModel(self.net, list(self.weights), self.fixed)
-        return Setup(model, [self.weight_group(phase)], [DensityReport(self.fixed)])
+            return Plain({"weight": self.rule()})
+        return FixedMask(self.rule(), self.found or None)
 
-    def begin(self, trainer: Trainer) -> None:
-        if self.fixed is not None:
-            for line in report(self.masks(), self.protects):
-                trainer.reporter.progress.message(line)
-        super().begin(trainer)
+    def hooks(self, phase: Phase, form: Reparametrization) -> Sequence[Hook]:
+        return (DensityReport(),)
 
     def find(self, data: DataPipeline) -> dict[str, Tensor]:
-        return self._largest()
-
-    def masks(self) -> Mapping[str, Tensor]:
-        assert self.fixed is not None
-        return self.fixed.masks()
-
-    def _largest(self) -> dict[str, Tensor]:
-        config = self.config
-        return magnitude_masks(self.weights, config.density, config.constraint, config.min_per_layer)
-
-
-def magnitude_masks(
-    weights: Mapping[str, Tensor], density: float, constraint: str, min_per_layer: int = 0
-) -> dict[str, Tensor]:
-    """Masks of the largest |w|: exactly round(density n) of the network ("global", at least min_per_layer of each
-    layer) or of each layer ("layerwise")."""
-    scores = [w.detach().abs() for w in weights.values()]
-    return dict(zip(weights, kept_masks(scores, density, constraint, min_per_layer), strict=True))
+        s, part = self.settings, Slice.even(self.weights, self.world)
+        budget = Budget(s.density, s.constraint, s.min_per_layer, self.recipe.seed)
+        return part.gathered(largest(part, part.cut(self.weights).abs(), budget))

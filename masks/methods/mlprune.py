@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from ghostmask.engine.config import require_number
 from ghostmask.engine.data import DataPipeline
+from ghostmask.engine.sharding.slices import Slice
 from ghostmask.masks.one_shot import Scored
 from ghostmask.masks.scoring.kronecker import KroneckerFactors, inverse_diagonals, scores_of
 from ghostmask.masks.scoring.score_images import Chunk, First, chosen_images
-from ghostmask.masks.scoring.score_shards import ScoreShards
+from ghostmask.masks.settings import FromTrained, Protecting, ScoringImages
 
-BATCHES = 10
-"""Chunks of mask.score_batch images, unless mask.score_batches says otherwise."""
+
+@dataclass(frozen=True)
+class Settings(Protecting, FromTrained, ScoringImages):
+    """mlprune: meant for a trained network, give mask.path."""
+
+    score_batches: int = 10
+    """How many batches of score_batch images the factors are summed over."""
+    damping: float = 1e-3
+    """Share of a Kronecker factor's mean diagonal that is added to its diagonal before it is inverted."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number("mask.score_batches", self.score_batches, 1)
+        require_number("mask.damping", self.damping, 0, above=True)
 
 
 class MlPrune(Scored):
@@ -23,13 +38,15 @@ class MlPrune(Scored):
     labels drawn from the network's own predictions. Meant for a trained network: give mask.path.
     """
 
-    def scores(self, data: DataPipeline, shards: ScoreShards) -> Tensor:
-        """Collective: the normalised score of this rank's slice, (end - first,), float64; larger = kept."""
-        config = self.config
-        count = (config.score_batches or BATCHES) * config.score_batch
+    Settings = Settings
+
+    def scores(self, data: DataPipeline, part: Slice) -> Tensor:
+        """Collective: the normalised score of this rank's slice, (n,), float64; larger = kept."""
+        s = self.settings
         factors = KroneckerFactors(self.net, list(self.weights), self.recipe.seed)
-        chunks: Iterator[Chunk] = chosen_images(data, 0, First(count), config.score_batch, self.world)
+        count = s.score_batches * s.score_batch
+        chunks: Iterator[Chunk] = chosen_images(data, 0, First(count), s.score_batch, self.world)
         for chunk in chunks:
             factors.add(chunk)
-        diagonals = inverse_diagonals(factors.reduced(self.world), config.damping, self.world)
-        return shards.own(scores_of(self.weights, diagonals))
+        diagonals = inverse_diagonals(factors.reduced(self.world), s.damping, self.world)
+        return part.cut(dict(zip(self.weights, scores_of(self.weights, diagonals), strict=True)))

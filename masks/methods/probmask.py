@@ -2,31 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ghostmask.engine.batchnorm import batch_statistics
+from ghostmask.engine.config import require, require_number
 from ghostmask.engine.evaluation import score
 from ghostmask.engine.hooks import Hook
 from ghostmask.engine.position import Phase
-from ghostmask.engine.sharding.optimizer import Adam, ParameterGroup
-from ghostmask.engine.sharding.shards import Shard
+from ghostmask.engine.sharding.placement import ParameterGroup
+from ghostmask.engine.sharding.reparametrization import Reparametrization
 from ghostmask.engine.trainer import Trainer
-from ghostmask.masks.kernels.noise import NoiseKey
-from ghostmask.masks.kernels.projection import project_, project_layers_
-from ghostmask.masks.masked_model import FixedMasks, MaskedModel
+from ghostmask.masks.masked import PRUNABLE, FixedMask
 from ghostmask.masks.method import FINETUNE, MaskMethod, Setup, check_agreement
-from ghostmask.masks.relaxed_model import RelaxedMasks
-from ghostmask.masks.report import DensityReport
-from ghostmask.masks.schedules import cubic_density, linear_temperature
-from ghostmask.masks.scoring.allocation import kept_masks
-from ghostmask.masks.scoring.sampling import bernoulli_masks
+from ghostmask.masks.probability_report import ProbabilityReport
+from ghostmask.masks.relaxed import RelaxedMask, Search
+from ghostmask.masks.report import DensityReport, mask_lines
+from ghostmask.masks.settings import Ranked, Scheduled, require_name
 
 CANDIDATE_BATCHES = 50
-"""Training batches per rank on which final=best_of compares its candidates."""
+"""Training batches on which final=best_of compares its candidates."""
+FINALS = ("topk", "sample", "best_of")
+
+
+@dataclass(frozen=True)
+class Settings(Ranked, Scheduled):
+    """probmask."""
+
+    lr: float = 6e-3
+    """Peak learning rate of Adam on the probabilities."""
+    samples: int = 1
+    """Noise samples I that every part of the batch is computed with, over which the loss is averaged (eq. 3-5)."""
+    noises: int = 1
+    """Noise groups S: the parts of the batch share S samples of the noise per step. 1 = the probabilities are sharded
+    over all ranks; S = ranks: every rank its own noise, the probabilities replicated."""
+    temperature_end: float = 0.03
+    """Temperature in the last epoch; tau = (1 - temperature_end)(1 - t/T) + temperature_end in epoch t = 1 ... T."""
+    train_weights: bool = True
+    """false = supermask: the weights stay at their initialisation and only probabilities are trained."""
+    final: str = "topk"
+    """How the final mask comes from s: topk (exactly round(density n) largest), sample, or best_of."""
+    candidates: int = 10
+    """Masks that final=best_of samples and compares on training data."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number("mask.lr", self.lr, 0, above=True)
+        require_number("mask.samples", self.samples, 1)
+        require_number("mask.noises", self.noises, 1)
+        require_number("mask.temperature_end", self.temperature_end, 0, 1, above=True)
+        require_name("mask.final", self.final, FINALS)
+        require_number("mask.candidates", self.candidates, 1)
+        require(
+            self.candidates == 10 or self.final == "best_of",
+            "mask.candidates", self.candidates, f"is not read with mask.final={self.final}; leave it out",
+        )  # fmt: skip
 
 
 class ProbMask(MaskMethod):
@@ -38,129 +74,86 @@ class ProbMask(MaskMethod):
     mode: only s is trained.
     """
 
-    relaxed: RelaxedMasks
-    fixed: FixedMasks | None = None
+    Settings = Settings
+    searches = True
+    finetunes = True
+
+    @classmethod
+    def check(cls, settings: Any, run: Any) -> None:
+        if settings.train_weights:
+            return
+        chosen, fix = "mask.train_weights=false", "mask.train_weights=true"
+        unread = set() if run.tost.ghost_skip else {"lr", "momentum", "nesterov", "weight_decay"}  # ghosts are trained
+        for name in sorted(run.given("optim") & unread):
+            raise run.not_read("optim", name, chosen, fix)
+        if run.finetune.epochs > 0:
+            for name in sorted(run.given("finetune")):
+                raise run.not_read("finetune", name, chosen, f"{fix}, or finetune.epochs=0")
 
     def phases(self) -> tuple[tuple[str, int], ...]:
-        epochs = self.recipe.finetune.epochs if self.config.train_weights else 0
+        epochs = self.recipe.finetune.epochs if self.settings.train_weights else 0
         return (("search", self.recipe.epochs), (FINETUNE, epochs))
 
+    def reparametrization(self, phase: Phase) -> Reparametrization:
+        if phase.name == FINETUNE:
+            return FixedMask(self.rule(), self.found or None)
+        s = self.settings
+        search = Search(
+            s.density, s.constraint, s.temperature_end, int(s.start_fraction * phase.epochs),
+            int(s.end_fraction * phase.epochs), phase.epochs, phase.steps_per_epoch, self.recipe.seed,
+        )  # fmt: skip
+        return RelaxedMask(search, self.rule() if s.train_weights else None, s.lr / self.recipe.optim.lr)
+
+    def groups(self, form: Reparametrization, lr: float) -> list[ParameterGroup]:
+        groups = super().groups(form, lr)
+        frozen = isinstance(form, RelaxedMask) and not self.settings.train_weights
+        for group in groups:
+            for parameter in group.parameters.values():
+                parameter.requires_grad_(not frozen or group.name == PRUNABLE)
+        return groups[:1] if frozen else groups
+
     def enter(self, phase: Phase) -> Setup:
-        return self._enter_search(phase) if phase.name == "search" else self._enter_finetune(phase)
+        setup = super().enter(phase)
+        return Setup(setup.model, setup.groups, setup.hooks, 1 if phase.name == FINETUNE else self.settings.samples)
+
+    def hooks(self, phase: Phase, form: Reparametrization) -> Sequence[Hook]:
+        return (ProbabilityReport(form),) if isinstance(form, RelaxedMask) else (DensityReport(),)
 
     def leave(self, trainer: Trainer) -> None:
-        if trainer.phase.name != "search":
-            return
-        masks = self._choose(trainer)
-        check_agreement(masks, self.world)
-        self.fixed = FixedMasks(masks)
+        if trainer.phase.name == "search":
+            self._choose(trainer)
+        super().leave(trainer)
+        check_agreement(self.found, self.world)
+        if trainer.phase.name == "search":
+            for line in mask_lines(self.found, self.settings):
+                trainer.reporter.progress.message(line)
+
+    def _choose(self, trainer: Trainer) -> None:
+        """Fix the mask that is delivered: see mask.final."""
+        optimizer = trainer.sharded.optimizer
+        group, state, part = optimizer.group(PRUNABLE)
+        form = group.reparametrization
+        assert isinstance(form, RelaxedMask)
+        with torch.no_grad():
+            # A run that ends before the density was reached: onto the final budget first, so that no tie decides.
+            form.finish(state, part)
+            if self.settings.final == "topk":
+                return
+            best: tuple[float, int] = (-1.0, 0)
+            for candidate in range(self.settings.candidates) if self.settings.final == "best_of" else ():
+                form.fix(form.sampled(state, part, candidate))
+                best = max(best, (self._accuracy(trainer), -candidate))
+            form.fix(form.sampled(state, part, -best[1]))
+
+    def _accuracy(self, trainer: Trainer) -> float:
+        """On training images, batch norm in batch-statistics mode."""
+        optimizer = trainer.sharded.optimizer
+        optimizer.eval()
+        with batch_statistics(trainer.model), closing(trainer.data.train(trainer.phase.first_epoch)) as batches:
+            some = islice(batches, CANDIDATE_BATCHES)
+            accuracy = score(trainer.model, some, self.world, trainer.config.precision).accuracy
+        optimizer.train()
+        return accuracy
 
     def masks(self) -> Mapping[str, Tensor]:
-        assert self.fixed is not None
-        return self.fixed.masks()
-
-    def _enter_search(self, phase: Phase) -> Setup:
-        self.relaxed = RelaxedMasks(self.weights, self.config.constraint).to(self.world.device)
-        search = _Search(self, self.relaxed)
-        probabilities = ParameterGroup(
-            "probability",
-            self.relaxed.probabilities(),
-            Adam(),
-            self.config.lr,
-            search.project,
-            self.config.gradient_bf16,
-        )
-        groups = [self.weight_group(phase), probabilities]
-        if not self.config.train_weights:
-            self.net.requires_grad_(False)
-            groups = [probabilities]
-        model = MaskedModel(self.net, list(self.weights), self.relaxed)
-        return Setup(model, groups, [search], passes=self.config.samples)
-
-    def _enter_finetune(self, phase: Phase) -> Setup:
-        if self.fixed is None:  # a resume: the checkpoint's masks take the place of these
-            self.fixed = FixedMasks({n: torch.ones_like(w, dtype=torch.bool) for n, w in self.weights.items()})
-        model = MaskedModel(self.net, list(self.weights), self.fixed)
-        self.net.requires_grad_(True)
-        return Setup(model, [self.weight_group(phase)], [DensityReport(self.fixed)])
-
-    def _choose(self, trainer: Trainer) -> dict[str, Tensor]:
-        probabilities = {n: s.detach() for n, s in self.relaxed.probabilities().items()}
-        if self.config.final == "topk":
-            masks = kept_masks(list(probabilities.values()), self.config.density, self.config.constraint)
-            return dict(zip(probabilities, masks, strict=True))
-        if self.config.final == "sample":
-            return bernoulli_masks(probabilities, self.recipe.seed, candidate=0)
-        return self._best_of(trainer, probabilities)
-
-    def _best_of(self, trainer: Trainer, probabilities: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The Bernoulli sample with the best accuracy on training images, batch norm in batch-statistics mode."""
-        best: tuple[float, int] = (-1.0, 0)
-        for candidate in range(self.config.candidates):
-            masks = bernoulli_masks(probabilities, self.recipe.seed, candidate)
-            model = MaskedModel(self.net, list(self.weights), FixedMasks(masks))
-            with batch_statistics(model):
-                batches = islice(trainer.data.train(trainer.phase.first_epoch), CANDIDATE_BATCHES)
-                accuracy = score(model, batches, self.world, trainer.config.precision).accuracy
-            best = max(best, (accuracy, -candidate))
-        return bernoulli_masks(probabilities, self.recipe.seed, -best[1])
-
-
-class _Search(Hook):
-    """Per epoch: temperature and density; per forward pass: fresh noise; after each update: the projection."""
-
-    def __init__(self, method: ProbMask, relaxed: RelaxedMasks) -> None:
-        self.config, self.world, self.seed = method.config, method.world, method.recipe.seed
-        self.relaxed = relaxed
-        self.threshold: float | Tensor = 0.0
-
-    def on_epoch_start(self, trainer: Trainer) -> None:
-        epoch, total = trainer.position.epoch - trainer.phase.first_epoch, trainer.phase.epochs
-        start, end = self.config.start_fraction * total, self.config.end_fraction * total
-        self.relaxed.set_temperature(linear_temperature(epoch, total, self.config.temperature_end))
-        self.relaxed.density = cubic_density(epoch, start, end, self.config.density)
-        # On the CPU convolutions bring weights into an order of their own anyway.
-        self.relaxed.channels_last = trainer.config.channels_last and self.world.device.type == "cuda"
-
-    def on_forward(self, trainer: Trainer, microstep: int) -> None:
-        rank = self.world.rank if self.config.noise == "per_rank" else 0
-        self.relaxed.set_noise(NoiseKey(self.seed, trainer.position.step, microstep, rank))
-
-    def project(self, shard: Shard) -> None:
-        """Collective: s <- proj_C(s), eq. 6, over the network or over each layer."""
-        density, sizes = self.relaxed.density, [s.numel() for s in self.relaxed.probabilities().values()]
-        if self.config.constraint == "global":
-            self.threshold = project_(
-                shard.tensor,
-                density * sum(sizes),
-                sum(sizes),
-                shard.first_index,
-                self.world,
-                replicated=shard.replicated,
-            )
-            return
-        layers = {name: index for index, name in enumerate(self.relaxed.names)}
-        segments = [(s.start, s.numel, layers[s.name]) for s in shard.segments]
-        budgets = [density * n for n in sizes]
-        project_layers_(
-            shard.tensor, segments, budgets, sizes, shard.first_index, self.world, replicated=shard.replicated
-        )
-
-    def scalars(self, trainer: Trainer) -> Mapping[str, float | Tensor]:
-        every = list(self.relaxed.probabilities().values())
-        total = sum(s.numel() for s in every)
-        mass = torch.stack([s.detach().sum(dtype=torch.float64) for s in every]).sum()
-        decided = torch.stack([((s.detach() < 0.01) | (s.detach() > 0.99)).sum() for s in every]).sum()
-        return {
-            "mask/temperature": self.relaxed.get_buffer("temperature"),
-            "mask/density_target": self.relaxed.density,
-            "mask/density": mass / total,
-            "mask/decided_fraction": decided / total,
-            "mask/threshold": self.threshold,
-        }
-
-    def epoch_scalars(self, trainer: Trainer) -> Mapping[str, float | Tensor]:
-        return {f"density/{n}": s.detach().mean() for n, s in self.relaxed.probabilities().items()}
-
-    def histograms(self, trainer: Trainer) -> Mapping[str, Tensor]:
-        return {f"probability/{n}": s.detach() for n, s in self.relaxed.probabilities().items()}
+        return self.found

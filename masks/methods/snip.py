@@ -3,29 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from ghostmask.engine.config import require_number
 from ghostmask.engine.data import DataPipeline
+from ghostmask.engine.sharding.slices import Slice
 from ghostmask.masks.one_shot import Scored
 from ghostmask.masks.scoring.gradient_scores import ScoreLoss
 from ghostmask.masks.scoring.score_images import Chunk, First, chosen_images
-from ghostmask.masks.scoring.score_shards import ScoreShards
+from ghostmask.masks.settings import FromTrained, Protecting, ScoringImages
 
-BATCHES = 1
-"""Chunks of mask.score_batch images, unless mask.score_batches says otherwise: the paper's one batch."""
+
+@dataclass(frozen=True)
+class Settings(Protecting, FromTrained, ScoringImages):
+    """snip."""
+
+    score_batches: int = 1
+    """How many batches of score_batch images are scored; the paper scores one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number("mask.score_batches", self.score_batches, 1)
 
 
 class Snip(Scored):
-    """SNIP (Lee et al. 2019): score |dL/dm| at m = 1 = |w dL/dw|, batch norm in batch-statistics mode."""
+    """SNIP (Lee et al. 2019): score |dL/dm| at m = 1 = |w dL/dw|.
 
-    def scores(self, data: DataPipeline, shards: ScoreShards) -> Tensor:
-        """Collective: |w dL/dw| of this rank's slice, (end - first,), L summed over the images; larger = kept."""
-        config = self.config
-        count = (config.score_batches or BATCHES) * config.score_batch
+    Batch norm in batch-statistics mode, as in ToST's code and others; the authors' own (TensorFlow) scores in
+    evaluation mode.
+    """
+
+    Settings = Settings
+
+    def scores(self, data: DataPipeline, part: Slice) -> Tensor:
+        """Collective: |w dL/dw| of this rank's slice, (n,), L summed over the images; larger = kept."""
+        s = self.settings
 
         def chunks() -> Iterator[Chunk]:
-            return chosen_images(data, 0, First(count), config.score_batch, self.world)
+            return chosen_images(data, 0, First(s.score_batches * s.score_batch), s.score_batch, self.world)
 
-        gradient = shards.summed(ScoreLoss(self.net, self.weights, chunks, self.world).gradient())
-        return (shards.own(self.weights.values()) * gradient).abs()
+        gradient = part.summed(ScoreLoss(self.net, self.weights, chunks, self.world).gradient())
+        return (part.cut(self.weights) * gradient).abs()

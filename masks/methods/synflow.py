@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from ghostmask.engine.batchnorm import batch_norms
+from ghostmask.engine.config import require_number
 from ghostmask.engine.data import DataPipeline
 from ghostmask.masks.one_shot import OneShot
-from ghostmask.masks.scoring.score_shards import largest
+from ghostmask.masks.scoring.largest import largest
 from ghostmask.masks.scoring.scored_copy import scored_copy
+from ghostmask.masks.settings import FromTrained, Protecting
+
+
+@dataclass(frozen=True)
+class Settings(Protecting, FromTrained):
+    """synflow."""
+
+    iterations: int = 100
+    """Pruning steps from density 1 to mask.density."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number("mask.iterations", self.iterations, 1)
 
 
 class SynFlow(OneShot):
@@ -20,8 +36,10 @@ class SynFlow(OneShot):
     its own slice of the weights only: the masks are equal whatever the ranks' arithmetic does.
     """
 
+    Settings = Settings
+
     def find(self, data: DataPipeline) -> dict[str, Tensor]:
-        config, shards = self.config, self.shards()
+        steps, part = self.settings.iterations, self.part()
         twin, weights = scored_copy(self.net, self.weights, torch.float64)
         twin.eval()
         with torch.no_grad():
@@ -34,11 +52,11 @@ class SynFlow(OneShot):
         ones = torch.ones(1, *data.image_shape, dtype=torch.float64, device=self.world.device)
         masks: dict[str, Tensor] = {}
         kept: Tensor | None = None
-        for i in range(1, config.iterations + 1):
-            scores = shards.own(flow_scores(twin, list(weights.values()), ones))
-            density = config.density ** (i / config.iterations)
-            kept = largest(shards, scores, density, config.constraint, config.min_per_layer, among=kept)
-            masks = shards.gathered(kept)
+        for i in range(1, steps + 1):
+            flow = flow_scores(twin, list(weights.values()), ones)
+            scores = part.cut(dict(zip(weights, flow, strict=True)))
+            kept = largest(part, scores, self.budget(self.settings.density ** (i / steps)), among=kept)
+            masks = part.gathered(kept)
             with torch.no_grad():
                 for w, dense, mask in zip(weights.values(), full, masks.values(), strict=True):
                     torch.mul(dense, mask, out=w)

@@ -1,4 +1,4 @@
-"""How the kept weights are shared over the layers: by score over the network, evenly, or by the layers' shapes."""
+"""How many weights of each layer are kept: evenly, or by the layers' shapes (ER, ERK)."""
 
 from __future__ import annotations
 
@@ -6,26 +6,7 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
-from torch import Tensor
-
-from ghostmask.engine.world import single
-from ghostmask.masks.scoring.score_shards import ScoreShards, largest
-from ghostmask.masks.scoring.topk import kept_count, topk_masks
-
-
-def kept_masks(scores: list[Tensor], density: float, constraint: str, min_per_layer: int = 0) -> list[Tensor]:
-    """Boolean masks of the largest scores: round(density n) over all ("global") or in every tensor ("layerwise").
-
-    The scores are the same on every rank, and so are the masks; ties go to the earlier tensor and position.
-    min_per_layer: see `masks.score_shards.largest`, which raises InputError where it is too large.
-    """
-    if min_per_layer:
-        whole = ScoreShards({str(number): score for number, score in enumerate(scores)}, single())
-        kept = largest(whole, whole.own(scores), density, constraint, min_per_layer)
-        return list(whole.gathered(kept).values())
-    if constraint == "global":
-        return topk_masks(scores, kept_count(density, sum(s.numel() for s in scores)))
-    return [topk_masks([score], kept_count(density, score.numel()))[0] for score in scores]
+from ghostmask.masks.scoring.topk import kept_count
 
 
 def layer_counts(shapes: Sequence[Sequence[int]], density: float, allocation: str, min_per_layer: int = 0) -> list[int]:

@@ -28,7 +28,8 @@ NO_SECOND_DERIVATIVE = ("not implemented", "differentiate twice", "double backwa
 class ScoreLoss:
     """Derivatives of the summed cross-entropy of softmax(logits / temperature) by the weights of those names.
 
-    weights: by name, those of the copy that is differentiated. chunks: gives the images anew for every pass.
+    weights: by name, those of the copy that is differentiated: what a score multiplies its derivatives with. chunks:
+    gives the images anew for every pass.
 
     Batch norm normalises with each chunk's own statistics, over all ranks. ToST's and GraSP's code have it so too; the
     original SNIP in TensorFlow scores with `is_train=False`, that is, with running statistics that nothing has trained
@@ -37,14 +38,14 @@ class ScoreLoss:
 
     def __init__(
         self, net: nn.Module, names: Mapping[str, Tensor], chunks: Chunks, world: World, temperature: float = 1.0,
-        *, method: str = "snip", fresh_classifier: bool = False, seed: int = 0,
+        *, fresh_classifier: int | None = None, method: str = "snip",
     ) -> None:  # fmt: skip
-        """method: the mask.method that errors name. fresh_classifier: the copy's classifier has weights drawn by
-        (seed,) alone, see `draw_classifier`; they are in `weights`, and belong into a score that multiplies by them."""
+        """fresh_classifier: a seed from which alone the copy's classifier is drawn anew, see `draw_classifier`; None =
+        it stays. method: the mask.method that errors name."""
         self.twin, self.weights = scored_copy(net, names)
         self.twin.eval()
-        if fresh_classifier:
-            draw_classifier(self.twin, seed)
+        if fresh_classifier is not None:
+            draw_classifier(self.twin, fresh_classifier)
         share_batch_statistics(self.twin, world)
         self.chunks, self.world, self.temperature, self.method = chunks, world, temperature, method
 
@@ -66,21 +67,23 @@ class ScoreLoss:
 
         Raises InputError for a network that has no second derivative.
         """
-        total = [torch.zeros_like(w) for w in self.weights.values()]
+        weights = list(self.weights.values())
         for chunk in self.chunks():
             first = self._slopes(self._loss(chunk), create_graph=True)
             along = torch.stack([(g * v).sum() for g, v in zip(first, vectors, strict=True)]).sum()
             try:
-                _add(total, self._slopes(along))
+                # Not autograd.grad: for given inputs it leaves out a function without second derivative, silently.
+                torch.autograd.backward(along)
             except RuntimeError as error:
                 reason = str(error).partition("\n")[0]
                 if not any(words in reason for words in NO_SECOND_DERIVATIVE):
                     raise
-                fix = (
-                    f"needs second derivatives, which this network does not have ({reason}); snip needs first ones only"
-                )
+                fix = f"needs second derivatives, which this network lacks ({reason}); snip needs first ones only"
                 raise bad_value("mask.method", self.method, fix) from error
-        return total
+        products = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+        for w in weights:
+            w.grad = None
+        return products
 
     def _loss(self, chunk: Chunk) -> Tensor:
         logits = logits_of(self.twin, chunk.images, self.method) / self.temperature

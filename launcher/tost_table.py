@@ -1,17 +1,13 @@
-"""What does ToST bring? Several masks at several densities, without and with ToST, over several seeds, as a table.
+"""ghostmask tost-table: what does ToST bring? Masks at several densities, without and with it, over several seeds.
 
-    ghostmask prepare digits_tost
-    python -m benchmarks.tost_table digits_tost --masks random,lth --densities 0.1,0.02 --seeds 3 train.epochs=10
-
-Every mask is trained from the initialisation of its seed, with tost=none and with each of --tweaks: all (the
-configuration's own tost section) or one of it. random, snip, grasp and synflow find it there; magnitude's and lth's is
-the result of a run of its own without ToST. One rank, one process. A run that is finished is not run again: an
-interrupted table goes on where it was, and --print shows what there is.
+Every mask is trained from the initialisation of its seed, with tost=none and with each tweak: all (the configuration's
+own tost section) or one of it. random, snip, grasp and synflow find it there; magnitude's and lth's is the result of a
+run of its own without ToST. One rank, one process. A run that is finished is not run again: an interrupted table goes
+on where it was.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import sys
@@ -19,12 +15,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from ghostmask.benchmarks.sweep import accuracy, spread
-from ghostmask.engine.errors import EXIT_INPUT, InputError, unknown_name
+from ghostmask.engine.errors import unknown_name
 from ghostmask.launcher.checks import READ_BY_TWEAK
 from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.environment import prepare_environment
 from ghostmask.launcher.settings import load_config
+from ghostmask.launcher.sweep import accuracy, spread
 from ghostmask.launcher.values import as_text
 
 TRAINED = {"magnitude": ["finetune.epochs=0"], "lth": ["mask.round_fraction=0.5"]}
@@ -37,30 +33,25 @@ Cell = tuple[int, str, str, str]
 """(seed, density, mask, tweak or WITHOUT)."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is missing, seed by seed, and print the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tost_table", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("config", help="YAML file or shipped config, with ToST on")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of every run")
-    parser.add_argument("--masks", default="random,snip,grasp,synflow,magnitude,lth", help="mask.method, with commas")
-    parser.add_argument("--densities", default="0.1,0.05,0.02", help="mask.density, with commas")
-    parser.add_argument("--tweaks", default="all", help=f"with commas, of {', '.join(TWEAKS)}")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ...")
-    parser.add_argument("--folder", type=Path, default=Path("runs/tost"), help="where the runs go")
-    parser.add_argument("--print", action="store_true", help="run nothing, print the table of what is there")
-    args = parser.parse_intermixed_args(argv)
-    masks, densities, tweaks = args.masks.split(","), args.densities.split(","), args.tweaks.split(",")
+def tost_table(
+    name: str, settings: Sequence[str], *, masks: Sequence[str], densities: Sequence[str], tweaks: Sequence[str],
+    seeds: int, folder: Path, only_print: bool,
+) -> int:  # fmt: skip
+    """Run what is missing, seed by seed, unless only_print; print the table; returns 0.
+
+    name: a configuration with ToST on; settings: key=value of every run; tweaks: of TWEAKS; folder: where the runs go.
+    """
     for tweak in tweaks:
         if tweak not in TWEAKS:
             raise unknown_name("--tweaks", tweak, TWEAKS)
-    cells = list(itertools.product(range(args.seeds), densities, masks, (WITHOUT, *tweaks)))
-    runs = {cell: _config(args.config, args.settings, args.folder, cell) for cell in cells}
-    if not args.print:
-        found = {c: _source(args.config, args.settings, args.folder, *c[:3]) for c in cells if c[2] in TRAINED}
+    cells = list(itertools.product(range(seeds), densities, masks, (WITHOUT, *tweaks)))
+    runs = {cell: _config(name, settings, folder, cell) for cell in cells}
+    if not only_print:
+        found = {c: _source(name, settings, folder, *c[:3]) for c in cells if c[2] in TRAINED}
         # Each source stands before the runs that read it; twice in the list, it is trained once.
         order = [config for cell in cells for config in (found.get(cell), runs[cell]) if config is not None]
         train_all(order)
-    print(table({cell: accuracy(config) for cell, config in runs.items()}, masks, densities, tweaks, args.seeds))
+    print(table({cell: accuracy(config) for cell, config in runs.items()}, masks, densities, tweaks, seeds))
     return 0
 
 
@@ -127,11 +118,3 @@ def _source(name: str, settings: Sequence[str], folder: Path, seed: int, density
     run = os.path.join(folder, f"{mask}-{density}-found-seed{seed}")
     own = [f"mask.method={mask}", f"mask.density={density}", f"seed={seed}", f"run={run}", *TRAINED[mask]]
     return load_config(name, [*settings, *own, "tost=none"])
-
-
-if __name__ == "__main__":
-    try:
-        raise SystemExit(main())
-    except InputError as error:
-        print(f"tost_table: error: {error}", file=sys.stderr)
-        raise SystemExit(EXIT_INPUT) from None

@@ -1,0 +1,59 @@
+"""Which examples stand below each help text? A test parses every one of them."""
+
+from __future__ import annotations
+
+EXAMPLES = {
+    "": """examples:
+  ghostmask prepare digits_probmask                             writes its images to data/beton/
+  ghostmask train digits_probmask                               a small run for a first try
+  torchrun --nproc-per-node 4 -m ghostmask train imagenet_resnet50_probmask data.root=/data/imagenet
+  ghostmask evaluate digits_probmask --json
+  ghostmask show config cifar10_resnet32_probmask mask.density=0.02""",
+    "train": """examples:
+  ghostmask train cifar10_resnet32_probmask                     starts, or goes on where it stopped
+  ghostmask train cifar10_resnet32_probmask mask.density=0.02 run=density02
+  ghostmask train my.yaml run=/scratch/me/first_try --restart
+  torchrun --nproc-per-node 2 -m ghostmask train cifar10_resnet32_probmask train.zero_stage=2
+
+exit codes: 0 done, 2 wrong input, 3 loss not finite, 75 interrupted after saving (run it again to go on)""",
+    "evaluate": """examples:
+  ghostmask evaluate cifar10_resnet32_probmask
+  ghostmask evaluate /scratch/me/first_try --json""",
+    "export": """examples:
+  ghostmask export cifar10_resnet32_probmask                    writes runs/cifar10_resnet32_probmask/export/""",
+    "hessian": """examples:
+  ghostmask hessian cifar10_resnet32_probmask                   writes runs/cifar10_resnet32_probmask/hessian/
+  ghostmask hessian /scratch/me/first_try --top 1 --batches 16
+  torchrun --nproc-per-node 4 -m ghostmask hessian imagenet_resnet50_probmask --top 1
+
+Train with checkpoint.keep=1000 to have a checkpoint of every epoch to look at.""",
+    "find-mask": """examples:
+  ghostmask find-mask cifar10_resnet32_snip                     writes runs/cifar10_resnet32_snip/mask.safetensors
+  ghostmask find-mask cifar10_resnet32_synflow mask.density=0.02 --out synflow02.safetensors
+  ghostmask train cifar10_resnet32_file mask.path=synflow02.safetensors
+
+methods: magnitude (with mask.path), random, snip, grasp, synflow, mlprune, file""",
+    "prepare": """examples:
+  ghostmask prepare cifar10_resnet32_probmask                   downloads CIFAR-10, writes data/beton/
+  ghostmask prepare imagenet_resnet50_probmask data.root=/data/imagenet""",
+    "bench": """examples:
+  ghostmask bench mask                                          the mask operator against textbook code
+  ghostmask bench step --json step.json
+  ghostmask bench projection --device cuda --strict
+
+exit codes: 0 done, 1 with --strict where a bar is not met, 2 wrong input""",
+    "sweep": """examples:
+  ghostmask sweep digits_probmask digits_magnitude --vary mask.density=0.1,0.05 --seeds 3
+  ghostmask sweep my.yaml train.epochs=20 --vary optim.lr=0.1,0.03 --vary mask.density=0.1,0.05""",
+    "tost-table": """examples:
+  ghostmask tost-table digits_tost train.epochs=10 --masks random,lth --densities 0.1,0.02 --seeds 3
+  ghostmask tost-table digits_tost train.epochs=10 --masks random,lth --densities 0.1,0.02 --seeds 3 --print""",
+    "show": """examples:
+  ghostmask show configs
+  ghostmask show methods
+  ghostmask show config cifar10_resnet32_probmask mask.density=0.02""",
+    "config": """examples:
+  ghostmask show config                                         every setting, what it means, its default
+  ghostmask show config cifar10_resnet32_probmask mask.density=0.02 > my.yaml""",
+}
+"""Command -> its examples, and what else is worth knowing; "" is `ghostmask` itself."""

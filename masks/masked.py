@@ -1,0 +1,74 @@
+"""Weights under a mask, as reparametrizations: what all methods share, and a mask that stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ghostmask.engine.sharding.optimizer import ShardedOptimizer
+from ghostmask.engine.sharding.reparametrization import Draw, Reparametrization, State
+from ghostmask.engine.sharding.rules import UpdateRule
+from ghostmask.engine.sharding.slices import Slice
+
+PRUNABLE = "prunable"
+"""The parameter group of the weights that a mask is laid on."""
+
+
+class Masked(Reparametrization):
+    """Weights w (state "weight") of which a mask says which stay; delivered as w where it is True and 0 elsewhere."""
+
+    def mask(self, state: State, part: Slice) -> Tensor:
+        """(n,) bool: the mask with which the network would be delivered now. Collective."""
+        raise NotImplementedError(f"{type(self).__name__} says no mask")
+
+    def evaluation_weights(self, state: State, part: Slice) -> Tensor:
+        return torch.where(self.mask(state, part), state["weight"], 0.0)
+
+
+class FixedMask(Masked):
+    """theta = w m with a boolean mask m in the state; what is pruned gets no gradient, only weight decay."""
+
+    def __init__(self, rule: UpdateRule, masks: Mapping[str, Tensor] | None = None) -> None:
+        """masks: bool tensors by parameter name, equal on all ranks; None: all True, until a checkpoint says otherwise."""
+        super().__init__({"weight": rule})
+        self._masks = masks
+
+    def start(self, weight: Tensor, part: Slice) -> State:
+        full = torch.ones_like(weight, dtype=torch.bool)
+        mask, self._masks = part.cut(self._masks) if self._masks is not None else full, None
+        return {"weight": weight, "mask": mask.to(weight.device)}
+
+    def weights(self, state: State, part: Slice, draw: Draw) -> Tensor:
+        return state["weight"] * state["mask"]
+
+    def gradients(self, gradient: Tensor, state: State, part: Slice, draw: Draw) -> State:
+        return {"weight": gradient.mul_(state["mask"])}
+
+    def mask(self, state: State, part: Slice) -> Tensor:
+        return state["mask"]
+
+
+def masked_group(optimizer: ShardedOptimizer) -> tuple[Masked, State, Slice] | None:
+    """The reparametrization, state and slice of the weights under a mask; None where there is none (dense)."""
+    for group, state, part in zip(optimizer.groups, optimizer.states, optimizer.slices, strict=True):
+        if isinstance(group.reparametrization, Masked):
+            return group.reparametrization, state, part
+    return None
+
+
+@torch.no_grad()
+def present_masks(optimizer: ShardedOptimizer) -> dict[str, Tensor]:
+    """Collective: the masks with which the network would be delivered now, whole, by weight name; empty if dense."""
+    found = masked_group(optimizer)
+    if found is None:
+        return {}
+    form, state, part = found
+    return part.gathered(form.mask(state, part))
+
+
+def density_of(masks: Mapping[str, Tensor]) -> float:
+    """Kept weights / weights of boolean masks; 1 without masks."""
+    total = sum(m.numel() for m in masks.values())
+    return sum(int(m.sum()) for m in masks.values()) / total if total else 1.0

@@ -1,0 +1,94 @@
+"""What a search says of its probabilities: schedules, how many are decided, gradients at the limits, histograms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ghostmask.engine.hooks import Hook
+from ghostmask.engine.metrics import Counts
+from ghostmask.engine.sharding.slices import Slice
+from ghostmask.engine.trainer import Trainer
+from ghostmask.masks.masked import PRUNABLE
+from ghostmask.masks.relaxed import RelaxedMask
+
+DECIDED = 0.01
+"""A probability this near to 0 or 1 counts as decided."""
+FEW_DECIDED = 0.8
+"""A search that ends with a smaller share of decided probabilities gets a warning."""
+BUCKETS = 64
+
+
+class ProbabilityReport(Hook):
+    """Collective: numbers and histograms of the probabilities in the state of all ranks."""
+
+    def __init__(self, form: RelaxedMask) -> None:
+        self.form = form
+
+    def on_step_start(self, trainer: Trainer) -> None:
+        following = trainer.position.step + 1
+        last_of_epoch = following % trainer.position.steps_per_epoch == 0
+        self.form.watching = following % trainer.config.log_every == 0 or last_of_epoch
+
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        if trainer.position.step != trainer.phase.end_step:
+            return
+        decided = float(self._decided(trainer))
+        if decided < FEW_DECIDED:
+            _, state, _ = trainer.sharded.optimizer.group(PRUNABLE)
+            lr = trainer.task.groups[0].lr * self.form.rates["probability"]
+            steps = trainer.phase.end_step - trainer.phase.first_step
+            trainer.reporter.progress.message(
+                f"warning: only {decided:.0%} of the probabilities are within {DECIDED:g} of 0 or 1 after {steps} steps; "
+                f"mask.lr = {lr:g} is too small for so few: try mask.lr={suggested_rate(lr, steps):.2g}"
+            )
+
+    def scalars(self, trainer: Trainer) -> Mapping[str, float | Tensor]:
+        _, state, part = trainer.sharded.optimizer.group(PRUNABLE)
+        values: dict[str, float | Tensor] = {
+            "mask/temperature": self.form.temperature,
+            "mask/density_target": self.form.density,
+            "mask/density": part.sum(state["probability"]) / part.total,
+            "mask/decided_fraction": self._decided(trainer),
+            "mask/threshold": self.form.threshold,
+        }
+        if self.form.limit_share is not None:
+            values["gradient/prunable.probability_limit_share"] = self.form.limit_share
+        return values
+
+    def epoch_scalars(self, trainer: Trainer) -> Mapping[str, float | Tensor]:
+        _, state, part = trainer.sharded.optimizer.group(PRUNABLE)
+        sums = part.layer_sums(state["probability"]).tolist()
+        return {f"density/{n}": s / size for n, s, size in zip(part.names, sums, part.layout.numels, strict=True)}
+
+    def histograms(self, trainer: Trainer) -> Mapping[str, Tensor | Counts]:
+        _, state, part = trainer.sharded.optimizer.group(PRUNABLE)
+        found = layer_histograms(state["probability"], part)
+        return {f"probability/{name}": counts for name, counts in found.items()}
+
+    def _decided(self, trainer: Trainer) -> Tensor:
+        _, state, part = trainer.sharded.optimizer.group(PRUNABLE)
+        s = state["probability"]
+        return part.sum((s < DECIDED) | (s > 1 - DECIDED)) / part.total
+
+
+def suggested_rate(lr: float, steps: int) -> float:
+    """A rate with which `steps` steps decide: what decides is rate x steps, and the paper has 6e-3 over 58,800 steps
+    (and was seen to do with a tenth of that product: 6e-2 over 690)."""
+    return max(lr * 2, 41.0 / max(steps, 1))
+
+
+def layer_histograms(values: Tensor, part: Slice) -> dict[str, Counts]:
+    """Collective: of each layer, how its values in [0, 1] on all ranks are spread over BUCKETS equal buckets."""
+    counts = torch.zeros(len(part.names), BUCKETS, dtype=torch.int64, device=values.device)
+    for s in part.segments:
+        own = values[s.start : s.start + s.numel]
+        counts[s.layer] += torch.bincount((own * BUCKETS).long().clamp_(0, BUCKETS - 1), minlength=BUCKETS)
+    counts = part.world.all_reduce(counts)
+    sums, squares = part.layer_sums(values), part.layer_sums(values.square())
+    limits = [(i + 1) / BUCKETS for i in range(BUCKETS)]
+    return {
+        name: Counts(limits, counts[i].tolist(), float(sums[i]), float(squares[i])) for i, name in enumerate(part.names)
+    }

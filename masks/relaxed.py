@@ -1,0 +1,144 @@
+"""Weights under a random mask whose probabilities are trained: ProbMask's reparametrization, sharded.
+
+    theta = w m,  m = sigmoid((log s - log(1 - s) + L) / tau),  L ~ Logistic(0, 1) by (seed, step, sample, index)
+    s in C = {sum(s) <= K, 0 <= s <= 1} after every update, by the exact projection over all ranks (eq. 6)
+
+Equations of "Effective Training of Sparse Neural Networks under Global Sparsity Constraint".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ghostmask.engine.sharding.reparametrization import Draw, State
+from ghostmask.engine.sharding.rules import Adam, UpdateRule
+from ghostmask.engine.sharding.slices import Run, Slice
+from ghostmask.masks.kernels.noise import NoiseKey, uniforms
+from ghostmask.masks.kernels.projection import project_, project_layers_
+from ghostmask.masks.kernels.relaxed_mask import EPS, Limits, gradients_, masked_
+from ghostmask.masks.masked import Masked
+from ghostmask.masks.schedules import cubic_density, linear_temperature
+from ghostmask.masks.scoring.largest import Budget, largest
+
+LIMITS = Limits()
+"""What an element at 0 or at 1 gets of a gradient; see docs/decisions.md for what was compared."""
+START = 1.0
+"""The probability that every weight starts with."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """The schedules of a search, in epochs: temperature to temperature_end in the last one, density from 1 at `start` to
+    `density` at `end`; steps_per_epoch: updates per epoch; seed: of ties and of the final sample."""
+
+    density: float
+    constraint: str
+    temperature_end: float
+    start: int
+    end: int
+    epochs: int
+    steps_per_epoch: int
+    seed: int
+
+    def temperature(self, updates: int) -> float:
+        """tau of update number `updates`, from 0; epochs count from 1, as in algorithm 1."""
+        return linear_temperature(updates // self.steps_per_epoch + 1, self.epochs, self.temperature_end)
+
+    def density_at(self, updates: int) -> float:
+        """k of eq. 7 after update number `updates`, from 0; epochs count from 0, as in the authors' code."""
+        return cubic_density(updates // self.steps_per_epoch, self.start, self.end, self.density)
+
+
+class RelaxedMask(Masked):
+    """State "weight" (frozen without a rule) and "probability" (Adam), every trained gradient from one fused kernel."""
+
+    noisy = True
+    differs_in_evaluation = True
+
+    def __init__(self, search: Search, rule: UpdateRule | None, rate: float) -> None:
+        """rate: learning rate of the probabilities as a multiple of the weights'."""
+        trained: dict[str, UpdateRule] = {"weight": rule} if rule is not None else {}
+        super().__init__({**trained, "probability": Adam()}, {"probability": rate})
+        self.search = search
+        self.temperature, self.density = search.temperature(0), search.density_at(0)
+        self.threshold: Tensor | float = 0.0
+        self.limit_share: Tensor | None = None
+        self.watching = False
+        """Whether `limit_share` is computed: the share of the squared gradient norm of s from elements at a limit."""
+        self._fixed: Tensor | None = None
+
+    def start(self, weight: Tensor, part: Slice) -> State:
+        return {"weight": weight, "probability": torch.full_like(weight, START)}
+
+    def schedule(self, updates: int) -> None:
+        last = self.search.epochs * self.search.steps_per_epoch - 1
+        now = min(updates, last)
+        self.temperature, self.density = self.search.temperature(now), self.search.density_at(now)
+
+    def write(self, state: State, part: Slice, draw: Draw, outputs: list[tuple[Run, Tensor]]) -> None:
+        key = NoiseKey(draw.seed, draw.step, draw.sample).value
+        for run, out in outputs:
+            w, s = (state[n][run.start : run.start + run.numel] for n in ("weight", "probability"))
+            masked_(out, w, s, run.first, key, self.temperature)
+
+    def weights(self, state: State, part: Slice, draw: Draw) -> Tensor:
+        out = torch.empty_like(state["weight"])
+        self.write(state, part, draw, list(part.views(out)))
+        return out
+
+    def gradients(self, gradient: Tensor, state: State, part: Slice, draw: Draw) -> State:
+        key = NoiseKey(draw.seed, draw.step, draw.sample).value
+        slope = torch.empty_like(gradient)
+        for run, g in part.views(gradient):
+            own = slice(run.start, run.start + run.numel)
+            w, s = state["weight"][own], state["probability"][own]
+            gradients_(g, w, s, run.first, key, self.temperature, g, slope[own], LIMITS)
+        if self.watching:
+            s = state["probability"]
+            at_limit = slope.where((s <= EPS) | (s >= 1 - EPS), 0.0)
+            norms = [torch.linalg.vector_norm(x).double().square() for x in (at_limit, slope)]
+            inside, total = part.world.all_reduce(torch.stack(norms))
+            self.limit_share = inside / total.clamp(min=1e-300)
+        found = {"weight": gradient, "probability": slope}
+        return {name: found[name] for name in self.rules}
+
+    def constrain(self, state: State, part: Slice, updates: int) -> None:
+        self._project(state, part, self.density)
+
+    def finish(self, state: State, part: Slice) -> None:
+        """Collective: hold the probabilities to the final density, wherever the schedule is."""
+        self.density = self.search.density
+        self._project(state, part, self.density)
+
+    def mask(self, state: State, part: Slice) -> Tensor:
+        """(n,) bool: the round(density n) most probable weights, at the present density, or what was fixed."""
+        if self._fixed is not None:
+            return self._fixed
+        return largest(part, state["probability"], Budget(self.density, self.search.constraint, seed=self.search.seed))
+
+    def fix(self, mask: Tensor) -> None:
+        """From now on this mask, (n,) bool, is the one that is delivered."""
+        self._fixed = mask
+
+    def sampled(self, state: State, part: Slice, candidate: int) -> Tensor:
+        """(n,) bool: m ~ Bernoulli(s), a function of (seed, candidate, index)."""
+        key, s = NoiseKey(self.search.seed, -1, candidate).value, state["probability"]
+        mask = torch.empty_like(s, dtype=torch.bool)
+        for run, own in part.views(s):
+            mask[run.start : run.start + run.numel] = uniforms(key, run.first, run.numel, s.device) < own
+        return mask
+
+    def _project(self, state: State, part: Slice, density: float) -> None:
+        """s <- proj_C(s), eq. 6, over the network or over each layer."""
+        s, layout = state["probability"], part.layout
+        if self.search.constraint == "global":
+            runs = [(own, run.first) for run, own in part.views(s)]
+            self.threshold = project_(runs, density * part.total, part.total, part.world)
+            return
+        begins = [sum(layout.numels[:i]) for i in range(len(layout.numels))]
+        segments = [(s[x.start : x.start + x.numel], begins[x.layer] + x.offset, x.layer) for x in part.segments]
+        budgets = [density * n for n in layout.numels]
+        self.threshold = project_layers_(segments, budgets, layout.numels, part.world).mean()

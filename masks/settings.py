@@ -1,0 +1,114 @@
+"""The settings that mask methods share; each method adds its own in its file. Imports no torch.
+
+A method's `Settings` lists all that it reads: what is not in it is refused, with the methods that do read it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ghostmask.engine.config import require, require_number
+from ghostmask.engine.errors import unknown_name
+
+CONSTRAINTS = ("global", "layerwise")
+
+
+def require_name(name: str, value: str, known: tuple[str, ...]) -> None:
+    """Raise the InputError of setting `name` unless its value is one of the known ones."""
+    if value not in known:
+        raise unknown_name(name, value, known)
+
+
+@dataclass(frozen=True)
+class MaskSettings:
+    """Which weights stay, how many, and how they are found."""
+
+    method: str = "probmask"
+    """One of `ghostmask show methods`."""
+    dense_layers: tuple[str, ...] = ()
+    """Patterns (fnmatch) of weights never pruned, e.g. ["fc.weight"]."""
+    only: tuple[str, ...] = ()
+    """Patterns of the weights that may be pruned; empty = all convolutions, linear layers and attention projections."""
+
+    def __post_init__(self) -> None:
+        """Raises InputError for a value out of range; subclasses call it."""
+
+
+@dataclass(frozen=True)
+class WithDensity(MaskSettings):
+    """A method that is told how many weights to keep."""
+
+    density: float = 0.1
+    """Fraction of all prunable weights that is kept, in (0, 1]; 1 - sparsity."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number("mask.density", self.density, 0, 1, above=True)
+
+
+@dataclass(frozen=True)
+class Ranked(WithDensity):
+    """A method that keeps the largest of something."""
+
+    constraint: str = "global"
+    """global (one budget for the network) or layerwise (the same density in every layer)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_name("mask.constraint", self.constraint, CONSTRAINTS)
+
+
+@dataclass(frozen=True)
+class Protecting(Ranked):
+    """A ranking method that can save layers from losing all their weights."""
+
+    min_per_layer: int = 0
+    """With constraint=global, weights that every layer keeps at least."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number("mask.min_per_layer", self.min_per_layer, 0)
+        require(
+            self.min_per_layer == 0 or self.constraint == "global",
+            "mask.min_per_layer", self.min_per_layer, "is not read with mask.constraint=layerwise; leave it out",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FromTrained(MaskSettings):
+    """A method that can start from a trained network."""
+
+    path: str = ""
+    """A trained network to start from: a run folder, or a .safetensors or .pt file with a state dict."""
+
+
+@dataclass(frozen=True)
+class ScoringImages(MaskSettings):
+    """A finder that looks at images."""
+
+    score_batch: int = 128
+    """Images of all ranks that are scored at once (grasp, which needs more memory per image: a third of them). On
+    ResNet-50 at 224 pixels, 128 take 9 GB (grasp) to 13 GB (mlprune)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number("mask.score_batch", self.score_batch, 1)
+
+
+@dataclass(frozen=True)
+class Scheduled(WithDensity):
+    """A method whose density falls while it trains. Fractions refer to train.epochs."""
+
+    start_fraction: float = 0.16
+    """Where the density begins to fall (t1 of eq. 7), as a fraction of train.epochs."""
+    end_fraction: float = 0.6
+    """Where the density reaches its target (t2 of eq. 7), as a fraction of train.epochs."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number("mask.start_fraction", self.start_fraction, 0, 1)
+        require_number("mask.end_fraction", self.end_fraction, 0, 1)
+        require(
+            self.start_fraction < self.end_fraction,
+            "mask.start_fraction", self.start_fraction, f"give less than mask.end_fraction = {self.end_fraction:g}",
+        )  # fmt: skip

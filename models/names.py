@@ -1,0 +1,50 @@
+"""Which networks can model.name mean? Ours, torchvision's, or a function of the user's own. Imports no torch itself."""
+
+from __future__ import annotations
+
+import difflib
+from functools import cache
+
+from ghostmask.engine.errors import InputError, bad_value
+from ghostmask.models.registry import MODELS
+
+OTHERS = {
+    "mobilenet_v3_small": "and every other classification network of torchvision.models, by its name there",
+    "package.module:function": "your own: function(num_classes, image_shape) or function(num_classes) -> nn.Module",
+}
+"""Examples of what model.name may be besides a key of MODELS -> what that is."""
+
+
+def check_name(name: str) -> None:
+    """Raise InputError where `name` cannot be a network; a function of the user's own is not imported for that.
+
+    torchvision, and torch with it, is imported for names that are not ours.
+    """
+    if name in MODELS:
+        return
+    if ":" in name:
+        module, _, function = name.partition(":")
+        if not all(part.isidentifier() for part in (*module.split("."), function)):
+            raise bad_value("model.name", name, "write a function of your own as package.module:function")
+    elif name not in torchvision_names():
+        raise _unknown(name)
+
+
+@cache
+def torchvision_names() -> tuple[str, ...]:
+    """The classification networks of torchvision.models. Imports torchvision."""
+    from torchvision import models
+
+    return tuple(models.list_models(module=models))
+
+
+def _unknown(name: str) -> InputError:
+    near = difflib.get_close_matches(name, {**MODELS, **dict.fromkeys(torchvision_names())}, n=3)
+    module, dot, function = name.rpartition(".")
+    if dot and not near:
+        near = [f"{module}:{function}"]
+    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    return InputError(
+        f"model.name = {name!r} is not known: {hint}known: {', '.join(MODELS)}, "
+        "the classification networks of torchvision, and package.module:function for your own"
+    )
