@@ -23,6 +23,7 @@ from ghostmask.launcher.cli import build_parser, run_command
 from ghostmask.launcher.locate import shipped_configs
 from ghostmask.launcher.settings import load_config
 from ghostmask.masks.registry import METHODS
+from ghostmask.models.names import OTHERS
 from ghostmask.models.registry import MODELS
 
 GHOSTMASK = str(Path(sysconfig.get_path("scripts")) / "ghostmask")
@@ -35,14 +36,18 @@ COMMAND_LINE = {
     "ghostmask hessian": ["RUN", "-h --help", "--top", "--batches"],
     "ghostmask find-mask": ["CONFIG", "[key=value ...]", "-h --help", "--out"],
     "ghostmask prepare": ["CONFIG", "[key=value ...]", "-h --help"],
-    "ghostmask bench": ["BENCHMARK", "-h --help", "--json", "--device", "--quick"],
+    "ghostmask bench": ["BENCHMARK", "-h --help", "--json", "--device", "--quick", "--strict"],
+    "ghostmask sweep": ["[CONFIG or key=value ...]", "-h --help", "--vary", "--seeds", "--folder"],
+    "ghostmask tost-table": [
+        "CONFIG", "[key=value ...]", "-h --help", "--masks", "--densities", "--tweaks", "--print", "--seeds", "--folder",
+    ],
     "ghostmask show": ["-h --help"],
     "ghostmask show config": ["[[CONFIG] [key=value] ...]", "-h --help"],
     "ghostmask show methods": ["-h --help"],
     "ghostmask show models": ["-h --help"],
     "ghostmask show datasets": ["-h --help"],
     "ghostmask show configs": ["-h --help"],
-}
+}  # fmt: skip
 """The whole command line: to change it is to change what users type and scripts hold."""
 
 
@@ -83,7 +88,7 @@ def test_every_example_of_the_help_texts_is_a_valid_command_line() -> None:
 
 WRONG = {
     "train digits_probmask mask.method=probmsk": "mask.method = 'probmsk' is not known: did you mean 'probmask'?",
-    "train digits_probmask model.name=resnet-32": "model.name = 'resnet-32' is not known: did you mean 'resnet32'?",
+    "train digits_probmask model.name=resnet-32": "model.name = 'resnet-32' is not known: did you mean 'resnet32' or",
     "train digits_probmask data.dataset=cifar": "data.dataset = 'cifar' is not known: did you mean 'cifar10'?",
     "train cifar10_resnet32_probmask mask.densty=0.1": "mask.densty is not a setting: did you mean mask.density?",
     "train cifar10_resnet32_probmask mask.density=0": "mask.density = 0.0: give a number in (0, 1]",
@@ -108,6 +113,17 @@ MORE_WRONG = {
     "find-mask cifar10_resnet32_lth": "mask.method = 'lth': finds its mask by training",
     "evaluate no_such_run": "run = 'no_such_run'",
     "export no/such/run": "run = 'no/such/run'",
+    "train digits_probmask model.name=mobilenet-v3": "model.name = 'mobilenet-v3' is not known: did you mean 'mobilenet_",
+    "train digits_probmask model.name=my.nets.small": (
+        "model.name = 'my.nets.small' is not known: did you mean 'my.nets:small'?"
+    ),
+    "train digits_probmask model.name=no_such:small": "model.name = 'no_such:small': there is no module 'no_such' in /",
+    "find-mask cifar10_resnet32_snip model.name=no.such:small": "model.name = 'no.such:small': there is no module 'no' in",
+    "bench mask --quick --strict": "--strict: the numbers of --quick mean nothing; leave one of them out",
+    "sweep mask.density=0.1": "ghostmask sweep: name at least one CONFIG, such as digits_probmask",
+    "sweep digits_probmask --vary mask.density": "--vary = 'mask.density': give a setting and its values, such as mask.",
+    "sweep digits_probmask --vary mask.density=0.1,7 --folder /dev/null": "mask.density = 7.0: give a number in (0, 1]",
+    "tost-table digits_tost --tweaks lrs": "--tweaks = 'lrs' is not known: did you mean 'lrsi'?",
     "hessian no_such_run": "run = 'no_such_run'",
     "hessian /dev": "run = '/dev': /dev is not a run: it holds no config.yaml",
     "hessian x --top 0": "argument --top: '0': give a whole number of at least 1",
@@ -154,9 +170,16 @@ def test_what_needs_no_torch_imports_none_and_takes_less_than_a_second(arguments
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines() if "|" in line}
-    assert "launcher" in imported
+    assert "ghostmask" in imported
     assert not imported & {"torch", "deepspeed", "ffcv", "numba", "numpy", "torchvision"}
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+
+
+def test_a_command_that_starts_its_own_processes_refuses_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for command in ("bench mask", "sweep digits_probmask", "tost-table digits_tost"):
+        with pytest.raises(InputError, match="run it without torchrun or srun"):
+            run_command(command.split())
 
 
 def test_settings_may_follow_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +203,7 @@ def test_show_config_prints_what_would_run_and_can_be_run_again(
 
 @pytest.mark.parametrize(
     ("table", "names"),
-    [("methods", METHODS), ("models", MODELS), ("datasets", DATASETS), ("configs", shipped_configs())],
+    [("methods", METHODS), ("models", {**MODELS, **OTHERS}), ("datasets", DATASETS), ("configs", shipped_configs())],
 )
 def test_show_lists_every_name_with_a_line_from_its_source(table: str, names: dict[str, object]) -> None:
     lines = show.TABLES[table]()
@@ -241,7 +264,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_deepspeed_writes_nothing_on_stdout_when_it_is_imported() -> None:
     code = (
-        "import json, os; from launcher.environment import prepare_environment; prepare_environment('cpu');"
+        "import json, os; from ghostmask.launcher.environment import prepare_environment; prepare_environment('cpu');"
         "import deepspeed; print(json.dumps(deepspeed.get_accelerator().device_name()))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
@@ -261,7 +284,7 @@ def _parsers(parser: argparse.ArgumentParser) -> Iterator[tuple[str, list[str]]]
 
 
 def _written(action: argparse.Action) -> str:
-    return f"[{action.metavar} ...]" if action.nargs == "*" else str(action.metavar)
+    return f"[{action.metavar} ...]" if action.nargs in ("*", "+") else str(action.metavar)
 
 
 def _all_epilogs() -> str:

@@ -50,7 +50,7 @@ def ghostmask_arguments() -> list[tuple[str, str]]:
     """(document, arguments) of every call of our command line in the documents."""
     calls = []
     for document, command in command_lines():
-        match = re.search(r"(?:^ghostmask|-m launcher)\s+(.*)", command)
+        match = re.search(r"(?:^ghostmask|-m ghostmask)\s+(.*)", command)
         if match:
             calls.append((document, match.group(1)))
     return calls
@@ -95,8 +95,13 @@ def test_every_command_in_the_documents_is_one(document: str, arguments: str) ->
     parsed, rest = build_parser().parse_known_args(shlex.split(arguments))
     overrides = [*getattr(parsed, "overrides", []), *rest]
     assert not [item for item in rest if item.startswith("-")], f"{document}: unknown options {rest}"
-    if hasattr(parsed, "config"):
-        check_config(load_config(parsed.config, overrides), world_size=1)
+    configs = [parsed.config] if hasattr(parsed, "config") else []
+    if hasattr(parsed, "vary"):  # of `ghostmask sweep`, whose configurations stand among the settings
+        configs = [text for text in overrides if "=" not in text]
+        settings = [text for text in overrides if "=" in text]
+        overrides = [*settings, *(text.split(",")[0] for text in parsed.vary)]
+    for config in configs:
+        check_config(load_config(config, overrides), world_size=1)
 
 
 def test_the_readme_shows_both_commands_and_every_subcommand() -> None:

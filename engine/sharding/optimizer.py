@@ -28,7 +28,11 @@ from ghostmask.engine.sharding.placement import ParameterGroup, Placement, Whole
 from ghostmask.engine.sharding.reparametrization import Draw, State
 from ghostmask.engine.sharding.rules import Scale
 from ghostmask.engine.sharding.slices import Slice
+from ghostmask.engine.sharding.tree import tree_all_reduce
 from ghostmask.engine.world import World, single
+
+NORM_CHUNK = 1 << 18
+"""Elements of a norm that are in float64 at a time on the CPU: they stay in its cache."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """() float32: what clipping divided the last update's gradients by."""
         self._cycle = 0
         self._evaluating = False
-        self._sums: list[State] = []
+        self._sums: list[_Sums] = []
         if placement is not None:
             self.place(placement(self.groups))
 
@@ -205,25 +209,25 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.refresh()
 
     def _collect(self) -> None:
-        """Add the chain rule's result of one sample to the step's."""
+        """Put the chain rule's result of one sample on the step's stacks, where equal numbers of samples are added."""
+        if self._cycle == 0:
+            self._sums = [_Sums() for _ in self.groups]
         several = len(self.sampling.samples) > 1
         for index, (group, state, part) in enumerate(zip(self.groups, self.states, self.slices, strict=True)):
             with record_function("chain rule"):
                 gradient = self.placement.gradient(index)
                 found = group.reparametrization.gradients(gradient, state, part, self.draw)
-            if self._cycle == 0:
-                # With several samples the gradient's own memory is filled again by the next one.
-                kept = {n: g.clone() for n, g in found.items()} if several else found
-                self._sums = [*self._sums[:index], kept]
-            else:
-                for name, g in found.items():
-                    self._sums[index][name] += g
+            # With several samples the gradient's own memory is filled again by the next one.
+            kept = {n: g.clone() for n, g in found.items()} if several else found
+            self._sums[index].add(kept)
 
     def _update(self) -> None:
-        self._average()
-        scale = self._clipping()
+        found = [sums.total() for sums in self._sums]
+        self._sums = []
+        self._average(found)
+        scale = self._clipping(found)
         rates = {g["name"]: g["lr"] for g in self.param_groups}
-        for group, state, part, gradients in zip(self.groups, self.states, self.slices, self._sums, strict=True):
+        for group, state, part, gradients in zip(self.groups, self.states, self.slices, found, strict=True):
             form = group.reparametrization
             with record_function("optimizer"):
                 for name, rule in form.rules.items():
@@ -232,27 +236,26 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     rule.update(state[name], gradients[name], buffers, lr, self.updates, scale)
             with record_function("constraint"):
                 form.constrain(state, part, self.updates + 1)
-        self._sums = []
         self.updates += 1
         for group in self.groups:
             group.reparametrization.schedule(self.updates)
 
-    def _average(self) -> None:
+    def _average(self, found: list[State]) -> None:
         """Over the samples of this rank, and over the noise groups."""
         across = self.sampling.across or single()
         count = len(self.sampling.samples) * across.size
         if count == 1:
             return
-        for gradients in self._sums:
+        for gradients in found:
             for g in gradients.values():
-                across.all_reduce(g).div_(count)
+                tree_all_reduce(across, g).div_(count)
 
-    def _clipping(self) -> Scale:
+    def _clipping(self, found: list[State]) -> Scale:
         names, squares = [], []
-        for group, gradients in zip(self.groups, self._sums, strict=True):
+        for group, gradients in zip(self.groups, found, strict=True):
             for name, g in gradients.items():
                 names.append(f"{group.name}.{name}")
-                squares.append(torch.linalg.vector_norm(g).double().square())
+                squares.append(squared_norm(g))
         total = self.slices[0].world.all_reduce(torch.stack(squares))
         if self.sampling.across is not None:
             # Equal on all groups but for the order of additions; they must stay equal bit for bit.
@@ -274,3 +277,35 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 else:
                     form.write(state, part, self.draw, outputs)
         self.placement.publish()
+
+
+class _Sums:
+    """Gradients of one sample after the other, added up in the order of a tree (see `tree`)."""
+
+    def __init__(self) -> None:
+        self._stack: list[tuple[int, State]] = []
+
+    def add(self, gradients: State) -> None:
+        count, top = 1, gradients
+        while self._stack and self._stack[-1][0] == count:
+            count, below = 2 * count, self._stack.pop()[1]
+            top = {name: below[name].add_(g) for name, g in top.items()}
+        self._stack.append((count, top))
+
+    def total(self) -> State:
+        _, top = self._stack.pop()
+        while self._stack:
+            _, below = self._stack.pop()
+            top = {name: below[name].add_(g) for name, g in top.items()}
+        return top
+
+
+def squared_norm(vector: Tensor) -> Tensor:
+    """() float64: the sum of squares of a float32 vector, in float64: it does not depend on how the vector is cut."""
+    if vector.device.type != "cpu":
+        return torch.linalg.vector_norm(vector, dtype=torch.float64).square()
+    total = torch.zeros((), dtype=torch.float64)
+    for part in torch.split(vector, NORM_CHUNK):
+        wide = part.double()
+        total += torch.dot(wide, wide)
+    return total

@@ -37,13 +37,14 @@ class Cycle:
 class Replicas:
     """This rank's share of every step.
 
-    parts: those it computes; noises: S; inner: the ranks with its noise, over which the state is sharded; across: the
-    ranks of the other groups that hold the same slices, None where there is one group.
+    parts: those it computes; noises: S; inner: the ranks with its noise, over which the state is sharded; order: these in
+    the order of their parts; across: the ranks of the groups that hold the same slices, None where there is one group.
     """
 
     parts: Parts
     noises: int
     inner: World
+    order: tuple[int, ...]
     across: World | None
 
     def cycles(self, passes: int) -> list[Cycle]:
@@ -68,14 +69,15 @@ def share(world: World, parts: int, noises: int = 1, node: str | None = None) ->
     own = Parts(parts, place * count, count)
     groups = min(noises, world.size)
     if groups == 1:
-        return Replicas(own, noises, world, None)
+        return Replicas(own, noises, world, tuple(places), None)
     size = world.size // groups
     inner = [_subset(world, places[g * size : (g + 1) * size]) for g in range(groups)]
     across = [_subset(world, [places[g * size + i] for g in range(groups)]) for i in range(size)]
     mine, beside = inner[place // size], across[place % size]
     assert mine is not None
     assert beside is not None
-    return Replicas(own, noises, mine, beside)
+    members = places[place // size * size : (place // size + 1) * size]
+    return Replicas(own, noises, mine, tuple(sorted(members).index(rank) for rank in members), beside)
 
 
 def _places(world: World, node: str) -> list[int]:

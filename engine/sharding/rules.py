@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -9,6 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
+
+LANES = 64
+"""Elements of which torch's CPU kernels compute every full row in vector registers, whatever the processor."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,10 @@ class UpdateRule(Protocol):
     def update(
         self, value: Tensor, gradient: Tensor, buffers: list[Tensor], lr: float, updates: int, scale: Scale
     ) -> None:
-        """Move `value` in place, (n,) float32; `updates` updates were made before this one."""
+        """Move `value` in place, (n,) float32; `updates` updates were made before this one.
+
+        What happens to an element depends on nothing but its own numbers: slices cut otherwise give the same bits.
+        """
         ...
 
 
@@ -47,12 +55,14 @@ class Sgd:
     def update(
         self, value: Tensor, gradient: Tensor, buffers: list[Tensor], lr: float, updates: int, scale: Scale
     ) -> None:
-        momentum: list[Any] = list(buffers)
-        sgd(
-            [value], [gradient], momentum, has_sparse_grad=False, fused=True, grad_scale=scale.divisor,
-            found_inf=scale.skip, weight_decay=self.weight_decay, momentum=self.momentum, lr=lr, dampening=0.0,
-            nesterov=self.nesterov, maximize=False,
-        )  # fmt: skip
+        for rows in _in_rows(value, gradient, *buffers):
+            with rows as (w, g, b):
+                momentum: list[Any] = [b]
+                sgd(
+                    [w], [g], momentum, has_sparse_grad=False, fused=True, grad_scale=scale.divisor,
+                    found_inf=scale.skip, weight_decay=self.weight_decay, momentum=self.momentum, lr=lr, dampening=0.0,
+                    nesterov=self.nesterov, maximize=False,
+                )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,10 +77,34 @@ class Adam:
     def update(
         self, value: Tensor, gradient: Tensor, buffers: list[Tensor], lr: float, updates: int, scale: Scale
     ) -> None:
-        first, second = buffers
-        steps = [torch.full((), float(updates), device=value.device)]
-        adam(
-            [value], [gradient], [first], [second], [], steps, fused=True, grad_scale=scale.divisor,
-            found_inf=scale.skip, amsgrad=False, beta1=self.betas[0], beta2=self.betas[1], lr=lr,
-            weight_decay=self.weight_decay, eps=self.eps, maximize=False,
-        )  # fmt: skip
+        for rows in _in_rows(value, gradient, *buffers):
+            with rows as (s, g, first, second):
+                steps = [torch.full((), float(updates), device=value.device)]
+                adam(
+                    [s], [g], [first], [second], [], steps, fused=True, grad_scale=scale.divisor,
+                    found_inf=scale.skip, amsgrad=False, beta1=self.betas[0], beta2=self.betas[1], lr=lr,
+                    weight_decay=self.weight_decay, eps=self.eps, maximize=False,
+                )  # fmt: skip
+
+
+def _in_rows(*tensors: Tensor) -> Iterator[Any]:
+    """The tensors in pieces of whole rows of LANES elements: torch's CPU kernels round what is left over otherwise."""
+    numel = len(tensors[0])
+    whole = numel if tensors[0].is_cuda else numel // LANES * LANES
+    if whole:
+        yield _as_they_are([t[:whole] for t in tensors])
+    if whole < numel:
+        yield _filled_up([t[whole:] for t in tensors])
+
+
+@contextmanager
+def _as_they_are(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    yield tensors
+
+
+@contextmanager
+def _filled_up(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    rows = [torch.nn.functional.pad(t, (0, LANES - len(t))) for t in tensors]
+    yield rows
+    for tensor, row in zip(tensors, rows, strict=True):
+        tensor.copy_(row[: len(tensor)])

@@ -109,7 +109,6 @@ class ZeroPlacement:
             self._zero.reducer.result(i)[: run.numel] for i, run in enumerate(self.slices[group].runs, self._first[group])
         ]
         flat = parts[0] if len(parts) == 1 else torch.cat(parts)
-        flat = flat.float()
         return flat.div_(self._world.size) if self._world.size > 1 else flat
 
     def publish(self) -> None:
@@ -167,6 +166,7 @@ class _NoiseGroup:
 def shard_model(
     module: nn.Module, groups: Sequence[ParameterGroup], world: World, *, zero_stage: int, micro_batch: int,
     microsteps: int, clip: float, sampling: Sampling | None = None, whole_world: World | None = None,
+    order: Sequence[int] | None = None,
 ) -> ShardedEngine:  # fmt: skip
     """Collective: a DeepSpeed engine over `module` whose parameters in `groups` are trained by a ShardedOptimizer.
 
@@ -178,18 +178,20 @@ def shard_model(
     optimizer = ShardedOptimizer(groups, clip=clip, sampling=sampling, placement=None)
     apart = whole_world is not None and whole_world.size > world.size
     engine = initialize(
-        module, optimizer, config, world, mpu=_NoiseGroup(world) if apart else None, microsteps=microsteps
+        module, optimizer, config, world, mpu=_NoiseGroup(world) if apart else None, microsteps=microsteps,
+        order=order,
     )
     return ShardedEngine(engine, optimizer)
 
 
 def initialize(
     module: nn.Module, optimizer: ShardedOptimizer, config: dict[str, Any], world: World, *, mpu: Any = None,
-    microsteps: int = 1,
+    microsteps: int = 1, order: Sequence[int] | None = None,
 ) -> Any:  # fmt: skip
     """Collective: `deepspeed.initialize` for a ShardedOptimizer that has no placement yet; returns the engine.
 
-    config: DeepSpeed's, ZeRO stage 0, 1 or 2, without clipping (which is the optimizer's) and without fp16 or bf16 modes.
+    config: DeepSpeed's, ZeRO stage 0, 1 or 2, without clipping (which is the optimizer's) and without fp16 or bf16
+    modes; order: the ranks of `world` in the order of the parts that they compute.
     """
     deepspeed_logger.setLevel(logging.ERROR)
     # On the CPU DeepSpeed would compile a shared-memory all-reduce (minutes, needs ninja) that only inference uses.
@@ -211,13 +213,14 @@ def initialize(
     zero = engine.optimizer
     zero.__class__ = SlicedZero
     zero.sharded, zero.optimizer = optimizer, optimizer
-    zero.reducer = BucketReducer(world, several=microsteps > 1, send_each=microsteps > 1 and stage == 2)
+    places = order or range(world.size)
+    zero.reducer = BucketReducer(world, places, several=microsteps > 1, send_each=microsteps > 1 and stage == 2)
     for layout, group in zip(layouts, groups, strict=True):
         for names in bucketed(list(group.parameters), layout):
             members = [group.parameters[n] for n in names]
             share = zero.partition_size[len(zero.reducer._buckets)]
             zero.reducer.add_bucket([p.numel() for p in members], share, members[0].dtype)
-    zero.reducer.set_order(_leaving_order(module, zero.bit16_groups))
+    zero.reducer.set_leaving(_leaving_order(module, zero.bit16_groups))
     optimizer.place(ZeroPlacement(zero, groups, layouts, world, originals))
     return engine
 

@@ -80,7 +80,11 @@ class KroneckerFactors:
 def inverse_diagonals(factors: Factors, damping: float, world: World) -> dict[str, tuple[Tensor, Tensor]]:
     """Collective: (diag(A^-1), diag(G^-1)) by weight name, float64; each rank inverts its share of the layers.
 
-    damping: multiple of the mean diagonal that is added to each factor's diagonal before it is inverted.
+    damping: multiple of the mean diagonal that is added to each factor's diagonal before it is inverted. The larger it
+    is, the less the factors say and the more a score is w^2 alone. Others' code adds 2 I in absolute terms, 0.14 to 28
+    times the mean diagonal: of the weights that it keeps damping = 1 keeps 96 %, 1e-3 86 %. Yet 1e-3 finds the better
+    masks (digits, ten seeds, fine-tuned): test loss 0.49 against 0.74 at density 0.03 and 0.11 against 0.13 at 0.1; at
+    0.01 it leaves weights in every layer, where damping = 1 empties two of ten.
     """
     result = {}
     for number, (name, pair) in enumerate(factors.items()):
