@@ -100,27 +100,27 @@ def reestimate(model: nn.Module, batches: Iterable[Batch], parts: Parts, world: 
 
     For weights that were changed otherwise than by training, such as by a new mask.
     """
-    layers = batch_norms(model)
-    if not layers:
+    layers, buffers = batch_norms(model), list(statistics(model).values())
+    if not buffers:
         return
     momentum = {name: layer.momentum for name, layer in layers.items()}
-    counts = {name: buffer.clone() for name, buffer in _counters(model)}
-    training = model.training
+    counts, training = {name: buffer.clone() for name, buffer in _counters(model)}, model.training
     for layer in layers.values():
-        layer.reset_running_stats()
-        layer.momentum = None  # torch's cumulative average
+        layer.momentum = 1.0  # the running statistics become those of the part
     model.train()
+    total, number = torch.zeros(sum(b.numel() for b in buffers), dtype=torch.float64, device=buffers[0].device), 0
     for batch in batches:
         for images in batch.images.chunk(parts.count):
             with autocast(images.device, precision):
                 model(images)
+            total += torch.cat([b.reshape(-1) for b in buffers])
+            number += 1
     for name, layer in layers.items():
         layer.momentum = momentum[name]
     for name, counter in _counters(model):
         counter.copy_(counts[name])
     model.train(training)
-    buffers = list(statistics(model).values())
-    mean = world.all_reduce(torch.cat([b.reshape(-1) for b in buffers]).double()).div_(world.size)
+    mean = world.all_reduce(total).div_(number * world.size)
     for buffer, value in zip(buffers, torch.split(mean, [b.numel() for b in buffers]), strict=True):
         buffer.copy_(value.view_as(buffer))
 

@@ -16,7 +16,9 @@ from torch import Tensor
 from ghostmask.engine.sharding.reparametrization import Draw, State
 from ghostmask.engine.sharding.rules import Adam, UpdateRule
 from ghostmask.engine.sharding.slices import Run, Slice
-from shimk import *
+from shimk import project_, project_layers_
+from ghostmask.masks.kernels.noise import NoiseKey, uniforms
+from ghostmask.masks.kernels.relaxed_mask import EPS, Limits, gradients_, masked_
 from ghostmask.masks.masked import Masked
 from ghostmask.masks.schedules import cubic_density, linear_temperature
 from ghostmask.masks.scoring.largest import Budget, largest

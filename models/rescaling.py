@@ -35,85 +35,94 @@ class Rescaled:
 
 
 def learn_factors(
-    logits: Logits, parameters: Mapping[str, Tensor], batches: Iterator[Batch], world: World, *, steps: int, lr: float,
-    eta: float, gamma: float, normalize: bool = True, parts: int = 1,
+    logits: Logits, parameters: Mapping[str, Tensor], batches: Iterator[list[Batch]], world: World, *, steps: int,
+    lr: float, eta: float, gamma: float, normalize: bool = True,
 ) -> Rescaled:  # fmt: skip
     """Collective: one factor per parameter tensor, by GradInit (Zhu et al. 2021) as the ToST code uses it.
 
-    Factors start at 1 and follow Adam. In each update, with g the gradient of the loss averaged over all ranks:
+    Factors start at 1 and follow Adam. In each update, with g the gradient of the loss averaged over all parts:
     |g| > gamma: the factors go down the gradient of |g| (second order); else: down the gradient of
     L(parameters - eta g / |g|) / eta (without normalize: of L(parameters - eta g) / eta), the step constant. batches:
-    this rank's, at least steps + 1; the look-ahead loss is taken on half of a batch and half of the next one. parts:
-    pieces of equal size that each batch consists of, as many on every rank; each is a forward pass of its own, with its
-    own batch norm statistics. parameters stay as they are. Same result on every rank.
+    this rank's parts of each, at least steps + 1, as many parts on every rank; each part is a forward pass of its own.
+    The look-ahead loss is taken on half of a part and half of the same part of the next batch. parameters stay as they
+    are. Same result on every rank, and for every number of ranks that share the parts.
     """
     names, start = list(parameters), [p.detach() for p in parameters.values()]
-    loss = _Loss(logits, names)
+    loss = _Loss(logits, names, start)
     factors = start[0].new_ones(len(start))
     floor = factors.new_tensor([0.0 if n.endswith("bias") else SMALLEST_WEIGHT_FACTOR for n in names])
     descent = _Adam(factors, lr)
     norms: list[float] = []
     losses: list[float] = []
-    batch = _pieces(next(batches), parts)
+    batch = next(batches)
     for _ in range(steps):
-        following = _pieces(next(batches), parts)
+        following = next(batches)
         point = [p * f for p, f in zip(start, factors, strict=True)]
-        _, gradient = loss.gradient(point, batch)
-        mean = world_mean(gradient, world)
+        mean = world_mean(loss.gradients(point, batch), len(batch), world, factors.dtype)
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in mean))
         norms.append(norm)
         if norm > gamma:
-            slopes, kind, scale = loss.hessian_product(point, batch, [m / norm for m in mean]), "norm", 1.0
+            # d|g| / d(parameter) = H g / |g|
+            direction = [m / norm for m in mean]
+            kind, slope = "norm", sorted_mean([loss.curvature(point, part, direction) for part in batch], world)
         else:
             length = eta / norm if normalize and norm > 0 else eta
             ahead = [p - length * m for p, m in zip(point, mean, strict=True)]
-            value, slopes = loss.gradient(ahead, [_halves(a, b) for a, b in zip(batch, following, strict=True)])
-            losses.append(float(world_mean([value.reshape(1)], world)[0]))
-            kind, scale = "loss", 1.0 / eta
-        # The slopes by the factors add up over the ranks, so only they are exchanged.
-        own = torch.stack([(s * p).sum() for s, p in zip(slopes, start, strict=True)]) * scale
-        slope = world_mean([own], world)[0]
-        factors = torch.maximum(factors - descent.step(slope.clamp(-CLIP, CLIP), kind), floor)
+            mixed = [_halves(a, b) for a, b in zip(batch, following, strict=True)]
+            value, after = sorted_mean([loss.slopes(ahead, part) for part in mixed], world).tensor_split([1])
+            losses.append(value.item())
+            kind, slope = "loss", after / eta
+        factors = torch.maximum(factors - descent.step(slope.to(factors.dtype).clamp(-CLIP, CLIP), kind), floor)
         batch = following
     return Rescaled(dict(zip(names, factors.tolist(), strict=True)), norms, losses)
 
 
-def world_mean(tensors: list[Tensor], world: World) -> list[Tensor]:
-    """Collective: the mean over the ranks of each tensor, in one all-reduce."""
-    flat = world.all_reduce(torch.cat([t.reshape(-1) for t in tensors])).div_(world.size)
-    return [m.view_as(t) for m, t in zip(torch.split(flat, [t.numel() for t in tensors]), tensors, strict=True)]
+def world_mean(sums: list[Tensor], num_parts: int, world: World, dtype: torch.dtype) -> list[Tensor]:
+    """Collective: the means over all ranks' parts, in `dtype`, of float64 sums over this rank's num_parts. In float64,
+    so that the mean of float32 terms does not depend on their order."""
+    flat = world.all_reduce(torch.cat([t.reshape(-1) for t in sums])).div_(world.size * num_parts).to(dtype)
+    return [m.view_as(t) for m, t in zip(torch.split(flat, [t.numel() for t in sums]), sums, strict=True)]
+
+
+def sorted_mean(rows: list[Tensor], world: World) -> Tensor:
+    """Collective: (n,) the mean of each column over all ranks' rows, (n,) each, bit for bit whoever has which rows."""
+    return world.all_gather(torch.stack(rows)).flatten(0, 1).sort(0).values.mean(0)
 
 
 class _Loss:
-    """Cross-entropy as a function of the parameters, averaged over the pieces of this rank's batch."""
+    """Cross-entropy of one part of a batch, differentiated by parameters, or by factors at the parameters `start`."""
 
-    def __init__(self, logits: Logits, names: list[str]) -> None:
-        self.logits, self.names = logits, names
+    def __init__(self, logits: Logits, names: list[str], start: list[Tensor]) -> None:
+        self.logits, self.names, self.start = logits, names, start
 
-    def gradient(self, values: list[Tensor], pieces: list[Batch]) -> tuple[Tensor, list[Tensor]]:
-        """(loss, its gradient) at these values of the parameters."""
-        total, slopes = values[0].new_zeros(()), [torch.zeros_like(v) for v in values]
-        for piece in pieces:
-            points = [v.detach().requires_grad_() for v in values]
-            loss = self._of(points, piece) / len(pieces)
-            total += loss.detach()
-            _add(slopes, torch.autograd.grad(loss, points, materialize_grads=True, allow_unused=True))
-        return total, slopes
+    def gradients(self, values: list[Tensor], parts: list[Batch]) -> list[Tensor]:
+        """The sum over the parts, float64, of the gradient by the parameters at these values."""
+        total = [torch.zeros_like(v, dtype=torch.float64) for v in values]
+        for part in parts:
+            points = _points(values)
+            for whole, term in zip(total, _grad(self._of(points, part), points), strict=True):
+                whole.add_(term)
+        return total
 
-    def hessian_product(self, values: list[Tensor], pieces: list[Batch], vector: list[Tensor]) -> list[Tensor]:
-        """H v. With v = g / |g|, g the gradient, this is the gradient of |g| by the parameters."""
-        slopes = [torch.zeros_like(v) for v in values]
-        for piece in pieces:
-            points = [v.detach().requires_grad_() for v in values]
-            loss = self._of(points, piece) / len(pieces)
-            first = torch.autograd.grad(loss, points, create_graph=True, materialize_grads=True, allow_unused=True)
-            along = torch.stack([(g * v).sum() for g, v in zip(first, vector, strict=True)]).sum()
-            _add(slopes, torch.autograd.grad(along, points, materialize_grads=True, allow_unused=True))
-        return slopes
+    def slopes(self, values: list[Tensor], part: Batch) -> Tensor:
+        """(1 + n,) float64: the loss at these values, and its derivative by each factor."""
+        points = _points(values)
+        loss = self._of(points, part)
+        return torch.cat([loss.detach().double().reshape(1), self._by_factors(_grad(loss, points))])
 
-    def _of(self, values: list[Tensor], piece: Batch) -> Tensor:
+    def curvature(self, values: list[Tensor], part: Batch, direction: list[Tensor]) -> Tensor:
+        """(n,) float64: the derivative by each factor of the gradient's length along a constant direction."""
+        points = _points(values)
+        first = _grad(self._of(points, part), points, create_graph=True)
+        along = torch.stack([(g * d).sum() for g, d in zip(first, direction, strict=True)]).sum()
+        return self._by_factors(_grad(along, points))
+
+    def _of(self, values: list[Tensor], part: Batch) -> Tensor:
         named = dict(zip(self.names, values, strict=True))
-        return functional.cross_entropy(self.logits(named, piece.images), piece.labels)
+        return functional.cross_entropy(self.logits(named, part.images), part.labels)
+
+    def _by_factors(self, slopes: tuple[Tensor, ...]) -> Tensor:
+        return torch.stack([(s * p).sum(dtype=torch.float64) for s, p in zip(slopes, self.start, strict=True)])
 
 
 class _Adam:
@@ -138,13 +147,12 @@ class _Adam:
         return self.lr * first / unbiased
 
 
-def _add(total: list[Tensor], part: tuple[Tensor, ...]) -> None:
-    for whole, term in zip(total, part, strict=True):
-        whole.add_(term)
+def _points(values: list[Tensor]) -> list[Tensor]:
+    return [v.detach().requires_grad_() for v in values]
 
 
-def _pieces(batch: Batch, parts: int) -> list[Batch]:
-    return [Batch(*piece) for piece in zip(batch.images.chunk(parts), batch.labels.chunk(parts), strict=True)]
+def _grad(value: Tensor, points: list[Tensor], create_graph: bool = False) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(value, points, create_graph=create_graph, materialize_grads=True, allow_unused=True)
 
 
 def _halves(first: Batch, second: Batch) -> Batch:

@@ -39,7 +39,8 @@ COMMAND_LINE = {
     "ghostmask bench": ["BENCHMARK", "-h --help", "--json", "--device", "--quick", "--strict"],
     "ghostmask sweep": ["[CONFIG or key=value ...]", "-h --help", "--vary", "--seeds", "--folder"],
     "ghostmask tost-table": [
-        "CONFIG", "[key=value ...]", "-h --help", "--masks", "--densities", "--tweaks", "--print", "--seeds", "--folder",
+        "CONFIG", "[key=value ...]", "-h --help", "--masks", "--densities", "--tweaks", "--print", "--seeds",
+        "--folder",
     ],
     "ghostmask show": ["-h --help"],
     "ghostmask show config": ["[[CONFIG] [key=value] ...]", "-h --help"],
@@ -113,15 +114,15 @@ MORE_WRONG = {
     "find-mask cifar10_resnet32_lth": "mask.method = 'lth': finds its mask by training",
     "evaluate no_such_run": "run = 'no_such_run'",
     "export no/such/run": "run = 'no/such/run'",
-    "train digits_probmask model.name=mobilenet-v3": "model.name = 'mobilenet-v3' is not known: did you mean 'mobilenet_",
+    "train digits_probmask model.name=mobilenet-v3": "model.name = 'mobilenet-v3' is not known: did you mean 'mob",
     "train digits_probmask model.name=my.nets.small": (
         "model.name = 'my.nets.small' is not known: did you mean 'my.nets:small'?"
     ),
     "train digits_probmask model.name=no_such:small": "model.name = 'no_such:small': there is no module 'no_such' in /",
-    "find-mask cifar10_resnet32_snip model.name=no.such:small": "model.name = 'no.such:small': there is no module 'no' in",
+    "find-mask cifar10_resnet32_snip model.name=no.such:small": "model.name = 'no.such:small': there is no module 'no'",
     "bench mask --quick --strict": "--strict: the numbers of --quick mean nothing; leave one of them out",
     "sweep mask.density=0.1": "ghostmask sweep: name at least one CONFIG, such as digits_probmask",
-    "sweep digits_probmask --vary mask.density": "--vary = 'mask.density': give a setting and its values, such as mask.",
+    "sweep digits_probmask --vary mask.density": "--vary = 'mask.density': give a setting and its values, such as ",
     "sweep digits_probmask --vary mask.density=0.1,7 --folder /dev/null": "mask.density = 7.0: give a number in (0, 1]",
     "tost-table digits_tost --tweaks lrs": "--tweaks = 'lrs' is not known: did you mean 'lrsi'?",
     "hessian no_such_run": "run = 'no_such_run'",

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from hatchling.builders.sdist import SdistBuilder
 from hatchling.builders.wheel import WheelBuilder
 from packaging.requirements import Requirement
+
+import ghostmask
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("benchmarks", "configs", "data_pipelines", "engine", "launcher", "masks", "models")
@@ -30,15 +33,6 @@ def tracked() -> list[Path]:
     if result.returncode != 0:
         pytest.skip("not a git checkout")
     return [ROOT / name for name in result.stdout.split("\0") if name and (ROOT / name).is_file()]
-
-
-def test_the_generic_package_names_belong_to_this_project_only() -> None:
-    owners = importlib.metadata.packages_distributions()
-    for name in PACKAGES:
-        assert set(owners.get(name, [])) <= {"ghostmask"}, f"{name} is also installed by {owners[name]}"
-        spec = importlib.util.find_spec(name)
-        assert spec is not None
-        assert spec.origin == str(ROOT / name / "__init__.py")
 
 
 def test_the_distribution_cannot_be_uploaded() -> None:
@@ -57,14 +51,46 @@ def test_the_constraints_satisfy_every_requirement() -> None:
             assert requirement.specifier.contains(version), f"constraints.txt: {requirement.name} {version}"
 
 
-def test_the_wheel_holds_the_packages_and_the_run_files_and_nothing_else(tmp_path: Path) -> None:
-    (wheel,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
-    names = set(zipfile.ZipFile(wheel).namelist())
-    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == set(PACKAGES)
-    for package in PACKAGES:
-        for source in [*(ROOT / package).rglob("*.py"), *(ROOT / package).rglob("*.yaml")]:
-            assert source.relative_to(ROOT).as_posix() in names
-    assert not [name for name in names if "test" in Path(name).name]
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this checkout."""
+    (path,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path_factory.mktemp("wheel")), versions=["standard"])
+    return Path(path)
+
+
+def contents(wheel: Path) -> list[str]:
+    """The names of the files in a wheel, without what describes it."""
+    return sorted(name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name)
+
+
+def test_the_wheel_holds_each_file_once_under_the_one_name_and_nothing_else(wheel: Path) -> None:
+    names = contents(wheel)
+    sources = [path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.is_file()]
+    expected = {f"ghostmask/{path.relative_to(ROOT)}" for path in sources if path.parent.name != "__pycache__"}
+    expected |= {f"ghostmask/{path.name}" for path in (ROOT / "ghostmask").iterdir() if path.is_file()}
+    assert names == sorted(expected)
+
+
+def test_the_wheel_holds_files_and_no_links(wheel: Path) -> None:
+    modes = {info.filename: info.external_attr >> 16 for info in zipfile.ZipFile(wheel).infolist()}
+    assert not [name for name, mode in modes.items() if stat.S_ISLNK(mode)]
+
+
+def test_a_wheel_that_is_built_from_the_sdist_is_the_same(wheel: Path, tmp_path: Path) -> None:
+    (sdist,) = SdistBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    source = Path(sdist.removesuffix(".tar.gz"))
+    (again,) = WheelBuilder(str(source)).build(directory=str(tmp_path), versions=["standard"])
+    assert contents(Path(again)) == contents(wheel)
+
+
+def test_the_installed_command_and_the_version_are_those_of_the_code(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (info,) = {name.split("/")[0] for name in archive.namelist() if ".dist-info/" in name}
+    assert f"\nVersion: {ghostmask.__version__}\n" in archive.read(f"{info}/METADATA").decode()
+    scripts = archive.read(f"{info}/entry_points.txt").decode()
+    assert re.findall(r"^ghostmask *= *(\S+)$", scripts, flags=re.M) == ["ghostmask.launcher.main:main"]
 
 
 def test_tracked_files_are_small_sources_and_no_data(tracked: list[Path]) -> None:

@@ -75,6 +75,9 @@ class BucketReducer:
     def add(self, bucket: int, position: int, gradient: Tensor, *, sending: bool) -> None:
         """A gradient that autograd has finished; sending: whether this backward pass is the one whose sum leaves."""
         b = self._buckets[bucket]
+        if position in b.arrived:  # nobody said that the pass before is over
+            self._fill_up(b)
+            self._close(b)
         flat = self._open(b)
         view = flat[b.offsets[position] : b.offsets[position] + b.numels[position]].view(gradient.shape)
         if b.adding:
@@ -89,10 +92,7 @@ class BucketReducer:
         """Collective where sending: nothing more comes of this pass; parameters without a gradient count as 0."""
         for number in self._leaving[self._next :]:
             b = self._buckets[number]
-            flat = self._open(b)
-            for position in set(range(len(b.numels))) - b.arrived if not b.adding else ():
-                flat[b.offsets[position] : b.offsets[position] + b.numels[position]] = 0
-            b.arrived.update(range(len(b.numels)))
+            self._fill_up(b)
             if not sending:
                 self._close(b)
         if sending:
@@ -113,6 +113,14 @@ class BucketReducer:
             if self.world.size == 1 and b.result is not None:
                 self._spare.setdefault(b.result.dtype, []).append(b.result)
             b.result = None
+
+    def _fill_up(self, b: _Filling) -> None:
+        """Parameters whose gradient has not come count as 0."""
+        flat = self._open(b)
+        for position in set(range(len(b.numels))) - b.arrived:
+            if not b.adding:
+                flat[b.offsets[position] : b.offsets[position] + b.numels[position]] = 0
+            b.arrived.add(position)
 
     def _open(self, b: _Filling) -> Tensor:
         """The buffer that this pass's gradients go into: the sum of one microbatch, if that is what lies on top."""

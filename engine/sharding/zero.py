@@ -8,12 +8,13 @@ norm and the constraint need all of them), and wait for the device to look at th
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import logger as deepspeed_logger
@@ -126,6 +127,53 @@ class ZeroPlacement:
         return [bucket for part in self.slices for bucket in part.layout.buckets]
 
 
+class ReplicatedPlacement(WholePlacement):
+    """Stage 0: every rank holds everything; gradients are added up in the tree's order, and gathered."""
+
+    def __init__(self, groups: Sequence[ParameterGroup], world: World, order: Sequence[int], *, several: bool) -> None:
+        super().__init__(groups)
+        self._world = world
+        self._reducer = BucketReducer(world, order, several=several, send_each=False)
+        self._hooks = []
+        for number, group in enumerate(groups):
+            parameters = list(group.parameters.values())
+            share = -(-sum(p.numel() for p in parameters) // world.size)
+            self._reducer.add_bucket([p.numel() for p in parameters], share, torch.float32)
+            for position, p in enumerate(parameters):
+                if p.requires_grad:
+                    self._hooks.append(p.register_post_accumulate_grad_hook(self._taker(number, position)))
+        self._reducer.set_leaving(range(len(groups)))
+        self._reduced = False
+
+    def gradient(self, group: int) -> Tensor:
+        if not self._reduced:
+            self._reducer.end_backward(sending=True)
+            self._reduced = True
+        own, numel = self._reducer.result(group), self.slices[group].numel
+        if self._world.size == 1:
+            return own[:numel]
+        whole = torch.empty(own.numel() * self._world.size, dtype=own.dtype, device=own.device)
+        dist.all_gather_into_tensor(whole, own, group=self._world.group)
+        return whole[:numel].div_(self._world.size)
+
+    def publish(self) -> None:
+        self._reducer.clear()
+        self._reduced = False
+
+    def release(self) -> None:
+        """Take the hooks off the parameters."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _taker(self, number: int, position: int) -> Callable[[Tensor], None]:
+        def take(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            self._reducer.add(number, position, parameter.grad, sending=False)
+            parameter.grad = None
+
+        return take
+
+
 @dataclass(frozen=True)
 class ShardedEngine:
     """A DeepSpeed engine and the optimizer behind it."""
@@ -135,6 +183,8 @@ class ShardedEngine:
 
     def destroy(self) -> None:
         """Release DeepSpeed's hooks and buffers, so that another engine can be made for the same parameters."""
+        if isinstance(self.optimizer.placement, ReplicatedPlacement):
+            self.optimizer.placement.release()
         self.engine.destroy()
 
 
@@ -208,7 +258,8 @@ def initialize(
     )
     optimizer.param_groups = whole
     if stage == 0:
-        optimizer.place(WholePlacement(groups))
+        engine.enable_backward_allreduce = False
+        optimizer.place(ReplicatedPlacement(groups, world, order or range(world.size), several=microsteps > 1))
         return engine
     zero = engine.optimizer
     zero.__class__ = SlicedZero

@@ -1,4 +1,4 @@
-"""Which random word belongs to weight i of tensor t in this step: Philox4x32-7, keyed by where the run is."""
+"""Which random word belongs to weight i of the network in this step: Philox4x32-7, keyed by where the run is."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ LANES = 256
 ROUNDS = 7
 """The fewest with which Philox4x32 passes all of BigCrush (Salmon et al., 2011, table 2); ten are a margin that these
 masks have no use for, and cost a tenth of the operator's time."""
+BELOW_ONE = 1 - 2.0**-24
+"""The largest float32 number below 1."""
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -22,41 +24,43 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 class NoiseKey:
     """What the noise of one forward pass is a function of; nothing of it has to be stored or restored.
 
-    seed: of the run; step: global number of the optimizer step; sample: number of the noise sample (or microbatch)
-    within the step; rank: the rank, or one number on all ranks for noise that they share.
+    seed: of the run; step: global number of the optimizer step; sample: number of the noise sample within the step.
     """
 
     seed: int
     step: int
     sample: int
-    rank: int
 
-    def tensor(self, device: torch.device | str = "cpu") -> Tensor:
-        """The 64-bit Philox key as an int64 scalar: a hash of all four numbers, so that no two keys are related."""
-        text = f"mask noise {self.seed} {self.step} {self.sample} {self.rank}"
-        value = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
-        return torch.tensor(value, dtype=torch.int64).to(device, non_blocking=True)
+    @property
+    def value(self) -> int:
+        """The Philox key, in [0, 2^64): a hash of all three numbers, so that no two keys are related."""
+        text = f"mask noise {self.seed} {self.step} {self.sample}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def random_words(key: Tensor, number: int, first: int, count: int) -> Tensor:
-    """int64 (count,) in [0, 2^32): the words of weights first, ..., first + count - 1 of tensor `number`.
+def random_words(key: int, first: int, count: int, device: torch.device | str) -> Tensor:
+    """int64 (count,) in [0, 2^32): the words of weights first, ..., first + count - 1 of the network.
 
-    A word depends on the key, the tensor's number and the weight's index alone. Weight i of block b = i // 1024 takes
-    word (i % 1024) // 256 of the counter (256 b + i % 256, number): a counter's four words are 256 weights apart, so
-    that vector lanes hold neighbouring weights. `first` is a multiple of 1024.
+    A word depends on the key, in [0, 2^64), and the weight's index alone. Weight i of block b = i // 1024 takes word
+    (i % 1024) // 256 of the counter 256 b + i % 256: a counter's four words are 256 weights apart, so that vector lanes
+    hold neighbouring weights.
     """
-    if first % BLOCK:
-        raise ValueError(f"first = {first}: give a multiple of {BLOCK}")
-    blocks = -(-count // BLOCK)
-    start = first // BLOCK * LANES
-    counter = torch.arange(start, start + blocks * LANES, device=key.device)
-    zero = torch.zeros((), dtype=torch.int64, device=key.device)
-    words = philox((counter & _WORD, counter >> 32, zero + number, zero), (key & _WORD, (key >> 32) & _WORD))
-    return torch.stack([word.view(blocks, LANES) for word in words], 1).view(-1)[:count]
+    begin, end = first // BLOCK, -(-(first + count) // BLOCK)
+    counter = torch.arange(begin * LANES, end * LANES, device=device)
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    words = philox((counter & _WORD, counter >> 32, zero, zero), (key & _WORD, key >> 32))
+    start = first - begin * BLOCK
+    return torch.stack([word.view(-1, LANES) for word in words], 1).view(-1)[start : start + count]
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """The four 32-bit output words of Philox4x32-7 (Salmon et al., 2011); all words int64 in [0, 2^32)."""
+def uniforms(key: int, first: int, count: int, device: torch.device | str) -> Tensor:
+    """float32 (count,), uniform in (0, 1), of the same weights: u < s keeps a weight with probability s."""
+    words = random_words(key, first, count, device)
+    return ((words.double() + 0.5) * 2.0**-32).float().clamp_(max=BELOW_ONE)
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """The four 32-bit output words of Philox4x32-7 (Salmon et al., 2011); counter: int64 in [0, 2^32)."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
