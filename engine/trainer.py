@@ -200,7 +200,7 @@ class Trainer:
             LossModule(task.model, task.label_smoothing, config.precision, compiled=config.compile),
             task.groups, self.replicas.inner, zero_stage=config.zero_stage, clip=task.clip,
             microsteps=len(self.cycles[0].parts), micro_batch=self.data.batch_size // self.replicas.parts.total,
-            sampling=sampling, whole_world=self.world, order=self.replicas.order,
+            sampling=sampling, order=self.replicas.order,
         )  # fmt: skip
 
     def _run_epoch(self, signals: StopSignals) -> None:

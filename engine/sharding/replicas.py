@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 
@@ -90,7 +91,7 @@ def _places(world: World, node: str) -> list[int]:
 def _subset(world: World, ranks: list[int]) -> World | None:
     """Collective over all ranks: the world of some of them, in that order; None on the others."""
     ordered = sorted(ranks)
-    group = dist.new_group(ordered) if len(ranks) > 1 else None
+    group: Any = dist.new_group(ordered)
     if world.rank not in ranks:
         return None
     return World(ordered.index(world.rank), len(ranks), world.local_rank, world.device, group)

@@ -188,7 +188,7 @@ class ShardedEngine:
         self.engine.destroy()
 
 
-class _NoiseGroup:
+class _Group:
     """What DeepSpeed calls mpu: the ranks among which parameters are shared out and gradients are averaged."""
 
     def __init__(self, world: World) -> None:
@@ -215,22 +215,19 @@ class _NoiseGroup:
 
 def shard_model(
     module: nn.Module, groups: Sequence[ParameterGroup], world: World, *, zero_stage: int, micro_batch: int,
-    microsteps: int, clip: float, sampling: Sampling | None = None, whole_world: World | None = None,
-    order: Sequence[int] | None = None,
+    microsteps: int, clip: float, sampling: Sampling | None = None, order: Sequence[int] | None = None,
 ) -> ShardedEngine:  # fmt: skip
     """Collective: a DeepSpeed engine over `module` whose parameters in `groups` are trained by a ShardedOptimizer.
 
-    world: the ranks that share the groups (those of one noise group); whole_world: all ranks, if these are more.
+    world: the ranks that share the groups (those of one noise group); order: these by the parts that they compute.
     micro_batch: images per rank and forward pass; microsteps: forward passes per `engine.step` (the gradients are
     averaged over them).
     """
     config = _settings(world, zero_stage, micro_batch, microsteps)
     optimizer = ShardedOptimizer(groups, clip=clip, sampling=sampling, placement=None)
-    apart = whole_world is not None and whole_world.size > world.size
-    engine = initialize(
-        module, optimizer, config, world, mpu=_NoiseGroup(world) if apart else None, microsteps=microsteps,
-        order=order,
-    )
+    # Always named: DeepSpeed keeps what an engine before this one was given.
+    mpu = _Group(world) if world.group is not None else None
+    engine = initialize(module, optimizer, config, world, mpu=mpu, microsteps=microsteps, order=order)
     return ShardedEngine(engine, optimizer)
 
 
