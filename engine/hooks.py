@@ -12,8 +12,8 @@
         hook.on_epoch_end(trainer)                 # after the evaluation, before the checkpoint
     hook.on_stop(trainer)                          # also when the loop ends by an exception
 
-Hooks run in the order given to the trainer. What a hook must not forget goes into `state_dict` (JSON-able) or `tensors`;
-both are in every checkpoint.
+Hooks run in the order given to the trainer. What a hook must not forget goes into `state_dict` (JSON-able) or
+`tensors`; both are in every checkpoint.
 """
 
 from __future__ import annotations

@@ -249,7 +249,7 @@ class Trainer:
         for settings, group in zip(optimizer.param_groups, optimizer.groups, strict=True):
             settings["lr"] = group.lr * factor
         layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
-        images = batch.images.contiguous(memory_format=layout).chunk(self.replicas.parts.count)
+        images = _parts(batch.images.contiguous(memory_format=layout), self.replicas.parts.count)
         labels = batch.labels.chunk(self.replicas.parts.count)
         totals = torch.zeros(2, dtype=torch.float32, device=self.world.device)
         vote = None
@@ -329,3 +329,8 @@ class Trainer:
             return False
         done = self.position.epoch - self.phase.first_epoch
         return done % self.saving.every_epochs == 0 or self.position.step == self.phase.end_step
+
+
+def _parts(images: Tensor, count: int) -> list[Tensor]:
+    """The parts of a batch, each where memory is aligned: convolutions of unaligned images round otherwise."""
+    return [part if part.data_ptr() % 64 == 0 else part.clone() for part in images.chunk(count)]

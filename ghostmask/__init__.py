@@ -11,7 +11,21 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_LIBRARY: dict[str, str] = {}
+_LIBRARY: dict[str, str] = {
+    "optimizer": "ghostmask.masks.library:optimizer",
+    "initialize": "ghostmask.masks.library:initialize",
+    "probmask": "ghostmask.masks.library:probmask",
+    "gmp": "ghostmask.masks.library:gmp",
+    "fixed": "ghostmask.masks.library:fixed",
+    "magnitude_masks": "ghostmask.masks.library:magnitude_masks",
+    "present_masks": "ghostmask.masks.masked:present_masks",
+    "prunable_weights": "ghostmask.masks.prunable:prunable_weights",
+    "ShardedOptimizer": "ghostmask.engine.sharding.optimizer:ShardedOptimizer",
+    "ParameterGroup": "ghostmask.engine.sharding.placement:ParameterGroup",
+    "Reparametrization": "ghostmask.engine.sharding.reparametrization:Reparametrization",
+    "Sgd": "ghostmask.engine.sharding.rules:Sgd",
+    "Adam": "ghostmask.engine.sharding.rules:Adam",
+}
 """public name -> "module:name"; `import ghostmask` itself stays light."""
 
 __all__ = list(_LIBRARY)

@@ -66,7 +66,11 @@ def _check_batch(config: RunConfig, world_size: int) -> None:
         check_ranks(parts, noises, world_size)
     unit = parts or math.lcm(world_size, noises)
     below, above = size // unit * unit, (size // unit + 1) * unit
-    why = f"train.replicas = {parts}" if parts else f"ranks {world_size}" + (f", mask.noises {noises}" if noises > 1 else "")
+    why = (
+        f"train.replicas = {parts}"
+        if parts
+        else f"ranks {world_size}" + (f", mask.noises {noises}" if noises > 1 else "")
+    )
     require(
         size % unit == 0,
         "data.batch_size", size, f"give a multiple of {unit} ({why}), such as {f'{below} or {above}' if below else above}",

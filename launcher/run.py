@@ -159,7 +159,8 @@ def build_method(config: RunConfig, world: World, data: DataPipeline) -> MaskMet
 
 
 def assemble(
-    config: RunConfig, folder: Path, data: DataPipeline, method: MaskMethod, store: CheckpointStore, saved: Saved | None,
+    config: RunConfig, folder: Path, data: DataPipeline, method: MaskMethod, store: CheckpointStore, saved: Saved |
+    None,
     shares: Shares,
 ) -> Run:  # fmt: skip
     """The run in `folder`, whose writers go on after `saved`; nothing is trained yet."""

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ghostmask.engine.errors import InputError, RunStopped, bad_value
+from ghostmask.engine.spawn import PRELOAD
 from ghostmask.launcher.checks import check_config
 from ghostmask.launcher.config import RunConfig
-from ghostmask.launcher.settings import load_config, to_dict
+from ghostmask.launcher.environment import prepare_environment
+from ghostmask.launcher.settings import differences, from_dict, load_config
 
 
 def sweep(arguments: Sequence[str], *, vary: Sequence[str], seeds: int, folder: Path) -> int:
@@ -33,32 +37,45 @@ def sweep(arguments: Sequence[str], *, vary: Sequence[str], seeds: int, folder: 
         raise InputError("ghostmask sweep: name at least one CONFIG, such as digits_probmask")
     settings = [text for text in arguments if "=" in text]
     varied = [_values(text) for text in vary]
-    plans: dict[tuple[str, ...], list[tuple[RunConfig, list[str]]]] = {}
+    plans: dict[tuple[str, ...], list[PlannedRun]] = {}
     for config, *chosen in itertools.product(configs, *varied):
         name = "-".join([Path(config).stem, *(text.partition("=")[2] for text in chosen)])
-        plans[config, *chosen] = runs = []
-        for seed in range(seeds):
-            own = [*settings, *chosen, f"seed={seed}", f"run={os.path.join(folder, f'{name}-seed{seed}')}"]
-            runs.append((load_config(config, own), ["train", config, *own]))
-            check_config(runs[-1][0], world_size=1)
+        plans[config, *chosen] = [
+            planned(config, [*settings, *chosen, f"seed={seed}", f"run={os.path.join(folder, f'{name}-seed{seed}')}"])
+            for seed in range(seeds)
+        ]
     rows = []
     for (config, *chosen), runs in plans.items():
-        scores = [trained(*run) for run in runs]
+        scores = [trained(run) for run in runs]
         rows.append([config, *(text.partition("=")[2] for text in chosen), spread(scores)])
         print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
     print(table(["config", *(text.partition("=")[0] for text in vary), f"test accuracy, {seeds} seeds"], rows))
     return 0
 
 
-def trained(config: RunConfig, command: list[str]) -> float:
-    """Test accuracy in percent of a run, made by `command` unless it is there. Raises RunStopped where that fails."""
-    if accuracy(config) is None:
-        # A process per run: DeepSpeed keeps the process group of the first run of a process.
-        done = subprocess.run([sys.executable, "-m", "ghostmask", *command], stdout=subprocess.DEVNULL, check=False)
-        if done.returncode:
-            code = done.returncode if done.returncode > 0 else 128 - done.returncode
-            raise RunStopped(f"sweep: {config.run} ended with exit code {code}; the same command goes on from it", code)
-    score = accuracy(config)
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run of a table: its configuration, and the arguments of `ghostmask` that train it."""
+
+    config: RunConfig
+    command: list[str]
+
+
+def planned(name: str, settings: Sequence[str]) -> PlannedRun:
+    """The run of configuration `name` with key=value settings. Raises InputError where it could not be trained."""
+    config = load_config(name, settings)
+    check_config(config, world_size=1)
+    return PlannedRun(config, ["train", name, *settings])
+
+
+def trained(run: PlannedRun) -> float:
+    """Test accuracy in percent of a run, which is trained unless it is there. Raises RunStopped where that fails."""
+    if accuracy(run.config) is None:
+        prepare_environment(run.config.train.device)
+        code = _exit_code(run.command)
+        if code:
+            raise RunStopped(f"{run.config.run} ended with exit code {code}; the same command goes on from there", code)
+    score = accuracy(run.config)
     assert score is not None
     return score
 
@@ -69,8 +86,13 @@ def accuracy(config: RunConfig) -> float | None:
     if not summary.exists():
         return None
     found = json.loads(summary.read_text())
-    if found["config"] != json.loads(json.dumps(to_dict(config))):
-        raise InputError(f"run = {config.run!r}: the folder holds a run with other settings; give another --folder")
+    before = from_dict(found["config"])
+    if not config.train.replicas:  # not asked for: chosen when the run started
+        config = replace(config, train=replace(config.train, replicas=before.train.replicas))
+    changes = differences(before, config)
+    if changes:
+        others = f"the folder holds a run with other settings ({'; '.join(changes)})"
+        raise InputError(f"run = {config.run!r}: {others}; give another --folder")
     return 100 * float(found["accuracy"])
 
 
@@ -86,6 +108,32 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     """A markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _exit_code(command: list[str]) -> int:
+    """Of a `ghostmask` command in a process of its own: DeepSpeed keeps the process group of a process's first run.
+
+    It is forked from a server that has imported torch and DeepSpeed once.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    process = context.Process(target=_run, args=(command,))
+    process.start()
+    try:
+        process.join()
+    except BaseException:
+        process.terminate()
+        process.join()
+        raise
+    assert process.exitcode is not None
+    return process.exitcode if process.exitcode >= 0 else 128 - process.exitcode
+
+
+def _run(command: list[str]) -> None:
+    from ghostmask.launcher.main import main
+
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        sys.exit(main(command))
 
 
 def _values(text: str) -> list[str]:

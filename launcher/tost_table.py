@@ -2,25 +2,21 @@
 
 Every mask is trained from the initialisation of its seed, with tost=none and with each tweak: all (the configuration's
 own tost section) or one of it. random, snip, grasp and synflow find it there; magnitude's and lth's is the result of a
-run of its own without ToST. One rank, one process. A run that is finished is not run again: an interrupted table goes
-on where it was.
+run of its own without ToST. One rank each, one after the other. A run that is finished is not run again: an interrupted
+table goes on where it was.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-import sys
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
 from pathlib import Path
 
 from ghostmask.engine.errors import unknown_name
 from ghostmask.launcher.checks import READ_BY_TWEAK
-from ghostmask.launcher.config import RunConfig
-from ghostmask.launcher.environment import prepare_environment
 from ghostmask.launcher.settings import load_config
-from ghostmask.launcher.sweep import accuracy, spread
+from ghostmask.launcher.sweep import PlannedRun, accuracy, planned, spread, trained
 from ghostmask.launcher.values import as_text
 
 TRAINED = {"magnitude": ["finetune.epochs=0"], "lth": ["mask.round_fraction=0.5"]}
@@ -45,36 +41,16 @@ def tost_table(
         if tweak not in TWEAKS:
             raise unknown_name("--tweaks", tweak, TWEAKS)
     cells = list(itertools.product(range(seeds), densities, masks, (WITHOUT, *tweaks)))
-    runs = {cell: _config(name, settings, folder, cell) for cell in cells}
+    runs = {cell: _run(name, settings, folder, cell) for cell in cells}
     if not only_print:
         found = {c: _source(name, settings, folder, *c[:3]) for c in cells if c[2] in TRAINED}
-        # Each source stands before the runs that read it; twice in the list, it is trained once.
-        order = [config for cell in cells for config in (found.get(cell), runs[cell]) if config is not None]
-        train_all(order)
-    print(table({cell: accuracy(config) for cell, config in runs.items()}, masks, densities, tweaks, seeds))
+        for cell in cells:
+            # Each source stands before the runs that read it; there several times, it is trained once.
+            for run in (found.get(cell), runs[cell]):
+                if run is not None:
+                    trained(run)
+    print(table({cell: accuracy(run.config) for cell, run in runs.items()}, masks, densities, tweaks, seeds))
     return 0
-
-
-def train_all(configs: Sequence[RunConfig]) -> None:
-    """Train each that is not finished to its end, in one process: DeepSpeed does not survive a second process group."""
-    if all(accuracy(config) is not None for config in configs):
-        return
-    prepare_environment(configs[0].train.device)
-    from ghostmask.engine.world import connect
-    from ghostmask.launcher.run import assemble, build_method, open_data
-    from ghostmask.launcher.train import finish, open_folder
-
-    with connect(configs[0].train.device) as world, redirect_stdout(sys.stderr):
-        for config in configs:
-            if accuracy(config) is not None:
-                continue
-            folder = Path(config.run)
-            data = open_data(config, world)
-            method = build_method(config, world, data)
-            saved, store = open_folder(folder, config, world)
-            with assemble(config, folder, data, method, store, saved).closing() as run:
-                run.execute(saved)
-                finish(run, folder)
 
 
 def table(
@@ -98,23 +74,29 @@ def table(
     return "\n".join(lines)
 
 
-def _config(name: str, settings: Sequence[str], folder: Path, cell: Cell) -> RunConfig:
+def _run(name: str, settings: Sequence[str], folder: Path, cell: Cell) -> PlannedRun:
     seed, density, mask, tweak = cell
     if mask in TRAINED:
-        source = _source(name, settings, folder, seed, density, mask).run
+        source = _source(name, settings, folder, seed, density, mask).config.run
         given = ["mask.method=file", "mask.density=1", f"mask.path={source}"]
     else:
         given = [f"mask.method={mask}", f"mask.density={density}"]
     own = [*given, f"seed={seed}", f"run={os.path.join(folder, f'{mask}-{density}-{tweak}-seed{seed}')}"]
-    if tweak in ("all", WITHOUT):
-        return load_config(name, [*settings, *own, *(["tost=none"] if tweak == WITHOUT else [])])
-    section, others = load_config(name, settings).tost, [s for s in settings if not s.startswith("tost")]
+    if tweak == "all":
+        return planned(name, [*settings, *own])
+    if tweak == WITHOUT:
+        return planned(name, [*_without_tost(settings), *own])
+    section = load_config(name, settings).tost
     alone = [f"tost.{k}={as_text(getattr(section, k))}" for k in (tweak, *READ_BY_TWEAK.get(tweak, ()))]
-    return load_config(name, [*others, *own, "tost=none", *alone])
+    return planned(name, [*_without_tost(settings), *own, *alone])
 
 
-def _source(name: str, settings: Sequence[str], folder: Path, seed: int, density: str, mask: str) -> RunConfig:
+def _source(name: str, settings: Sequence[str], folder: Path, seed: int, density: str, mask: str) -> PlannedRun:
     """The run, without ToST, whose result is the mask."""
     run = os.path.join(folder, f"{mask}-{density}-found-seed{seed}")
     own = [f"mask.method={mask}", f"mask.density={density}", f"seed={seed}", f"run={run}", *TRAINED[mask]]
-    return load_config(name, [*settings, *own, "tost=none"])
+    return planned(name, [*_without_tost(settings), *own])
+
+
+def _without_tost(settings: Sequence[str]) -> list[str]:
+    return [*(text for text in settings if not text.startswith("tost")), "tost=none"]

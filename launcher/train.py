@@ -103,8 +103,8 @@ def _kept_config(folder: Path) -> RunConfig | None:
         return load_config(str(file), [])
     except InputError as error:
         raise InputError(
-            f"run = {str(folder)!r}: its configuration cannot be read ({error}); was it made by an older version, whose "
-            "checkpoints fit no more? give another run=NAME, or --restart to start over"
+            f"run = {str(folder)!r}: its configuration cannot be read ({error}); was it made by an older version, "
+            "whose checkpoints fit no more? give another run=NAME, or --restart to start over"
         ) from None
 
 

@@ -31,7 +31,8 @@ class FixedMask(Masked):
     """theta = w m with a boolean mask m in the state; what is pruned gets no gradient, only weight decay."""
 
     def __init__(self, rule: UpdateRule, masks: Mapping[str, Tensor] | None = None) -> None:
-        """masks: bool tensors by parameter name, equal on all ranks; None: all True, until a checkpoint says otherwise."""
+        """masks: bool tensors by parameter name, equal on all ranks; None: all True, until a checkpoint says
+        otherwise."""
         super().__init__({"weight": rule})
         self._masks = masks
 

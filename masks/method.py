@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +32,13 @@ from ghostmask.engine.position import Phase
 from ghostmask.engine.sharding.placement import ParameterGroup
 from ghostmask.engine.sharding.reparametrization import Plain, Reparametrization
 from ghostmask.engine.sharding.rules import Sgd
-from ghostmask.engine.trainer import Trainer
 from ghostmask.engine.world import World
 from ghostmask.masks.masked import PRUNABLE, present_masks
 from ghostmask.masks.prunable import prunable_weights
 from ghostmask.masks.settings import MaskSettings
+
+if TYPE_CHECKING:
+    from ghostmask.engine.trainer import Trainer
 
 FINETUNE = "finetune"
 OTHER = "other"

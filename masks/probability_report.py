@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,9 +11,11 @@ from torch import Tensor
 from ghostmask.engine.hooks import Hook
 from ghostmask.engine.metrics import Counts
 from ghostmask.engine.sharding.slices import Slice
-from ghostmask.engine.trainer import Trainer
 from ghostmask.masks.masked import PRUNABLE
 from ghostmask.masks.relaxed import RelaxedMask
+
+if TYPE_CHECKING:
+    from ghostmask.engine.trainer import Trainer
 
 DECIDED = 0.01
 """A probability this near to 0 or 1 counts as decided."""
@@ -37,12 +40,11 @@ class ProbabilityReport(Hook):
             return
         decided = float(self._decided(trainer))
         if decided < FEW_DECIDED:
-            _, state, _ = trainer.sharded.optimizer.group(PRUNABLE)
             lr = trainer.task.groups[0].lr * self.form.rates["probability"]
             steps = trainer.phase.end_step - trainer.phase.first_step
             trainer.reporter.progress.message(
-                f"warning: only {decided:.0%} of the probabilities are within {DECIDED:g} of 0 or 1 after {steps} steps; "
-                f"mask.lr = {lr:g} is too small for so few: try mask.lr={suggested_rate(lr, steps):.2g}"
+                f"warning: only {decided:.0%} of the probabilities are within {DECIDED:g} of 0 or 1 after {steps} "
+                f"steps; mask.lr = {lr:g} is too small for so few: try mask.lr={suggested_rate(lr, steps):.2g}"
             )
 
     def scalars(self, trainer: Trainer) -> Mapping[str, float | Tensor]:

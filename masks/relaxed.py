@@ -11,12 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from shimk import project_, project_layers_
 from torch import Tensor
 
 from ghostmask.engine.sharding.reparametrization import Draw, State
 from ghostmask.engine.sharding.rules import Adam, UpdateRule
 from ghostmask.engine.sharding.slices import Run, Slice
-from shimk import project_, project_layers_
 from ghostmask.masks.kernels.noise import NoiseKey, uniforms
 from ghostmask.masks.kernels.relaxed_mask import EPS, Limits, gradients_, masked_
 from ghostmask.masks.masked import Masked
@@ -31,8 +31,8 @@ START = 1.0
 
 @dataclass(frozen=True)
 class Search:
-    """The schedules of a search, in epochs: temperature to temperature_end in the last one, density from 1 at `start` to
-    `density` at `end`; steps_per_epoch: updates per epoch; seed: of ties and of the final sample."""
+    """The schedules of a search, in epochs: temperature to temperature_end in the last one, density from 1 at `start`
+    to `density` at `end`; steps_per_epoch: updates per epoch; seed: of ties and of the final sample."""
 
     density: float
     constraint: str

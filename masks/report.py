@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ghostmask.engine.hooks import Hook
-from ghostmask.engine.trainer import Trainer
 from ghostmask.masks.masked import masked_group
 from ghostmask.masks.scoring.largest import empty_layers
+
+if TYPE_CHECKING:
+    from ghostmask.engine.trainer import Trainer
 
 
 class DensityReport(Hook):
@@ -44,5 +46,7 @@ def mask_lines(masks: Mapping[str, Tensor], settings: Any) -> list[str]:
     empty = empty_layers(masks)
     if empty:
         named = f"{len(empty)} of {len(masks)} layers have no weight left: {', '.join(empty)}"
-        lines.append(f"warning: {named}" + ("; mask.min_per_layer=1 keeps some" if hasattr(settings, "min_per_layer") else ""))
+        lines.append(
+            f"warning: {named}" + ("; mask.min_per_layer=1 keeps some" if hasattr(settings, "min_per_layer") else "")
+        )
     return lines

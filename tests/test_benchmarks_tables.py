@@ -116,7 +116,7 @@ def test_one_score_has_no_spread() -> None:
 @pytest.mark.parametrize("tweak", tost_table.TWEAKS[1:])
 def test_a_tweak_alone_leaves_the_others_off_and_keeps_its_own_settings(tweak: str, tmp_path: Path) -> None:
     settings = ["tost.lrsi_steps=7", "tost.ghost_skip_fraction=0.2"]
-    tost = tost_table._config("digits_tost", settings, tmp_path, (0, "0.1", "snip", tweak)).tost
+    tost = tost_table._run("digits_tost", settings, tmp_path, (0, "0.1", "snip", tweak)).config.tost
     others = [name for name in tost_table.TWEAKS[1:] if name != tweak]
     assert getattr(tost, tweak)
     assert not any(getattr(tost, name) for name in others)
@@ -125,10 +125,12 @@ def test_a_tweak_alone_leaves_the_others_off_and_keeps_its_own_settings(tweak: s
 
 
 def test_a_trained_mask_comes_from_a_run_without_tost_and_is_trained_with_its_seed(tmp_path: Path) -> None:
-    config = tost_table._config("digits_tost", [], tmp_path, (2, "0.1", "lth", "all"))
-    source = tost_table._source("digits_tost", [], tmp_path, 2, "0.1", "lth")
-    assert (config.mask.method, config.mask.path, config.seed) == ("file", source.run, 2)
-    assert (source.mask.method, source.mask.density, source.seed) == ("lth", 0.1, 2)
+    config = tost_table._run("digits_tost", [], tmp_path, (2, "0.1", "lth", "all")).config
+    source = tost_table._source("digits_tost", [], tmp_path, 2, "0.1", "lth").config
+    assert to_dict(config.mask) | {"method": "file", "path": source.run} == to_dict(config.mask)
+    assert config.seed == 2
+    assert to_dict(source.mask) | {"method": "lth", "density": 0.1} == to_dict(source.mask)
+    assert source.seed == 2
     assert config.tost.lrsi
     assert source.tost == TostConfig()
 
@@ -140,5 +142,5 @@ def test_the_result_of_other_settings_is_refused(tmp_path: Path) -> None:
     summary = {"accuracy": 0.5, "config": to_dict(config)}
     (tmp_path / "export" / "summary.json").write_text(json.dumps(summary))
     assert sweep.accuracy(config) == 50
-    with pytest.raises(InputError, match="other settings; give another --folder"):
+    with pytest.raises(InputError, match=r"other settings \(seed: 0 .*, 5 given\); give another --folder"):
         sweep.accuracy(replace(config, seed=5))

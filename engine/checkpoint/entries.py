@@ -5,7 +5,8 @@ prunable.weight.momentum/layer1.0.conv1.weight    what its update rule keeps
 frozen/conv1.weight                               a parameter that is not trained
 buffer/bn1.num_batches_tracked                    a buffer equal on all ranks
 hook/rewind/bn1.running_mean                      a tensor that a hook must not forget
-part/bn1.running_mean                             statistics of each part of the batch: (parts * numel,), part after part
+part/bn1.running_mean                             statistics of each part of the batch: (parts * numel,), part after
+part
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
 """The optimizer whose parameters are functions of sharded state: chain rule, update rules, constraint, new parameters.
 
-           every rank                                     a slice of each group on its owner
-    batches -> the plain network -> loss
-                ^                    | backward
-                | publish            v gradient            (placement: whole, or shared out by DeepSpeed)
-        [ parameters ]  <-------  step():
-                                    1  g = dL/d(parameters) of my slice
-                                    2  gradients of my state             reparametrization.gradients, kernels or autograd
-                                       averaged over the noise groups    [all-reduce across the groups]
-                                    3  joint norm, clipping, rules       [all-reduce of one number]
-                                    4  constraint                        [collective]
-                                    5  parameters of the next step
+       every rank                                     a slice of each group on its owner
+batches -> the plain network -> loss
+            ^                    | backward
+            | publish            v gradient            (placement: whole, or shared out by DeepSpeed)
+    [ parameters ]  <-------  step():
+                                1  g = dL/d(parameters) of my slice
+                                2  gradients of my state             reparametrization.gradients, kernels or autograd
+                                   averaged over the noise groups    [all-reduce across the groups]
+                                3  joint norm, clipping, rules       [all-reduce of one number]
+                                4  constraint                        [collective]
+                                5  parameters of the next step
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ class Sampling:
 class ShardedOptimizer(torch.optim.Optimizer):
     """Trains groups of parameters through their reparametrizations; keeps to torch.optim.Optimizer's conventions.
 
-    Learning-rate schedulers act on `param_groups`. As in Schedule-Free, the parameters hold the weights that are trained
-    with after `train()` and those that would be delivered now after `eval()`: call both where the network's are called.
+    Learning-rate schedulers act on `param_groups`. As in Schedule-Free, the parameters hold the weights that are
+    trained with after `train()` and those that would be delivered now after `eval()`: call both where the network's are
+    called.
 
     clip: largest joint norm of the state's gradients over all groups, 0 = none. An update whose gradients are not
     finite changes nothing; `finite` tells.
@@ -77,7 +78,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.finite = torch.ones(())
         """() float32, 1 where the last update's gradients were finite."""
         self.norms: dict[str, Tensor] = {}
-        """Norm of the last update's gradient of each trained state tensor, "group.state" -> () float64, before clipping."""
+        """Norm of the last update's gradient of each trained state tensor, "group.state" -> () float64, before
+        clipping."""
         self.divisor = torch.ones(())
         """() float32: what clipping divided the last update's gradients by."""
         self._cycle = 0

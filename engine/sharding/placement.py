@@ -74,7 +74,9 @@ class WholePlacement:
             parameters = list(group.parameters.values())
             kinds = {(p.dtype, p.device) for p in parameters}
             if len(kinds) != 1:
-                raise ValueError(f"group {group.name}: its parameters are of several types or devices: {sorted(map(str, kinds))}")
+                raise ValueError(
+                    f"group {group.name}: its parameters are of several types or devices: {sorted(map(str, kinds))}"
+                )
             ((dtype, device),) = kinds
             self._flat.append(_flattened(parameters, dtype, device))
             self.slices.append(Slice(Layout(group.shapes, 1), single(device)))
@@ -112,4 +114,3 @@ def _flattened(parameters: Sequence[nn.Parameter], dtype: torch.dtype, device: t
         p.data = view
         start += p.numel()
     return flat
-

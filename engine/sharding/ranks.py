@@ -11,7 +11,8 @@ SMALLEST_PART = {"cpu": 32, "cuda": 128}
 
 
 def check_ranks(parts: int, noises: int, ranks: int) -> None:
-    """Raise InputError unless `ranks` can share `parts` parts and `noises` noise groups evenly; names those that can."""
+    """Raise InputError unless `ranks` can share `parts` parts and `noises` noise groups evenly; names those that
+    can."""
     if parts % noises:
         raise bad_value("train.replicas", parts, f"give a multiple of mask.noises = {noises}")
     fitting = fitting_ranks(parts, noises)

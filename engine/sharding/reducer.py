@@ -1,7 +1,7 @@
 """How do gradients get from every rank's backward pass to the slices: bucket by bucket, while backward goes on.
 
-Parameters lie in buckets (see `slices`); a gradient is copied into its bucket's buffer as soon as autograd has it, and a
-full bucket is sent: N bytes per rank, and with the gather of the new parameters 2N, what plain data-parallel training
+Parameters lie in buckets (see `slices`); a gradient is copied into its bucket's buffer as soon as autograd has it, and
+a full bucket is sent: N bytes per rank, and with the gather of the new parameters 2N, what plain data-parallel training
 sends. Buckets leave in a fixed order, so that ranks whose gradients come in another order meet in the same collectives.
 Buffers are taken in turns: few are in flight at once.
 

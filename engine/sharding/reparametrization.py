@@ -56,7 +56,8 @@ class Reparametrization:
         return {"weight": weight}
 
     def schedule(self, updates: int) -> None:
-        """Called before update number `updates` of the group's training, from 0, is computed: what changes over time."""
+        """Called before update number `updates` of the group's training, from 0, is computed: what changes over
+        time."""
 
     def weights(self, state: State, part: Slice, draw: Draw) -> Tensor:
         """(n,) the parameters, differentiable in the trained state tensors."""
@@ -67,7 +68,8 @@ class Reparametrization:
         return self.weights(state, part, Draw(0, 0, 0))
 
     def write(self, state: State, part: Slice, draw: Draw, outputs: list[tuple[Run, Tensor]]) -> None:
-        """Fill the runs' outputs, of any float type, with `weights`; to be overridden where a kernel does it at once."""
+        """Fill the runs' outputs, of any float type, with `weights`; to be overridden where a kernel does it at
+        once."""
         values = self.weights(state, part, draw)
         for run, out in outputs:
             out.copy_(values[run.start : run.start + run.numel])
@@ -80,7 +82,9 @@ class Reparametrization:
         with torch.enable_grad():
             inputs = {name: state[name].detach().requires_grad_() for name in self.rules}
             values = self.weights({**state, **inputs}, part, draw)
-            found = torch.autograd.grad(values, list(inputs.values()), gradient, materialize_grads=True, allow_unused=True)
+            found = torch.autograd.grad(
+                values, list(inputs.values()), gradient, materialize_grads=True, allow_unused=True
+            )
         return dict(zip(inputs, found, strict=True))
 
     def constrain(self, state: State, part: Slice, updates: int) -> None:

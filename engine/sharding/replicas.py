@@ -1,8 +1,8 @@
 """Who computes what of a step: the parts of the batch, the noise groups, and where ranks stand among them.
 
 The global batch is always cut into V parts. A part is one forward pass: its own images, its own batch-norm statistics.
-S noise samples are drawn per step; sample g belongs to the parts [g V / S, (g + 1) V / S). Both are settings of the run;
-the number of ranks is not: R ranks do V / R neighbouring parts each, one after the other.
+S noise samples are drawn per step; sample g belongs to the parts [g V / S, (g + 1) V / S). Both are settings of the
+run; the number of ranks is not: R ranks do V / R neighbouring parts each, one after the other.
 
     V = 8, S = 2       parts    0   1   2   3 | 4   5   6   7        noise 0 | noise 1
     R = 4, two nodes   ranks    0   0   1   1 | 2   2   3   3        {0, 1} share the state of noise 0: one node
@@ -38,8 +38,9 @@ class Cycle:
 class Replicas:
     """This rank's share of every step.
 
-    parts: those it computes; noises: S; inner: the ranks with its noise, over which the state is sharded; order: these in
-    the order of their parts; across: the ranks of the groups that hold the same slices, None where there is one group.
+    parts: those it computes; noises: S; inner: the ranks with its noise, over which the state is sharded; order: these
+    in the order of their parts; across: the ranks of the groups that hold the same slices, None where there is one
+    group.
     """
 
     parts: Parts
@@ -62,7 +63,8 @@ class Replicas:
 
 
 def share(world: World, parts: int, noises: int = 1, node: str | None = None) -> Replicas:
-    """Collective: this rank's share. node: this machine's name (default: the kernel's). Raises InputError as check_ranks."""
+    """Collective: this rank's share. node: this machine's name (default: the kernel's). Raises InputError as
+    check_ranks."""
     check_ranks(parts, noises, world.size)
     places = _places(world, node or os.uname().nodename)
     place = places.index(world.rank)

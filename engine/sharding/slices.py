@@ -25,8 +25,8 @@ from ghostmask.engine.world import World
 class Segment:
     """The elements of one parameter inside a slice.
 
-    name: the parameter's; layer: its number in the group; start: where they begin in the slice; numel: how many; offset:
-    where they begin in the flattened parameter.
+    name: the parameter's; layer: its number in the group; start: where they begin in the slice; numel: how many;
+    offset: where they begin in the flattened parameter.
     """
 
     name: str
@@ -47,8 +47,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Neighbouring parameters, number `first_layer` and on, of `numel` elements from index `first` on; `share`: elements
-    of each rank's part, the last parts may be shorter."""
+    """Neighbouring parameters, number `first_layer` and on, of `numel` elements from index `first` on; `share`:
+    elements of each rank's part, the last parts may be shorter."""
 
     first_layer: int
     layers: int

@@ -38,8 +38,8 @@ def tree_sum(rows: Sequence[Tensor]) -> Tensor:
 class Exchange:
     """A reduce-scatter under way: this rank's part of the sum of every rank's flat tensor, in the order of places.
 
-    flat: (size * share,) of the type in which it travels, not to be changed before `wait`; order: the ranks in the order
-    of their places. The sum is float32.
+    flat: (size * share,) of the type in which it travels, not to be changed before `wait`; order: the ranks in the
+    order of their places. The sum is float32.
     """
 
     def __init__(self, world: World, flat: Tensor, order: Sequence[int]) -> None:

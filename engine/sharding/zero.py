@@ -89,7 +89,9 @@ class ZeroPlacement:
 
     def initial(self, group: int) -> Tensor:
         owned = self.outputs(group)
-        casted = {n: self._originals.pop(f"{self._groups[group].name}/{n}", None) for n in self._groups[group].parameters}
+        casted = {
+            n: self._originals.pop(f"{self._groups[group].name}/{n}", None) for n in self._groups[group].parameters
+        }
         if all(value is not None for value in casted.values()):
             return self.slices[group].cut(casted)  # type: ignore[arg-type]
         if len(owned) == 1 and isinstance(self._groups[group].reparametrization, Plain):
@@ -107,7 +109,8 @@ class ZeroPlacement:
 
     def gradient(self, group: int) -> Tensor:
         parts = [
-            self._zero.reducer.result(i)[: run.numel] for i, run in enumerate(self.slices[group].runs, self._first[group])
+            self._zero.reducer.result(i)[: run.numel]
+            for i, run in enumerate(self.slices[group].runs, self._first[group])
         ]
         flat = parts[0] if len(parts) == 1 else torch.cat(parts)
         return flat.div_(self._world.size) if self._world.size > 1 else flat

@@ -60,7 +60,8 @@ def masked(out: Tensor, weight: Tensor, probability: Tensor, first: int, key: in
 def gradients(gradient: Tensor, weight: Tensor, probability: Tensor, first: int, key: int, temperature: float,
               grad_weight: Tensor, grad_probability: Tensor, limits: Limits, eps: float) -> None:  # fmt: skip
     """See `masks.kernels.relaxed_mask.gradients_`."""
-    arrays = *_either(gradient), *(_array(t) for t in (weight, probability, grad_weight, grad_probability))
+    source = NOTHING if gradient.data_ptr() == grad_weight.data_ptr() else _either(gradient)
+    arrays = *source, *(_array(t) for t in (weight, probability, grad_weight, grad_probability))
     seeds, inverse, floor = _seeds(key), F(1 / temperature), F(limits.floor)
     factors = F(limits.at_zero / temperature), F(limits.at_one / temperature)
     _on_blocks(
@@ -167,8 +168,8 @@ def _times_mask(w, power, out):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
-def _chain_rule(g, w, s, power, grad_w, grad_s, eps, floor, inside, at_zero, at_one):  # type: ignore[no-untyped-def]
-    """inside, at_zero, at_one: factors of the slope by where s is, each divided by tau."""
+def _chain_rule(g, w, s, power, grad_s, eps, floor, inside, at_zero, at_one):  # type: ignore[no-untyped-def]
+    """g becomes g m; inside, at_zero, at_one: factors of the slope by where s is, each divided by tau."""
     for i in range(len(w)):
         p = _limited(s[i], eps, ONE - eps)
         variance = p * (ONE - p)
@@ -178,7 +179,7 @@ def _chain_rule(g, w, s, power, grad_w, grad_s, eps, floor, inside, at_zero, at_
         kept = g[i] * (inverse * variance)
         factor = at_zero if s[i] <= ZERO else inside
         factor = at_one if s[i] >= ONE else factor
-        grad_w[i] = kept
+        g[i] = kept
         grad_s[i] = (kept * w[i]) * (odds * inverse) * factor
 
 
@@ -193,7 +194,7 @@ def _to_bfloat16(x, bits):  # type: ignore[no-untyped-def]
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
 def _from_either(x, bits, out):  # type: ignore[no-untyped-def]
-    """out = the part of a float32 vector, or of the bits of a bfloat16 one; a copy, for results may take its place."""
+    """out = a part of a float32 vector, or of the bits of a bfloat16 one, whichever of the two is not empty."""
     for i in range(len(x)):
         out[i] = x[i]
     for i in range(len(bits)):
@@ -220,18 +221,20 @@ def _masked(w, s, out, out_bits, first, begin, end, seeds, inverse_temperature, 
 def _gradients(
     g, g_bits, w, s, grad_w, grad_s, first, begin, end, seeds, inverse_temperature, eps, floor, at_zero, at_one
 ):  # type: ignore[no-untyped-def]
-    """grad_w = g m and grad_s = g w dm/ds on the noise blocks begin .. end - 1, as in _masked."""
-    pairs, power, held = np.empty(BLOCK // 2, np.uint64), np.empty(BLOCK, F), np.empty(BLOCK, F)
+    """grad_w = g m and grad_s = g w dm/ds on the noise blocks begin .. end - 1, as in _masked.
+
+    g: where it is grad_w, nothing. LLVM's vector loops want arrays apart, or one array: what g was stands in grad_w.
+    """
+    pairs, power = np.empty(BLOCK // 2, np.uint64), np.empty(BLOCK, F)
     for block in range(begin, end):
         start = block * BLOCK - first
         part = slice(max(start, 0), min(start + BLOCK, len(w)))
         _fill(pairs, block, seeds)
         _power(pairs.view(np.uint32)[part.start - start :], s[part], power, inverse_temperature, eps)
-        _from_either(g[part], g_bits[part], held)
+        _from_either(g[part], g_bits[part], grad_w[part])
         _chain_rule(
-            held, w[part], s[part], power, grad_w[part], grad_s[part],
-            eps, floor, inverse_temperature, at_zero, at_one,
-        )  # fmt: skip
+            grad_w[part], w[part], s[part], power, grad_s[part], eps, floor, inverse_temperature, at_zero, at_one
+        )
 
 
 def compile_all() -> None:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from ghostmask.masks.kernels.memory_order import is_plain
 from torch import Tensor
 
-from ghostmask.masks.kernels.memory_order import is_plain
 from ghostmask.masks.kernels.noise import BLOCK, LANES, ROUNDS, NoiseKey, random_words
 
 BLOCKS = tl.constexpr(4)

@@ -18,7 +18,8 @@ class Settings(MaskSettings):
     """file: the density is the file's."""
 
     path: str = ""
-    """The mask: a mask file, the zeros of a trained network (a run folder, a .safetensors or .pt), or a dict of tensors."""
+    """The mask: a mask file, the zeros of a trained network (a run folder, a .safetensors or .pt), or a dict of
+    tensors."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -53,7 +53,9 @@ class Grasp(Scored):
         def chunks() -> Iterator[Chunk]:
             return chosen_images(data, 0, PerClass(data.num_classes, each), size, self.world)
 
-        loss = ScoreLoss(self.net, self.weights, chunks, self.world, TEMPERATURE, fresh_classifier=self.recipe.seed, method="grasp")
+        loss = ScoreLoss(
+            self.net, self.weights, chunks, self.world, TEMPERATURE, fresh_classifier=self.recipe.seed, method="grasp"
+        )
         gradient = [self.world.all_reduce(g) for g in loss.gradient()]
         product = part.summed(loss.hessian_product(gradient))
         return part.cut(loss.weights) * product

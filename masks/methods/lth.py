@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,14 @@ from ghostmask.engine.sharding.placement import ParameterGroup
 from ghostmask.engine.sharding.reparametrization import Plain, Reparametrization, State
 from ghostmask.engine.sharding.rules import UpdateRule
 from ghostmask.engine.sharding.slices import Slice
-from ghostmask.engine.trainer import Trainer
 from ghostmask.masks.masked import PRUNABLE, FixedMask, masked_group
 from ghostmask.masks.method import OTHER, MaskMethod, Start, check_agreement
 from ghostmask.masks.report import DensityReport, mask_lines
 from ghostmask.masks.scoring.largest import Budget, largest
 from ghostmask.masks.settings import Protecting
+
+if TYPE_CHECKING:
+    from ghostmask.engine.trainer import Trainer
 
 Points = dict[str, Tensor]
 """Group name -> this rank's slice of the weights that rounds are rewound to."""
@@ -94,7 +97,9 @@ class LotteryTicket(MaskMethod):
     def leave(self, trainer: Trainer) -> None:
         super().leave(trainer)
         optimizer = trainer.sharded.optimizer
-        self.points = {g.name: s["rewind"] for g, s in zip(optimizer.groups, optimizer.states, strict=True) if "rewind" in s}
+        self.points = {
+            g.name: s["rewind"] for g, s in zip(optimizer.groups, optimizer.states, strict=True) if "rewind" in s
+        }
         following = int(trainer.phase.name.removeprefix("round")) + 1
         s, densities = self.settings, self.densities()
         if following == len(densities):

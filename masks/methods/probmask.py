@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,13 +18,15 @@ from ghostmask.engine.hooks import Hook
 from ghostmask.engine.position import Phase
 from ghostmask.engine.sharding.placement import ParameterGroup
 from ghostmask.engine.sharding.reparametrization import Reparametrization
-from ghostmask.engine.trainer import Trainer
 from ghostmask.masks.masked import PRUNABLE, FixedMask
 from ghostmask.masks.method import FINETUNE, MaskMethod, Setup, check_agreement
 from ghostmask.masks.probability_report import ProbabilityReport
 from ghostmask.masks.relaxed import RelaxedMask, Search
 from ghostmask.masks.report import DensityReport, mask_lines
 from ghostmask.masks.settings import Ranked, Scheduled, require_name
+
+if TYPE_CHECKING:
+    from ghostmask.engine.trainer import Trainer
 
 CANDIDATE_BATCHES = 50
 """Training batches on which final=best_of compares its candidates."""

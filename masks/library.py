@@ -1,0 +1,121 @@
+"""ghostmask as a library: an optimizer that makes any network sparse in anybody's training loop.
+
+    optimizer = ghostmask.optimizer(net, ghostmask.probmask(density=0.1, steps=10_000), lr=0.1)
+
+It is a torch.optim.Optimizer whose parameters are functions of its state. As with Schedule-Free optimizers, call
+`optimizer.train()` and `optimizer.eval()` where the network's are called: after `eval()` the network holds the sparse
+weights that would be delivered now. Batch norm's running statistics belong to the weights that were trained with; where
+these differ (probmask), forward a few batches in training mode after `eval()` before the network is evaluated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ghostmask.engine.sharding.optimizer import Sampling, ShardedOptimizer
+from ghostmask.engine.sharding.placement import ParameterGroup, WholePlacement
+from ghostmask.engine.sharding.reparametrization import Plain
+from ghostmask.engine.sharding.rules import Sgd
+from ghostmask.engine.sharding.slices import Slice
+from ghostmask.engine.world import World, single
+from ghostmask.masks.masked import PRUNABLE, FixedMask, Masked
+from ghostmask.masks.methods.gmp import Shrinking
+from ghostmask.masks.prunable import prunable_weights
+from ghostmask.masks.relaxed import RelaxedMask, Search
+from ghostmask.masks.scoring.largest import Budget, largest
+
+Method = Callable[[Sgd, float], Masked]
+"""(rule of the dense weights, their learning rate) -> how the prunable weights are made."""
+
+
+def optimizer(
+    net: nn.Module,
+    method: Method,
+    *,
+    lr: float,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    clip: float = 0.0,
+    seed: int = 0,
+    only: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    place: bool = True,
+) -> ShardedOptimizer:
+    """SGD on all trained parameters of `net`, the prunable ones under `method`'s mask.
+
+    method: `probmask(...)`, `gmp(...)` or `fixed(...)`. clip: largest joint gradient norm, 0 = none. seed: of the
+    noise. only, exclude: patterns (fnmatch) of parameter names that are pruned, that are not. place: False where
+    DeepSpeed is to hold the parameters (`ghostmask.initialize`). Raises InputError where nothing is left to prune.
+    """
+    rule = Sgd(momentum, weight_decay, nesterov)
+    weights = prunable_weights(net, tuple(exclude), tuple(only))
+    pruned = {id(w) for w in weights.values()}
+    others = {n: p for n, p in net.named_parameters() if id(p) not in pruned and p.requires_grad}
+    groups = [ParameterGroup(PRUNABLE, weights, method(rule, lr), lr)]
+    if others:
+        groups.append(ParameterGroup("other", others, Plain({"weight": rule}), lr))
+    return ShardedOptimizer(groups, clip=clip, sampling=Sampling(seed), placement=WholePlacement if place else None)
+
+
+def probmask(
+    density: float, steps: int, *, lr: float = 6e-3, steps_per_epoch: int = 1, constraint: str = "global",
+    temperature_end: float = 0.03, start_fraction: float = 0.16, end_fraction: float = 0.6, train_weights: bool = True,
+    seed: int = 0,
+) -> Method:  # fmt: skip
+    """ProbMask: a probability for every weight, trained with Adam at `lr` under sum(s) <= density n.
+
+    steps: optimizer steps of the whole search; its schedules move every steps_per_epoch of them. What decides the
+    probabilities is lr x steps (the paper: 6e-3 over 58,800 steps). seed: of ties.
+    """
+    epochs = max(1, steps // steps_per_epoch)
+    search = Search(
+        density, constraint, temperature_end, int(start_fraction * epochs), int(end_fraction * epochs), epochs,
+        steps_per_epoch, seed,
+    )  # fmt: skip
+    return lambda rule, rate: RelaxedMask(search, rule if train_weights else None, lr / rate)
+
+
+def gmp(
+    density: float, steps: int, *, every: int = 100, start_fraction: float = 0.16, end_fraction: float = 0.6,
+    constraint: str = "global", seed: int = 0,
+) -> Method:  # fmt: skip
+    """Gradual magnitude pruning: the largest |w| stay, chosen anew every `every` of `steps` steps."""
+    budget = Budget(density, constraint, seed=seed)
+    return lambda rule, _: Shrinking(rule, budget, start_fraction * steps, end_fraction * steps, every)
+
+
+def fixed(masks: Mapping[str, Tensor]) -> Method:
+    """A given mask: bool tensors by parameter name, one for each prunable weight."""
+    return lambda rule, _: FixedMask(rule, masks)
+
+
+def magnitude_masks(
+    net: nn.Module, density: float, *, constraint: str = "global", min_per_layer: int = 0, only: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> dict[str, Tensor]:  # fmt: skip
+    """Masks of exactly round(density n) of the network's largest |w|: one-shot pruning, to train on with `fixed`."""
+    weights = prunable_weights(net, tuple(exclude), tuple(only))
+    part = Slice.even(weights, single(next(iter(weights.values())).device))
+    with torch.no_grad():
+        return part.gathered(largest(part, part.cut(weights).abs(), Budget(density, constraint, min_per_layer)))
+
+
+def initialize(model: nn.Module, optimizer: ShardedOptimizer, config: dict[str, Any]) -> Any:
+    """Collective: `deepspeed.initialize` for an optimizer that was made with place=False; returns the engine.
+
+    config: DeepSpeed's, ZeRO stage 0, 1 or 2. Clipping is the optimizer's (`clip`). torch.distributed must be
+    initialised, or `deepspeed.init_distributed()` called, before.
+    """
+    from ghostmask.engine.sharding.zero import initialize as with_deepspeed
+
+    device = next(model.parameters()).device
+    group = dist.group.WORLD if dist.is_initialized() else None
+    rank, size = (dist.get_rank(), dist.get_world_size()) if group is not None else (0, 1)
+    world = World(rank, size, rank, device, group)
+    return with_deepspeed(model, optimizer, config, world, microsteps=int(config.get("gradient_accumulation_steps", 1)))
