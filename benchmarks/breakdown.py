@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch._C._autograd import DeviceType
 
-CATEGORIES = ("data wait", "forward", "backward", "mask operator", "optimizer", "projection", "communication")
-_TAKEN_OUT = ("mask operator", "communication")
+CATEGORIES = (
+    "data wait", "forward", "backward", "chain rule", "optimizer", "constraint", "parameters", "communication",
+)  # fmt: skip
+_TAKEN_OUT = ("communication",)
 """Parts that run inside others and are counted for themselves."""
 
 
@@ -55,8 +57,6 @@ def _category(name: str) -> str | None:
         return name
     if name == "step":
         return "rest"
-    if name.startswith("ghostmask::"):
-        return "mask operator"
     if name.startswith("autograd::engine::evaluate_function"):
         return "backward"
     if name.startswith(("c10d::", "nccl:", "gloo:")):

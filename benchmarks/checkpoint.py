@@ -5,13 +5,14 @@ from __future__ import annotations
 from statistics import median
 from time import perf_counter
 
+from ghostmask.engine.sharding.train_state import checkpoint_entries
+
 from ghostmask.benchmarks.row import Row, share
 from ghostmask.benchmarks.timing import Bench, scratch
 from ghostmask.benchmarks.trainers import Workload, make_trainer, workload
 from ghostmask.engine.checkpoint.pieces import Piece
 from ghostmask.engine.checkpoint.store import CheckpointStore
 from ghostmask.engine.config import TrainConfig
-from ghostmask.engine.sharding.train_state import checkpoint_entries
 
 MINUTES_BETWEEN = 5
 

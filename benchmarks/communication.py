@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ghostmask.benchmarks.fake_ranks import on_fake_ranks
-from ghostmask.benchmarks.row import Row
+from ghostmask.benchmarks.row import Row, share
 from ghostmask.benchmarks.timing import Bench
 from ghostmask.benchmarks.trainers import Workload, make_trainer
 from ghostmask.engine.config import TrainConfig
@@ -27,14 +27,17 @@ from ghostmask.models.build import build_model
 from ghostmask.models.config import ModelConfig
 
 RANKS, QUICK_RANKS = (8, 64, 1024), (8,)
-SENT_PER_BYTE = {"allreduce": 2.0, "allgather": 1.0, "reduce_scatter": 1.0, "reduce": 1.0, "broadcast": 1.0}
-"""Times (R - 1) / R: bytes that a rank sends in a ring per byte of the whole (gathered) tensor."""
+SENT_PER_BYTE = {
+    "allreduce": 2.0, "allgather": 1.0, "alltoall": 1.0, "reduce_scatter": 1.0, "reduce": 1.0, "broadcast": 1.0,
+}  # fmt: skip
+"""Times (R - 1) / R: bytes that a rank sends (in a ring) per byte of the whole (gathered, exchanged) tensor."""
 OPTIONS: dict[str, dict[str, Any]] = {
-    "dense, stage 1": {"method": "dense", "stage": 1},
+    "dense, stage 1": {"method": "dense", "bar": 1.05},
     "probmask, stage 0": {"method": "probmask", "stage": 0},
-    "probmask, stage 1": {"method": "probmask", "stage": 1},
+    "probmask, stage 1": {"method": "probmask", "bar": 1.05},
     "probmask, stage 2": {"method": "probmask", "stage": 2},
-    "probmask, stage 1, mask.gradient_bf16": {"method": "probmask", "stage": 1, "gradient_bf16": True},
+    "probmask, stage 1, bf16": {"method": "probmask", "precision": "bf16", "bar": 0.55},
+    "probmask, stage 1, I = 2": {"method": "probmask", "samples": 2},
 }
 
 
@@ -50,19 +53,22 @@ def rows(bench: Bench) -> list[Row]:
             calls = on_fake_ranks(count_step, ranks, work, option)
             sent = sum(SENT_PER_BYTE[kind] * size for kind, size in calls) * (ranks - 1) / ranks / 1e6
             large = sum(size > 1e6 for _, size in calls)
-            note = f"{ranks} ranks: {name}; {len(calls)} collectives, {large} of over 1 MB"
-            found.append(Row("communication", sent, "MB", ddp, sent / ddp, note))
+            note = (
+                f"{ranks} ranks: {name}; {len(calls)} collectives, {large} of over 1 MB; baseline: plain float32 DDP"
+            )
+            found.append(share("communication", sent, ddp, "MB", note, bar=option.get("bar")))
     return found
 
 
 def count_step(world: World, work: Workload, option: dict[str, Any]) -> list[tuple[str, int]]:
     """(kind, bytes of the whole tensor) of every collective in one optimizer step of rank 0."""
-    config = TrainConfig(zero_stage=option["stage"], log_every=100_000)
+    config = TrainConfig(
+        zero_stage=option.get("stage", 1), precision=option.get("precision", "fp32"), log_every=100_000
+    )  # fmt: skip
     whole = Workload(work.model, work.batch_size * world.size, work.side, work.num_classes)
     with TemporaryDirectory() as folder:
-        trainer = make_trainer(
-            option["method"], whole, world, Path(folder), config, gradient_bf16=option.get("gradient_bf16", False)
-        )
+        samples = option.get("samples", 1)
+        trainer = make_trainer(option["method"], whole, world, Path(folder), config, samples=samples)
         batch = next(iter(trainer.data.train(trainer.position.epoch)))
         with _Collectives() as counted:
             trainer.step(batch, StopSignals())

@@ -6,6 +6,7 @@ from collections.abc import Generator
 from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,10 +20,10 @@ from ghostmask.engine.progress import Progress
 from ghostmask.engine.registry import resolve
 from ghostmask.engine.reporting import Reporter
 from ghostmask.engine.schedule import LearningRate
+from ghostmask.engine.sharding.replicas import Replicas
 from ghostmask.engine.trainer import Task, Trainer
 from ghostmask.engine.world import World
-from ghostmask.masks.config import MaskConfig
-from ghostmask.masks.method import Recipe
+from ghostmask.masks.method import MaskMethod, Recipe
 from ghostmask.masks.registry import METHODS
 from ghostmask.models.build import build_model
 from ghostmask.models.config import ModelConfig
@@ -89,16 +90,20 @@ def workload(bench: Bench) -> Workload:
 
 
 def make_trainer(
-    method: str, work: Workload, world: World, folder: Path, config: TrainConfig, *, gradient_bf16: bool = False
+    method: str, work: Workload, world: World, folder: Path, config: TrainConfig, *, samples: int = 1
 ) -> Trainer:
-    """Collective: the trainer of the main phase of `method` ("probmask" with one noise sample, or "dense")."""
-    data = OneBatch(work, world)
+    """Collective: the trainer of the main phase of `method` ("probmask", with `samples` = I, or "dense").
+
+    As many parts as ranks, one noise for all of them.
+    """
+    replicas = Replicas(Parts(world.size, world.rank, 1), 1, world, tuple(range(world.size)), None)
+    data = OneBatch(work, world, replicas.parts)
     net = build_model(ModelConfig(name=work.model), work.num_classes, data.image_shape, 0).to(world.device)
-    mask = MaskConfig(method="dense")
-    if method != "dense":
-        mask = MaskConfig(method=method, density=0.1, samples=1, gradient_bf16=gradient_bf16)
-    recipe = Recipe(OptimConfig(lr=1e-3), FinetuneConfig(), EPOCHS, 0)
-    chosen = resolve(METHODS[method])(mask, net, recipe, world)
+    cls: type[MaskMethod] = resolve(METHODS[method])
+    settings: Any = cls.Settings
+    mask = settings(density=0.1, samples=samples) if method == "probmask" else settings(method=method)
+    bf16 = config.precision == "bf16" and config.zero_stage > 0
+    chosen = cls(mask, net, Recipe(OptimConfig(lr=1e-3), FinetuneConfig(), EPOCHS, 0, bf16), world)
     phase = Phase(chosen.phases()[0][0], 0, EPOCHS, STEPS_PER_EPOCH)
     setup = chosen.enter(phase)
     task = Task(
@@ -108,8 +113,11 @@ def make_trainer(
     # Never saves: no group of its own, which fake ranks could not make.
     store = CheckpointStore(folder / "checkpoints", replace(world, group=None))
     reporter = Reporter(MetricWriter(folder, world, None), Progress(world, phase.end_step), world)
-    trainer = Trainer(task, data, config, CheckpointConfig(every_minutes=0), world, store, reporter, {})
+    saving = CheckpointConfig(every_minutes=0)
+    trainer = Trainer(task, data, config, saving, world, replicas, store, reporter, {})
     trainer.position = replace(trainer.position, step=EPOCH * STEPS_PER_EPOCH)
+    trainer.sharded.optimizer.updates = trainer.position.step
+    trainer.sharded.optimizer.refresh()
     trainer.model.train()
     for hook in task.hooks:
         hook.on_start(trainer)

@@ -104,8 +104,8 @@ class MaskMethod(ABC):
         """n: the number of weights that may be pruned, over the whole network."""
         return sum(w.numel() for w in self.weights.values())
 
-    @classmethod
-    def check(cls, settings: Any, run: Any) -> None:  # noqa: B027
+    @classmethod  # noqa: B027
+    def check(cls, settings: Any, run: Any) -> None:
         """Raise InputError where the method's settings do not fit the rest of a run (launcher.config.RunConfig)."""
 
     def phases(self) -> tuple[tuple[str, int], ...]:

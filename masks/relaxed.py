@@ -11,13 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from shimk import project_, project_layers_
 from torch import Tensor
 
 from ghostmask.engine.sharding.reparametrization import Draw, State
 from ghostmask.engine.sharding.rules import Adam, UpdateRule
 from ghostmask.engine.sharding.slices import Run, Slice
 from ghostmask.masks.kernels.noise import NoiseKey, uniforms
+from ghostmask.masks.kernels.projection import project_, project_layers_
 from ghostmask.masks.kernels.relaxed_mask import EPS, Limits, gradients_, masked_
 from ghostmask.masks.masked import Masked
 from ghostmask.masks.schedules import cubic_density, linear_temperature

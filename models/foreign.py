@@ -100,7 +100,7 @@ def _from_torchvision(name: str, num_classes: int) -> object:
 def _own_function(name: str) -> Callable[..., object]:
     module_name, _, attribute = name.partition(":")
     module = _imported(name, module_name)
-    function = getattr(module, attribute, None)
+    function: Callable[..., object] | None = getattr(module, attribute, None)
     if not callable(function):
         near = difflib.get_close_matches(
             attribute, [key for key, value in vars(module).items() if callable(value)], n=3

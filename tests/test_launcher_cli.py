@@ -84,7 +84,9 @@ def test_every_example_of_the_help_texts_is_a_valid_command_line() -> None:
         config = getattr(arguments, "config", "my.yaml")
         assert config == "my.yaml" or config in shipped_configs()
         if "overrides" in arguments:
-            load_config(None, [word for word in arguments.overrides if "=" in word])
+            load_config(
+                config if config in shipped_configs() else None, [word for word in arguments.overrides if "=" in word]
+            )
 
 
 WRONG = {
@@ -107,7 +109,7 @@ MORE_WRONG = {
     "show config digits_tost mask.method=file mask.path=x": (
         "mask.density = 0.05: is not read with mask.method=file; leave it out, or use mask.density=1"
     ),
-    "train digits_tost mask.method=file": "mask.path = '': name the file for mask.method=file",
+    "train digits_tost mask.method=file mask.density=1": "mask.path = '': name the file for mask.method=file",
     "train digits_probmask run=/dev/null/x": "run = '/dev/null/x': /dev/null is a file; give another place",
     "find-mask no_such_config": "config = 'no_such_config' is not known",
     "find-mask cifar10_resnet32_snip --out /dev/null/m.safetensors": "--out = '/dev/null/m.safetensors': /dev/null is",

@@ -77,6 +77,22 @@ def test_a_network_that_is_too_deep_for_the_images_is_named(root: Path, refused:
     assert "vgg19" in refused(root, "model.name=vgg19")
 
 
+def test_a_network_of_torchvision_that_cannot_take_the_images_is_named(root: Path, refused: Train) -> None:
+    assert "model.name = 'alexnet': cannot take the dataset's images of 3 x 8 x 8" in refused(
+        root, "model.name=alexnet"
+    )
+
+
+def test_what_an_own_network_does_wrong_is_said_before_a_run_is_made(
+    root: Path, refused: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "net_of_mine.py").write_text("def build(num_classes):\n    raise ValueError('no\\nluck')\n")
+    line = refused(root, "model.name=net_of_mine:build")
+    assert line.endswith(f"it raises ValueError: no ({tmp_path}/net_of_mine.py, line 2)")
+    assert "did you mean 'build'?" in refused(root, "model.name=net_of_mine:buidl")
+
+
 def test_a_starting_network_that_is_not_there_is_named(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = root / "run"
     settings = ["mask.method=magnitude", "mask.path=nowhere.pt", f"run={run}", f"data.root={root}"]

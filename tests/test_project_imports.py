@@ -39,7 +39,7 @@ LIGHT_FILES = ("config.py", "registry.py", "errors.py", "position.py")
 
 DEFINING_CALLS = re.compile(
     r"re\.compile|logging\.getLogger|threading\.Lock|TypeVar|Path|frozenset|set|set\[\w+\]|tuple|list|dict|range|len|float|bool"
-    r"|tl\.constexpr|binding\.\S+|intrinsic|np\.(u?int|float)\d+|torch\.finfo|math\.\w+|types\.\w+|numba\.njit(\(.*\))?|[\w.]*\.resolve|[A-Z]\w*"
+    r"|tl\.constexpr|binding\.\S+|intrinsic|np\.(u?int\d+|float\d+|empty)|torch\.finfo|math\.\w+|types\.\w+|numba\.njit(\(.*\))?|[\w.]*\.resolve|[A-Z]\w*"
 )
 """Calls that may stand in a module's constants: they compute a value and touch nothing else."""
 OPERATOR_CALLS = re.compile(

@@ -5,22 +5,27 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from ghostmask.engine.world import World
+
 Result = TypeVar("Result")
 
-_POOLS: dict[tuple[int, int], ThreadPoolExecutor] = {}
+KERNELS = ("ghostmask.masks.kernels.relaxed_mask", "ghostmask.masks.kernels.projection")
+"""What has a form for each kind of device."""
+
+_loaded: dict[str, Any] = {}
+_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
 
 
 def kernels_for(tensor: Tensor, module: str) -> Any:
-    """The kernels of `module` (such as "ghostmask.masks.kernels.projection") for float32 tensors where this one is: `module`_triton on
-    CUDA, `module`_cpu on the CPU; None where there are none, and torch code has to do."""
+    """The kernels of `module` (one of KERNELS) for float32 tensors where this one is: `module`_triton on CUDA,
+    `module`_cpu on the CPU; None where there are none, and torch code has to do."""
     return kernels_on(tensor.device, module) if tensor.dtype == torch.float32 else None
 
 
@@ -30,19 +35,43 @@ def kernels_on(device: torch.device, module: str) -> Any:
     return load_kernels(f"{module}_{form}") if form else None
 
 
-@cache
 def load_kernels(module: str) -> Any:
     """The module of kernels by that name, compiled and tried by its `compile_all()`; None where that fails.
 
     A failure is a warning, once per process: every kernel has a slower form in torch, which gives the same numbers.
     """
+    if module not in _loaded:
+        _loaded[module], failure = _compiled(module)
+        if failure:
+            warnings.warn(f"{module} could not be compiled, slower torch code is used: {failure}", stacklevel=2)
+    return _loaded[module]
+
+
+def agree_on_kernels(world: World) -> None:
+    """Collective: compile what this device needs now; where any rank fails, all ranks use the torch forms.
+
+    Otherwise one rank would be slower than the others by itself, and round differently. One warning, on rank 0, says
+    which rank failed and why.
+    """
+    form = "triton" if world.device.type == "cuda" else "cpu"
+    modules = [f"{module}_{form}" for module in KERNELS]
+    found = {module: _compiled(module) for module in modules}
+    failures = world.all_gather_object([f"{module}: {failure}" for module, (_, failure) in found.items() if failure])
+    failed = [f"rank {rank}, {failure}" for rank, each in enumerate(failures) for failure in each]
+    _loaded.update({module: None if failed else kernels for module, (kernels, _) in found.items()})
+    if failed and world.is_main:
+        message = f"could not be compiled, slower torch code is used on all ranks: {'; '.join(failed)}"
+        warnings.warn(message, stacklevel=2)
+
+
+def _compiled(module: str) -> tuple[Any, str]:
+    """(the module, "") or (None, what failed)."""
     try:
         kernels = importlib.import_module(module)
         kernels.compile_all()
     except Exception as error:
-        warnings.warn(f"{module} could not be compiled, slower torch code is used: {error!r}", stacklevel=2)
-        return None
-    return kernels
+        return None, repr(error)
+    return kernels, ""
 
 
 def split_over_threads(
@@ -73,9 +102,19 @@ def split_over_threads(
     return [results[i] for i in range(ranges)]
 
 
+def pieces_in(lengths: Sequence[int], first: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """(number, from, to) of what lies in [first, end) of each piece, for pieces of those lengths laid end to end."""
+    start = 0
+    for number, length in enumerate(lengths):
+        low, high = max(first - start, 0), min(end - start, length)
+        if low < high:
+            yield number, low, high
+        start += length
+
+
 def _pool(threads: int) -> ThreadPoolExecutor:
     """The pool of this process: threads do not survive a fork."""
     key = (os.getpid(), threads)
-    if key not in _POOLS:
-        _POOLS[key] = ThreadPoolExecutor(threads - 1, thread_name_prefix="masks")
-    return _POOLS[key]
+    if key not in _pools:
+        _pools[key] = ThreadPoolExecutor(threads - 1, thread_name_prefix="masks")
+    return _pools[key]

@@ -1,7 +1,7 @@
 """Where do the probabilities go so that they sum to at most K: exact projection, sharded over ranks (ProbMask, eq. 6).
 
-Who holds what: every rank has a shard of the flattened float32 probabilities (ZeRO's own slice; padding is exactly 0 at
-its end and stays 0). One threshold v belongs to all of them: s = clamp(z - v, 0, 1), v >= 0, sum s = K. With f(v) =
+Who holds what: every rank has some runs of the network's float32 probabilities, each with the index in the network of
+its first element. One threshold v belongs to all of them: s = clamp(z - v, 0, 1), v >= 0, sum s = K. With f(v) =
 sum clamp(z - v, 0, 1), which is piecewise linear with its kinks at the breakpoints z and z - 1:
 
     A radix search for v over the bits of float32, 11 + 10 + 10 of them per all-reduce. A histogram of the breakpoints
@@ -10,12 +10,13 @@ sum clamp(z - v, 0, 1), which is piecewise linear with its kinks at the breakpoi
     leave two neighbouring float32 numbers, between which no breakpoint lies and f is a straight line: v in closed form.
 
 Counts and remainders are integers and their sums do not depend on the order: v is bit-identical on every rank and for
-every world size. What follows from the tables is computed where the shards are: on CUDA nothing waits for the device.
+every world size. What follows from the tables is computed where the runs are: on CUDA nothing waits for the device.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -31,64 +32,58 @@ SLACK = 1 + 2.0**-43
 """f(0) above K by no more than the rounding of its float64 sum counts as K."""
 
 
-def find_threshold(shard: Tensor, budget: float, numel: int, world: World, *, replicated: bool = False) -> Tensor:
+def find_threshold(pieces: Sequence[Tensor], budget: float, numel: int, world: World) -> Tensor:
     """Collective: v >= 0 such that clamp(z - v, 0, 1) over all ranks is the projection of z onto {sum <= budget}.
 
-    A float64 scalar on the shard's device. shard: this rank's float32 elements, contiguous, any finite values; numel:
-    real elements of all ranks together; replicated: every rank holds all elements (ZeRO stage 0), and nothing is
-    reduced. At most 3 all-reduces (on the CPU 1 where the budget is met as it is).
+    A float64 scalar on the world's device. pieces: this rank's elements there, contiguous float32 vectors of any finite
+    values, or none; numel: elements of all ranks together. Where every rank holds all elements, give a world of size 1.
+    At most 3 all-reduces (on the CPU 1 where the budget is met as it is).
 
     Where an element of any rank is not finite: RunStopped on every rank on the CPU. On CUDA nobody waits for the
     answer: v is nan, so are all probabilities, and the next loss stops the run.
     """
-    return _thresholds([[_flat(shard)]], [budget], [numel], world, replicated)[0]
+    return _thresholds([pieces], [budget], [numel], world)[0]
 
 
-def project_(
-    shard: Tensor, budget: float, numel: int, first_index: int, world: World, *, replicated: bool = False
-) -> Tensor:
-    """Collective: replace the shard by its part of the projection; returns v (see `find_threshold`).
+def project_(runs: Sequence[tuple[Tensor, int]], budget: float, numel: int, world: World) -> Tensor:
+    """Collective: replace the elements of all ranks by their projection; returns v (see `find_threshold`).
 
-    first_index: number of the shard's first element among all ranks' elements. |sum s - budget| <= 1e-3 in float64
+    runs: (contiguous float32 vector, index in the network of its first element). |sum s - budget| <= 1e-3 in float64
     where the constraint binds: s is rounded to float32 up or down by a dither (see `subtract_and_clamp_`), since
     rounding to nearest moves 25.5 million equal values by up to 0.7 weights.
     """
-    threshold = find_threshold(shard, budget, numel, world, replicated=replicated)
-    subtract_and_clamp_(_flat(shard), threshold, first_index)
+    threshold = find_threshold([run for run, _ in runs], budget, numel, world)
+    subtract_and_clamp_(runs, threshold)
     return threshold
 
 
 def project_layers_(
-    shard: Tensor,
-    segments: list[tuple[int, int, int]],
-    budgets: list[float],
-    numels: list[int],
-    first_index: int,
-    world: World,
-    *,
-    replicated: bool = False,
+    segments: Sequence[tuple[Tensor, int, int]], budgets: Sequence[float], numels: Sequence[int], world: World
 ) -> Tensor:
     """Collective: `project_` with a budget per layer, in the same 3 all-reduces; returns v of every layer, (layers,).
 
-    segments: (start in the shard, number of elements, layer) of the pieces of layers that this rank holds; elements
-    outside every segment (padding) are not touched. numels: real elements of each layer over all ranks.
+    segments: (contiguous float32 vector, index in the network of its first element, layer) of what this rank holds.
+    numels: elements of each layer over all ranks.
     """
-    flat = _flat(shard)
-    pieces: list[list[Tensor]] = [[] for _ in budgets]
-    for start, count, layer in segments:
-        pieces[layer].append(flat[start : start + count])
-    thresholds = _thresholds(pieces, budgets, numels, world, replicated)
-    for start, count, layer in segments:
-        subtract_and_clamp_(flat[start : start + count], thresholds[layer], first_index + start)
+    layers = range(len(budgets))
+    runs = [[(piece, first) for piece, first, number in segments if number == layer] for layer in layers]
+    thresholds = _thresholds([[piece for piece, _ in part] for part in runs], budgets, numels, world)
+    for part, threshold in zip(runs, thresholds, strict=True):
+        subtract_and_clamp_(part, threshold)
     return thresholds
 
 
 def _thresholds(
-    pieces: list[list[Tensor]], budgets: list[float], numels: list[int], world: World, replicated: bool
+    pieces: Sequence[Sequence[Tensor]], budgets: Sequence[float], numels: Sequence[int], world: World
 ) -> Tensor:
+    """v of each budget; pieces: of each budget, what this rank holds."""
     for budget, numel in zip(budgets, numels, strict=True):
         if not 0 <= budget < math.inf or numel < 1:
             raise ValueError(f"budget = {budget} of {numel} elements: give a finite budget >= 0 and at least 1 element")
+    for piece in (piece for part in pieces for piece in part):
+        if piece.dtype != torch.float32 or piece.dim() != 1 or not piece.is_contiguous():
+            form = f"{piece.dtype}, shape {tuple(piece.shape)}, strides {piece.stride()}"
+            raise ValueError(f"probabilities are {form}: give contiguous float32 vectors")
     device = world.device
     brackets = Brackets.around(budgets, device)
     breakpoints = [Breakpoints(part, device) for part in pieces]
@@ -96,8 +91,7 @@ def _thresholds(
     for number, (shift, bins) in enumerate(ROUNDS):
         bases = (brackets.base * bins).unbind()
         tables = torch.stack([b.table(base, shift, bins) for b, base in zip(breakpoints, bases, strict=True)])
-        if not replicated:
-            tables = world.all_reduce(tables)
+        world.all_reduce(tables)
         brackets.narrow(tables, shift)
         if number == 0:
             bad, binding = tables[:, 0, bins].sum(), brackets.lowest > brackets.budget * SLACK
@@ -109,8 +103,3 @@ def _thresholds(
     thresholds = torch.where(binding, brackets.roots(), 0.0)
     return torch.where(bad > 0, math.nan, thresholds)
 
-
-def _flat(shard: Tensor) -> Tensor:
-    if shard.dtype != torch.float32 or not shard.is_contiguous():
-        raise ValueError(f"probabilities are {shard.dtype}, strides {shard.stride()}: give contiguous float32")
-    return shard.detach().view(-1)

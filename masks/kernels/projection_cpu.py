@@ -1,4 +1,4 @@
-"""What does the projection do with a piece of a shard on the CPU: numba kernels that release the interpreter lock.
+"""What does the projection do with a run of probabilities on the CPU: numba kernels that release the interpreter lock.
 
 A chunk at a time: one loop that LLVM vectorises prepares bins, a second adds to the tables. Four tables take turns, for
 neighbours fall into the same bin, and an addition would wait for the one before it to reach the cache.
@@ -11,6 +11,7 @@ from typing import Any
 
 import numba
 import numpy as np
+import torch
 from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
@@ -61,14 +62,12 @@ def _add(tables, place, rest, count):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def histogram(z, first, end, base, shift, bins):  # type: ignore[no-untyped-def]
-    """int64 (2, bins + 1): counts and remainders of the breakpoints z less those of the breakpoints z - 1 of a range.
+def histogram(z, first, end, base, shift, bins, table, packed):  # type: ignore[no-untyped-def]
+    """Add to an int64 table, (2, bins + 1), the counts and remainders of the breakpoints z of a range less those of z - 1.
 
-    Bin j holds the positive float32 numbers whose bits >> shift are base + j; the remainder is the lower `shift` bits
+    packed: zeros, int64 (2, 4, bins + 1), and zeros again afterwards. Bin j holds the positive float32 numbers whose bits >> shift are base + j; the remainder is the lower `shift` bits
     (at most 20). Counts have one more column: the number of elements that are not finite.
     """
-    table = np.zeros((2, bins + 1), np.int64)
-    packed = np.zeros((2, 4, bins + 1), np.int64)  # of z and of z - 1; the last bin takes what belongs to none
     place, rest = np.empty(CHUNK, np.uint32), np.empty(CHUNK, np.uint32)
     marked, above = np.empty(CHUNK, np.uint8), np.empty(CHUNK, F)
     shift_, low_bits, base_, bins_ = np.uint32(shift), np.uint32((1 << shift) - 1), np.uint32(base), np.uint32(bins)
@@ -98,17 +97,16 @@ def histogram(z, first, end, base, shift, bins):  # type: ignore[no-untyped-def]
                 table[0, j] += (plus >> PACK) - (minus >> PACK)
                 table[1, j] += (plus & (UNIT - 1)) - (minus & (UNIT - 1))
         packed[:] = 0
-    return table
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def select(z, first, end, low, width, out):  # type: ignore[no-untyped-def]
-    """Copy the elements of a range with a breakpoint whose bits are in [low, low + width) to the front of `out`.
+def select(z, first, end, low, width, out, count):  # type: ignore[no-untyped-def]
+    """Copy the elements of a range with a breakpoint whose bits are in [low, low + width) to `out`, from `count` on.
 
-    Returns their number, or -1 where `out` is too short.
+    Returns the new count, or -1 where `out` is too short.
     """
     inside = np.empty(CHUNK, np.uint8)
-    low_, width_, count = np.uint32(low), np.uint32(width), np.int64(0)
+    low_, width_ = np.uint32(low), np.uint32(width)
     for start in range(first, end, CHUNK):
         part = z[start : min(start + CHUNK, end)]
         found = np.uint8(0)
@@ -207,8 +205,11 @@ def _append(values, marked, out, count):  # type: ignore[no-untyped-def]
 def compile_all() -> None:
     """Compile the kernels (or load them from numba's cache) and run each once."""
     z, out = np.array([0.5, 1.5, -1.0], F), np.empty(CHUNK, F)
-    table = histogram(z, 0, 3, 0, 20, 1216)
-    number = select(z, 0, 3, int(F(0.5).view(np.int32)), 1, out)
+    table, scratch = np.zeros((2, 1217), np.int64), np.zeros((2, 4, 1217), np.int64)
+    histogram(z, 0, 3, 0, 20, 1216, table, scratch)
+    number = select(z, 0, 3, int(F(0.5).view(np.int32)), 1, out, 0)
     subtract_and_clamp(z, 0, 3, 0.25, 0)
-    if (table.sum(), number, out[1], z.tolist()) != (1, 2, 1.5, [0.25, 1.0, 0.0]):
+    fields = [torch.zeros(1, dtype=dtype) for dtype in (torch.float64, torch.int64, torch.int64, *2 * (torch.float64,))]
+    narrow(torch.from_numpy(table)[None], 20, *fields)
+    if (table.sum(), number, out[1], z.tolist(), int(fields[1])) != (1, 2, 1.5, [0.25, 1.0, 0.0], 1019):
         raise RuntimeError("the compiled projection gives wrong numbers here")

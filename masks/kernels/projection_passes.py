@@ -1,25 +1,28 @@
-"""What passes over a shard does the projection take: count its breakpoints by bins, then subtract and clamp.
+"""What passes over the probabilities does the projection take: count its breakpoints by bins, then subtract and clamp.
 
 CUDA: Triton; CPU: numba; elsewhere, and where these cannot be had, torch. All give the same bits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ghostmask.masks.kernels.compiled import kernels_for, split_over_threads
+from ghostmask.masks.kernels.compiled import kernels_on, pieces_in, split_over_threads
 
 LARGEST = 2.0**24
 """Larger elements count as this: up to it z - 1 is a float32 number wherever it is above 0."""
 CHUNK = 1 << 22
 """Elements per step of the torch form: bounds its temporary memory."""
+MODULE = "ghostmask.masks.kernels.projection"
 SMALLEST_RANGE = 1 << 16
 """Elements worth a thread of their own."""
 SHARES = 4
-"""Parts of a piece per thread."""
+"""Parts of all pieces per thread."""
 SELECTED_FRACTION = 8
 """A rank keeps a copy of the elements whose breakpoints are still in question, if it is this many times smaller."""
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -29,8 +32,8 @@ DITHER = (1 << 29) - 1
 class Breakpoints:
     """The breakpoints z and z - 1 of one budget's elements on this rank, to be counted in ever finer bins."""
 
-    def __init__(self, pieces: list[Tensor], device: torch.device) -> None:
-        self.pieces, self.device, self.selected = [p for p in pieces if len(p)], device, False
+    def __init__(self, pieces: Sequence[Tensor], device: torch.device) -> None:
+        self.pieces, self.device, self.selected = [p.detach() for p in pieces if len(p)], device, False
 
     def table(self, base: Tensor, shift: int, bins: int) -> Tensor:
         """int64 (2, bins + 1): counts of the breakpoints z less those of the breakpoints z - 1, and their remainders.
@@ -40,48 +43,53 @@ class Breakpoints:
         later call lie inside one bin of the call before: on the CPU elements outside are then left behind, if few
         remain.
         """
-        if self.device.type == "cpu" and int(base) > 0 and not self.selected:
-            self._select(int(base) << shift, bins << shift)
-        tables = [histogram(piece, base, shift, bins) for piece in self.pieces]
-        if not tables:
+        if not self.pieces:
             return torch.zeros(2, bins + 1, dtype=torch.int64, device=self.device)
-        return tables[0] if len(tables) == 1 else torch.stack(tables).sum(0)
+        kernels = kernels_on(self.device, MODULE)
+        if not kernels:
+            return histogram(self.pieces, base, shift, bins)
+        if self.device.type == "cuda":
+            tables = [kernels.histogram(piece, base, shift, bins) for piece in self.pieces]
+            table: Tensor = tables[0] if len(tables) == 1 else torch.stack(tables).sum(0)
+            return table
+        if int(base) > 0 and not self.selected:
+            self._select(kernels, int(base) << shift, bins << shift)
+        return _histogram_on_cpu(kernels, self.pieces, int(base), shift, bins)
 
-    def _select(self, low: int, width: int) -> None:
-        selected: list[Tensor] = []
-        for piece in self.pieces:
-            kernels = kernels_for(piece, "ghostmask.masks.kernels.projection")
-            parts = [None] if kernels is None else _selected(kernels, piece, low, width)
-            if any(part is None for part in parts):
-                return
-            selected += [part for part in parts if part is not None]
-        self.pieces, self.selected = [part for part in selected if len(part)], True
+    def _select(self, kernels: Any, low: int, width: int) -> None:
+        """Go on with copies of the elements that have a breakpoint in that range of bits, if they are few."""
+        arrays, lengths = [p.numpy() for p in self.pieces], [len(p) for p in self.pieces]
+
+        def work(first: int, end: int) -> Tensor | None:
+            out = torch.empty((end - first) // SELECTED_FRACTION + kernels.CHUNK)
+            count = 0
+            for number, start, stop in pieces_in(lengths, first, end):
+                count = kernels.select(arrays[number], start, stop, low, width, out.numpy(), count)
+                if count < 0:
+                    return None
+            return out[:count]
+
+        parts = split_over_threads(work, sum(lengths), SMALLEST_RANGE, shares=SHARES)
+        if all(part is not None for part in parts):
+            self.pieces, self.selected = [part for part in parts if part is not None and len(part)], True
 
 
-def _selected(kernels: Any, piece: Tensor, low: int, width: int) -> list[Tensor | None]:
-    """Copies of the elements with a breakpoint in that range of bits, one per thread; None where they are many."""
-    z = piece.numpy()
+def _histogram_on_cpu(kernels: Any, pieces: list[Tensor], base: int, shift: int, bins: int) -> Tensor:
+    arrays, lengths = [p.numpy() for p in pieces], [len(p) for p in pieces]
 
-    def work(first: int, end: int) -> Tensor | None:
-        out = torch.empty((end - first) // SELECTED_FRACTION + kernels.CHUNK)
-        count = kernels.select(z, first, end, low, width, out.numpy())
-        return out[:count] if count >= 0 else None
+    def work(first: int, end: int) -> Tensor:
+        table, scratch = np.zeros((2, bins + 1), np.int64), np.zeros((2, 4, bins + 1), np.int64)
+        for number, start, stop in pieces_in(lengths, first, end):
+            kernels.histogram(arrays[number], start, stop, base, shift, bins, table, scratch)
+        return torch.from_numpy(table)
 
-    return split_over_threads(work, len(z), SMALLEST_RANGE, shares=SHARES)
+    return torch.stack(split_over_threads(work, sum(lengths), SMALLEST_RANGE, shares=SHARES)).sum(0)
 
 
-def histogram(piece: Tensor, base: Tensor, shift: int, bins: int) -> Tensor:
-    """The table of one piece; see `Breakpoints.table`."""
-    kernels = kernels_for(piece, "ghostmask.masks.kernels.projection")
-    if kernels and piece.is_cuda:
-        table: Tensor = kernels.histogram(piece, base, shift, bins)
-        return table
-    if kernels:
-        z, first_bin = piece.numpy(), int(base)
-        work = lambda a, b: torch.from_numpy(kernels.histogram(z, a, b, first_bin, shift, bins))  # noqa: E731
-        return torch.stack(split_over_threads(work, len(z), SMALLEST_RANGE, shares=SHARES)).sum(0)
-    table = torch.zeros(2, bins + 1, dtype=torch.int64, device=piece.device)
-    for chunk in torch.split(piece, CHUNK):
+def histogram(pieces: Sequence[Tensor], base: Tensor, shift: int, bins: int) -> Tensor:
+    """The table of `Breakpoints.table` in torch operations; at least one piece."""
+    table = torch.zeros(2, bins + 1, dtype=torch.int64, device=pieces[0].device)
+    for chunk in (chunk for piece in pieces for chunk in torch.split(piece, CHUNK)):
         table[0, bins] += (~chunk.isfinite()).sum()
         limited = chunk.clamp(max=LARGEST)
         for breakpoints, sign in ((limited, 1), (limited - 1, -1)):
@@ -96,25 +104,38 @@ def histogram(piece: Tensor, base: Tensor, shift: int, bins: int) -> Tensor:
     return table
 
 
-def subtract_and_clamp_(piece: Tensor, threshold: Tensor, first_index: int) -> None:
-    """piece = clamp(piece - threshold, 0, 1), in float64, then rounded to float32 so that errors cancel in the sum.
+def subtract_and_clamp_(runs: Sequence[tuple[Tensor, int]], threshold: Tensor) -> None:
+    """z = clamp(z - threshold, 0, 1), in float64, then rounded to float32 so that errors cancel in the sum.
 
-    Of the 29 bits that float32 does not keep, a number in [0, 2^29) is added before they are cut off: element i rounds
-    up where the fractional part of i x golden ratio, a low-discrepancy sequence, is large enough. The share that rounds
-    up is then the cut-off fraction even among equal values, and depends on the element's own number only, not on the
-    sharding. What float32 represents exactly (0 and 1, and all of it if threshold = 0) stays as it is.
+    runs: (vector, index in the network of its first element). Of the 29 bits that float32 does not keep, a number in
+    [0, 2^29) is added before they are cut off: element i rounds up where the fractional part of i x golden ratio, a
+    low-discrepancy sequence, is large enough. The share that rounds up is then the cut-off fraction even among equal
+    values, and depends on the element's own index only, not on the sharding. What float32 represents exactly (0 and 1,
+    and all of it if threshold = 0) stays as it is.
     """
-    kernels = kernels_for(piece, "ghostmask.masks.kernels.projection")
-    if kernels and piece.is_cuda and len(piece):
-        kernels.subtract_and_clamp(piece, threshold, first_index)
+    runs = [(run.detach(), first) for run, first in runs if len(run)]
+    if not runs:
         return
-    if kernels:
-        z, v = piece.numpy(), float(threshold)
-        work = lambda a, b: kernels.subtract_and_clamp(z, a, b, v, first_index)  # noqa: E731
-        split_over_threads(work, len(z), SMALLEST_RANGE, shares=SHARES)
-        return
-    for start in range(0, len(piece), CHUNK):
-        chunk = piece[start : start + CHUNK]
+    kernels = kernels_on(threshold.device, MODULE)
+    if kernels and threshold.is_cuda:
+        for run, first in runs:
+            kernels.subtract_and_clamp(run, threshold, first)
+    elif kernels:
+        arrays, lengths, v = [run.numpy() for run, _ in runs], [len(run) for run, _ in runs], float(threshold)
+
+        def work(begin: int, end: int) -> None:
+            for number, low, high in pieces_in(lengths, begin, end):
+                kernels.subtract_and_clamp(arrays[number], low, high, v, runs[number][1])
+
+        split_over_threads(work, sum(lengths), SMALLEST_RANGE, shares=SHARES)
+    else:
+        for run, first in runs:
+            _subtract_and_clamp(run, threshold, first)
+
+
+def _subtract_and_clamp(run: Tensor, threshold: Tensor, first: int) -> None:
+    for start in range(0, len(run), CHUNK):
+        chunk = run[start : start + CHUNK]
         y = (chunk.clamp(max=LARGEST).double() - threshold).clamp_(0, 1).view(torch.int64)
-        index = torch.arange(first_index + start, first_index + start + len(chunk), device=chunk.device)
+        index = torch.arange(first + start, first + start + len(chunk), device=chunk.device)
         chunk.copy_(((y + ((index * GOLDEN >> 35) & DITHER)) & ~DITHER).view(torch.float64))

@@ -1,4 +1,4 @@
-"""What does the projection do with a piece of a shard on CUDA: Triton kernels.
+"""What does the projection do with a run of probabilities on CUDA: Triton kernels.
 
 The histogram is counted by many programs, each into a table of its own: probabilities crowd in few bins (in one, when a
 run starts), and one table's bins would be a queue for all of them.
@@ -133,10 +133,19 @@ def _subtract_and_clamp(z, numel, threshold, first_index, SIZE: tl.constexpr):  
 
 
 def compile_all() -> None:
-    """Compile the kernels and run each once."""
+    """Compile the kernels, those that depend on the round for each of its rounds, and run each once."""
+    from ghostmask.masks.kernels.projection import ROUNDS
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    z, zero = torch.tensor([0.5, 1.5, -1.0], device=device), torch.zeros((), dtype=torch.int64, device=device)
-    tables = [histogram(z, zero * base, shift, bins) for base, shift, bins in ((0, 20, 1216), (0, 10, 1024), (0, 0, 4))]
-    subtract_and_clamp(z, zero.double() + 0.25, 0)
-    if ([int(t[0].sum()) for t in tables], z.tolist()) != ([1, 0, 0], [0.25, 1.0, 0.0]):
+    z = torch.tensor([0.5, 1.5, -1.0], device=device)
+    base, slope = torch.zeros(2, 1, dtype=torch.int64, device=device)
+    budget, value, lowest = torch.zeros(3, 1, dtype=torch.float64, device=device)
+    counts = []
+    for shift, bins in ROUNDS:
+        tables = histogram(z, base[0] * bins, shift, bins)[None]
+        narrow(tables, shift, budget, base, slope, value, lowest)
+        counts.append(int(tables[0, 0].sum()))
+    subtract_and_clamp(z, value[0] + 0.25, 0)
+    # The budget is 0: the threshold is 1.5, the largest breakpoint, at the upper end of the bins that lead to it.
+    if (counts, int(base), z.tolist()) != ([1, 0, 0], 0x3FC00000 - 1, [0.25, 1.0, 0.0]):
         raise RuntimeError("the compiled projection gives wrong numbers here")
