@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from dataclasses import fields, replace
 from itertools import repeat
 from time import perf_counter
 
@@ -16,18 +17,17 @@ from ghostmask.engine.config import FinetuneConfig, OptimConfig
 from ghostmask.engine.data import Batch
 from ghostmask.engine.registry import resolve
 from ghostmask.engine.world import World
-from ghostmask.masks.config import MaskConfig
 from ghostmask.masks.method import Recipe
 from ghostmask.masks.methods.grasp import SHARE, default_per_class
-from ghostmask.masks.methods.mlprune import BATCHES as MLPRUNE_BATCHES
-from ghostmask.masks.methods.snip import BATCHES as SNIP_BATCHES
 from ghostmask.masks.registry import METHODS
+from ghostmask.masks.settings import MaskSettings
 from ghostmask.models.build import build_model
 from ghostmask.models.config import ModelConfig
 
 BAR_BYTES = 16_000_000_000
 """One GPU's memory that every finder should fit into."""
 IMAGENET_CLASSES = 1000
+FINDERS = ("random", "magnitude", "synflow", "snip", "grasp", "mlprune")
 ITERATIONS = 10
 """SynFlow's, of which each takes the same time; by default it makes ten times as many."""
 
@@ -50,29 +50,29 @@ def rows(bench: Bench) -> list[Row]:
 
     Finders that see images get one chunk of them: what the default number takes follows in proportion.
     """
-    defaults = MaskConfig()
+    usual_settings = {name: resolve(METHODS[name]).Settings() for name in FINDERS}
     model, side = ("resnet20", 32) if bench.quick else ("resnet50", 224)
-    batch, iterations = (6, 2) if bench.quick else (defaults.score_batch, ITERATIONS)
+    batch, iterations = (6, 2) if bench.quick else (usual_settings["snip"].score_batch, ITERATIONS)
     few = -(-batch // SHARE)
     images = {
-        "snip": (batch, SNIP_BATCHES * defaults.score_batch),
+        "snip": (batch, usual_settings["snip"].score_batches * usual_settings["snip"].score_batch),
         "grasp": (few, default_per_class(IMAGENET_CLASSES) * IMAGENET_CLASSES),
-        "mlprune": (batch, MLPRUNE_BATCHES * defaults.score_batch),
+        "mlprune": (batch, usual_settings["mlprune"].score_batches * usual_settings["mlprune"].score_batch),
     }
     net = build_model(ModelConfig(model), IMAGENET_CLASSES, (3, side, side), 0).to(bench.device)
     found = []
-    for name in ("random", "magnitude", "synflow", "snip", "grasp", "mlprune"):
+    small = {"score_batch": batch, "score_batches": 1, "samples_per_class": 1, "iterations": iterations}
+    for name in FINDERS:
         seen, usual = images.get(name, (1, 1))
-        config = MaskConfig(
-            method=name, density=0.1, score_batch=batch, score_batches=1, samples_per_class=1, iterations=iterations
-        )
-        seconds, held = measured(config, net, Labelled(Workload(model, seen, side), bench.world), bench)
+        known = {field.name for field in fields(usual_settings[name])}
+        settings = replace(usual_settings[name], method=name, **{k: v for k, v in small.items() if k in known})
+        seconds, held = measured(settings, net, Labelled(Workload(model, seen, side), bench.world), bench)
         what, times = "no images", 1.0
         if name in images:
             what, times = f"{seen} images at once; the default for ImageNet, {usual:,}", usual / seen
         if name == "synflow":
-            what = f"{iterations} iterations; the default, {defaults.iterations}"
-            times = defaults.iterations / iterations
+            what = f"{iterations} iterations; the default, {usual_settings[name].iterations}"
+            times = usual_settings[name].iterations / iterations
         reckoned = "" if times == 1 else f", takes {seconds * times / 60:.1f} minutes (reckoned)"
         note = "most that is held beside the network; baseline: 16 GB"
         found += [
@@ -82,10 +82,10 @@ def rows(bench: Bench) -> list[Row]:
     return found
 
 
-def measured(config: MaskConfig, net: nn.Module, data: Labelled, bench: Bench) -> tuple[float, int]:
+def measured(settings: MaskSettings, net: nn.Module, data: Labelled, bench: Bench) -> tuple[float, int]:
     """(seconds, bytes held beside the network at most) of one `find`, in the same run: it takes minutes on a CPU."""
     recipe = Recipe(OptimConfig(), FinetuneConfig(), 1, 0)
-    method = resolve(METHODS[config.method])(config, net, recipe, bench.world)
+    method = resolve(METHODS[settings.method])(settings, net, recipe, bench.world)
     seconds: list[float] = []
 
     def find() -> None:

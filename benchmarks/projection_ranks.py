@@ -11,6 +11,7 @@ and their all-reduce.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import median
 from time import perf_counter
 
@@ -56,7 +57,7 @@ def _local_seconds(numel: int, bench: Bench) -> dict[str, float]:
     z, budget = source.clone(), 0.1 * numel
     return interleaved(
         {
-            "exact": lambda: project_(z, budget, numel, 0, bench.world, replicated=True),
+            "exact": lambda: project_([(z, 0)], budget, numel, replace(bench.world, rank=0, size=1)),
             "bisection": lambda: sharded_bisection(source, budget, single()),
         },
         3,
@@ -89,8 +90,8 @@ def measure(world: World, numel: int) -> dict[str, tuple[float, float, float]]:
     payload = {kind: torch.zeros(shape, dtype=torch.int64) for kind, shape in PAYLOAD.items()}
     work: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
         "exact": (
-            lambda: project_(z, budget, share, first, world, replicated=True),
-            lambda: project_(z, budget * world.size, share * world.size, first, world),
+            lambda: project_([(z, first)], budget, share, single()),
+            lambda: project_([(z, first)], budget * world.size, share * world.size, world),
         ),
         "bisection": (
             lambda: sharded_bisection(source, budget, single()),

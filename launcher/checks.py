@@ -48,11 +48,7 @@ def check_finder(config: RunConfig) -> None:
     finders = [name for name in METHODS if _method(name).finds]
     fix = f"finds its mask by training: use ghostmask train; find-mask knows {', '.join(finders)}"
     require(method in finders, "mask.method", method, fix)
-    path = getattr(config.mask, "path", "")
-    require(
-        method != "magnitude" or path != "",
-        "mask.path", path, "name the trained network that mask.method=magnitude prunes",
-    )  # fmt: skip
+    _method(method).check_find(config.mask)
 
 
 def _method(name: str) -> type[MaskMethod]:
@@ -64,16 +60,17 @@ def _check_batch(config: RunConfig, world_size: int) -> None:
     size, parts, noises = config.data.batch_size, config.train.replicas, config.noises
     if parts:
         check_ranks(parts, noises, world_size)
-    unit = parts or math.lcm(world_size, noises)
+        unit, why = parts, f"train.replicas {parts}"
+    else:
+        fix = f"give a divisor or a multiple of the number of ranks, {world_size}"
+        require(world_size % noises == 0 or noises % world_size == 0, "mask.noises", noises, fix)
+        unit, why = math.lcm(world_size, noises), f"ranks {world_size}"
+        why += f", mask.noises {noises}" if noises > 1 else ""
     below, above = size // unit * unit, (size // unit + 1) * unit
-    why = (
-        f"train.replicas = {parts}"
-        if parts
-        else f"ranks {world_size}" + (f", mask.noises {noises}" if noises > 1 else "")
-    )
     require(
         size % unit == 0,
-        "data.batch_size", size, f"give a multiple of {unit} ({why}), such as {f'{below} or {above}' if below else above}",
+        "data.batch_size", size,
+        f"give a multiple of {unit} ({why}), such as {f'{below} or {above}' if below else above}",
     )  # fmt: skip
 
 
@@ -119,10 +116,8 @@ def _check_tost(config: RunConfig) -> None:
             raise config.not_read("tost", name, f"tost.{switch}=false", f"tost.{switch}=true")
     if "swish_beta_end" in given and tost.activation != "pswish":
         raise config.not_read("tost", "swish_beta_end", f"tost.activation={tost.activation}", "tost.activation=pswish")
-    without = config.train.epochs == 0 or (config.mask.method == "magnitude" and getattr(config.mask, "path", ""))
-    for switch in sorted(given & set(READ_BY_TWEAK)) if without else ():
-        chosen = "train.epochs=0" if config.train.epochs == 0 else f"mask.path={getattr(config.mask, 'path', '')}"
-        raise config.not_read("tost", switch, chosen, "a method with a main phase")
+    for switch in sorted(given & set(READ_BY_TWEAK)) if config.train.epochs == 0 else ():
+        raise config.not_read("tost", switch, "train.epochs=0", "a method with a main phase")
 
 
 def _check_data(config: RunConfig) -> None:

@@ -16,6 +16,7 @@ from ghostmask.launcher import locate, settings, show
 from ghostmask.launcher.checks import check_config, check_finder
 from ghostmask.launcher.environment import prepare_environment
 from ghostmask.launcher.examples import EXAMPLES
+from ghostmask.launcher.folder import read_run, resumed
 
 CONFIG_HELP = "YAML file, or the name of a shipped config (ghostmask show configs)"
 SETTINGS_HELP = "settings that go before the file's, such as mask.density=0.05 optim.milestones=[90,135]"
@@ -152,7 +153,7 @@ def _add_topics(parser: _Parser) -> None:
 
 def _train(arguments: Namespace) -> int:
     config = settings.load_config(arguments.config, arguments.overrides)
-    check_config(config, int(os.environ.get("WORLD_SIZE", "1")))
+    check_config(resumed(config, restart=arguments.restart), int(os.environ.get("WORLD_SIZE", "1")))
     locate.check_writable(settings.run_folder(config), "run", config.run)
     prepare_environment(config.train.device)
     _check_network(config.model.name)
@@ -270,7 +271,7 @@ def _count(text: str) -> int:
 
 
 def _device_of(run: Path) -> str:
-    return settings.load_config(str(run / "config.yaml")).train.device
+    return read_run(run).train.device
 
 
 def _print(text: str) -> int:

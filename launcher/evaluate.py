@@ -14,23 +14,24 @@ from ghostmask.engine.world import connect
 from ghostmask.launcher.checks import check_config
 from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.export import load_export, summarise
+from ghostmask.launcher.folder import read_run
 from ghostmask.launcher.run import open_data
-from ghostmask.launcher.settings import load_config, to_dict
+from ghostmask.launcher.settings import to_dict
 from ghostmask.launcher.summary import closing_table
 from ghostmask.masks.prunable import prunable_weights
 from ghostmask.models.build import build_model
 
 
 def evaluate(run: Path, *, as_json: bool = False) -> int:
-    """Print the summary of RUN/export/model.safetensors on its evaluation images (all ranks share them)."""
-    config = load_config(str(run / "config.yaml"), [])
+    """Print the summary of RUN/export/model.safetensors on its evaluation images, which any number of ranks share."""
+    config = read_run(run)
     file = run / "export" / "model.safetensors"
     if not file.is_file():
         raise InputError(
             f"RUN = {str(run)!r}: there is no {file}; finish the run, or write it with: ghostmask export {run}"
         )
+    check_config(config, world_size=1)  # nothing is trained: the ranks need not fit train.replicas
     with connect(config.train.device) as world:
-        check_config(config, world.size)
         data = open_data(config, world)
         net = build_model(config.model, data.num_classes, data.image_shape, config.seed)
         net.load_state_dict(load_export(file), strict=True)
@@ -45,6 +46,6 @@ def evaluate(run: Path, *, as_json: bool = False) -> int:
 
 
 def _summary(config: RunConfig, net: torch.nn.Module, shape: tuple[int, int, int], accuracy: float) -> dict[str, Any]:
-    weights = prunable_weights(net, config.mask.dense_layers)
+    weights = prunable_weights(net, config.mask.dense_layers, config.mask.only)
     masks = {} if config.mask.method == "dense" else {name: w.detach() != 0 for name, w in weights.items()}
     return {"accuracy": accuracy, **summarise(net, masks, shape), "config": to_dict(config)}

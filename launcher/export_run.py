@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from ghostmask.engine.errors import InputError
-from ghostmask.engine.world import connect
-from ghostmask.launcher.run import Shares, assemble, build_method, open_data
-from ghostmask.launcher.settings import load_config
+from ghostmask.engine.world import connect, rank_from_environment
+from ghostmask.launcher.checks import check_config
+from ghostmask.launcher.folder import read_run
+from ghostmask.launcher.run import Shares, assemble, build_method, open_data, settle
 from ghostmask.launcher.train import finish, open_folder
 
 
@@ -17,8 +18,10 @@ def export_run(run: Path) -> int:
     A search by ProbMask that goes on gets the mask it would end with now. gmp and lth keep their present mask, at its
     density: what they prune later, they prune after more training.
     """
-    config = load_config(str(run / "config.yaml"), [])
+    config = read_run(run)
+    check_config(config, rank_from_environment()[1])
     with connect(config.train.device) as world:
+        config = settle(config, world)
         shares = Shares.of(config, world)
         data = open_data(config, world, shares.plain.parts)
         method = build_method(config, world, data)

@@ -17,11 +17,11 @@ from ghostmask.engine.errors import InputError
 from ghostmask.engine.metrics import MetricWriter
 from ghostmask.engine.progress import Progress
 from ghostmask.engine.reporting import Reporter
-from ghostmask.engine.world import World, connect
+from ghostmask.engine.world import World, connect, rank_from_environment
 from ghostmask.launcher.checks import check_config
 from ghostmask.launcher.config import RunConfig
-from ghostmask.launcher.run import Run, Shares, build_method, open_data, plan
-from ghostmask.launcher.settings import load_config
+from ghostmask.launcher.folder import read_run
+from ghostmask.launcher.run import Run, Shares, build_method, open_data, plan, settle
 from ghostmask.masks.masked import present_masks
 
 FOLDER = "hessian"
@@ -30,9 +30,10 @@ FOLDER = "hessian"
 
 def hessian(run: Path, *, top: int, batches: int) -> int:
     """Print and write the `top` largest eigenvalues at every checkpoint that the run folder holds."""
-    config = load_config(str(run / "config.yaml"), [])
+    config = read_run(run)
+    check_config(config, rank_from_environment()[1])
     with connect(config.train.device) as world:
-        check_config(config, world.size)
+        config = settle(config, world)
         shares = Shares.of(config, world)
         data = open_data(config, world, shares.plain.parts)
         measure(run, config, world, data, shares, top=top, num_batches=batches)

@@ -130,13 +130,11 @@ class Shares:
         return cls(plain if noises == 1 else share(world, config.train.replicas, noises), plain)
 
 
-def settle(config: RunConfig, world: World, before: RunConfig | None = None) -> RunConfig:
-    """`config` with train.replicas chosen: as in the run's own configuration `before`, or for the ranks there are."""
+def settle(config: RunConfig, world: World) -> RunConfig:
+    """`config` with train.replicas chosen for the ranks there are, where it says nothing of it."""
     if config.train.replicas:
         return config
-    parts = before.train.replicas if before is not None else 0
-    if not parts:
-        parts = chosen_parts(config.data.batch_size, config.noises, world.size, world.device.type)
+    parts = chosen_parts(config.data.batch_size, config.noises, world.size, world.device.type)
     return replace(config, train=replace(config.train, replicas=parts))
 
 

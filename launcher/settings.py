@@ -28,6 +28,13 @@ PRESETS: dict[type, dict[str, dict[str, Any]]] = {TostConfig: TOST_PRESETS}
 """Sections that can be given one word (tost=all, in YAML tost: all) -> word -> the settings that it adds to the
 section; a word without settings empties it."""
 
+GONE = {
+    "train.accumulation": "train.replicas",
+    "mask.noise": "mask.noises",
+    "mask.gradient_bf16": "train.precision=bf16",
+}
+"""Settings of earlier versions -> what does their work now."""
+
 
 def load_config(path: str | None, overrides: Sequence[str] = ()) -> RunConfig:
     """The dataclass defaults, then the YAML file (or shipped config) of `path`, then each `key=value` of overrides.
@@ -51,7 +58,7 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> RunConfig:
 
 def from_dict(values: Mapping[str, Any]) -> RunConfig:
     """The RunConfig of a nested dict; missing settings keep their defaults. Raises InputError as load_config."""
-    return _build(RunConfig, values, "")
+    return _build(RunConfig, {"mask": {}, **values}, "")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -72,17 +79,16 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """One line per setting that differs between a run folder and what is given now, without those that may change."""
+    """One line per setting that differs between a run folder and what is given now, without those that may change.
+
+    Of another mask method only what both read: the method differs.
+    """
     before, given = dict(_leaves(old)), dict(_leaves(new))
     return [
-        f"{name}: {_shown(before.get(name))} in the run folder, {_shown(given.get(name))} given"
-        for name in before | given
-        if before.get(name) != given.get(name) and not (before.get(name) or given[name])[1]
+        f"{name}: {as_text(value)} in the run folder, {as_text(given[name][0])} given"
+        for name, (value, may_change) in before.items()
+        if name in given and value != given[name][0] and not may_change
     ]
-
-
-def _shown(leaf: tuple[Any, bool] | None) -> str:
-    return as_text(leaf[0]) if leaf is not None else "not there"
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -95,8 +101,13 @@ def run_folder(config: RunConfig) -> Path:
 def field_docs(cls: type) -> dict[str, str]:
     """field name -> the string that stands under it in the source of the dataclass `cls`."""
     docs: dict[str, str] = {}
-    for base in cls.__bases__:
-        docs |= field_docs(base) if is_dataclass(base) else {}
+    for base in reversed(cls.__mro__):  # a class's own string goes before what it inherits
+        docs |= _own_docs(base) if is_dataclass(base) else {}
+    return docs
+
+
+def _own_docs(cls: type) -> dict[str, str]:
+    docs: dict[str, str] = {}
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     assert isinstance(body, ast.ClassDef)
     for field, below in zip(body.body, body.body[1:], strict=False):
@@ -111,18 +122,20 @@ def field_docs(cls: type) -> dict[str, str]:
     return docs
 
 
-@cache
-def setting_types(cls: type = RunConfig, prefix: str = "") -> dict[str, Any]:
+def setting_types(cls: type = RunConfig) -> dict[str, Any]:
     """dotted key -> type, of every setting and every section in and below `cls`; of mask, what any method reads."""
+    return _types(cls, "", tuple(METHODS.items()))
+
+
+@cache
+def _types(cls: type, prefix: str, methods: tuple[tuple[str, str], ...]) -> dict[str, Any]:
     hints = get_type_hints(cls)
     types = {}
     for field in fields(cls):
-        types[prefix + field.name] = hints[field.name]
-        if hints[field.name] is MaskSettings:
-            for method in METHODS:
-                types |= setting_types(settings_of(method), f"{prefix}{field.name}.")
-        elif is_dataclass(hints[field.name]):
-            types |= setting_types(hints[field.name], f"{prefix}{field.name}.")
+        kind = types[prefix + field.name] = hints[field.name]
+        sections: list[Any] = [settings_of(name) for name, _ in methods] if kind is MaskSettings else [kind]
+        for section in sections if is_dataclass(kind) else ():
+            types |= _types(section, f"{prefix}{field.name}.", methods)
     return types
 
 
@@ -189,6 +202,10 @@ def _build(cls: type[Section], values: Any, prefix: str) -> Section:
         raise _is_section(prefix.rstrip("."), values)
     if cls is MaskSettings:
         return _build_mask(values, prefix)  # type: ignore[return-value]
+    return _build_class(cls, values, prefix)
+
+
+def _build_class(cls: type[Section], values: Mapping[str, Any], prefix: str) -> Section:
     hints = get_type_hints(cls)
     arguments: dict[str, Any] = {}
     for key, value in values.items():
@@ -217,8 +234,7 @@ def _build_mask(values: Mapping[str, Any], prefix: str) -> MaskSettings:
             f"{name} = {as_text(convert(name, value, setting_types()[name]))}: is not read with mask.method={method}; "
             f"leave it out, or use {'mask.density=1' if key == 'density' else other}"
         )
-    kept = {key: value for key, value in values.items() if key in known or key != "density"}
-    return _build(cls, kept, prefix)
+    return _build_class(cls, {key: v for key, v in values.items() if key in known or key != "density"}, prefix)
 
 
 def _is_section(name: str, value: Any) -> InputError:
@@ -233,6 +249,8 @@ def _unknown_key(name: str) -> InputError:
     types = setting_types()
     keys = [key for key, kind in types.items() if not is_dataclass(kind)]
     last = name.rpartition(".")[2]
+    if name in GONE:
+        return InputError(f"{name} is not a setting any more: give {GONE[name]}; see ghostmask show config")
     if name in types:
         return InputError(f"{name} is not a key of a YAML file: write {last}: below {name.rpartition('.')[0]}:")
     near = [key for key in keys if key.rpartition(".")[2] == last] or difflib.get_close_matches(name, keys, n=1)
@@ -253,12 +271,12 @@ def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, tuple[Any, boo
 
 
 def _yaml_lines(config: Any, indent: str) -> list[str]:
-    docs = field_docs(type(config))
+    docs, hints = field_docs(type(config)), get_type_hints(type(config))
     lines = []
     for field in fields(config):
         value = getattr(config, field.name)
         section = is_dataclass(value)
-        doc = inspect.getdoc(type(value)) if section else docs.get(field.name)
+        doc = inspect.getdoc(hints[field.name]) if section else docs.get(field.name)
         if section:
             lines.append("")
         lines += [f"{indent}# {line}".rstrip() for line in (doc or "").splitlines()]

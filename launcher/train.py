@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from ghostmask.engine.atomic import replacing
 from ghostmask.engine.checkpoint.store import CheckpointError, CheckpointStore, Saved
 from ghostmask.engine.errors import InputError
 from ghostmask.engine.evaluation import Score, score
@@ -16,8 +16,9 @@ from ghostmask.engine.world import World, connect, rank_from_environment
 from ghostmask.launcher.checks import check_config
 from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.export import write_export
+from ghostmask.launcher.folder import older, resumed
 from ghostmask.launcher.run import Run, Shares, assemble, build_method, open_data, settle
-from ghostmask.launcher.settings import differences, load_config, run_folder, to_dict, to_yaml
+from ghostmask.launcher.settings import run_folder, to_dict, to_yaml
 from ghostmask.launcher.summary import closing_table
 
 WRITTEN = ("checkpoints", "tensorboard", "profile", "export", "hessian", "metrics.jsonl", "config.yaml")
@@ -30,15 +31,11 @@ def train(config: RunConfig, *, restart: bool = False) -> int:
     restart: remove what is in the folder first. Raises InputError when the folder's configuration differs, and
     RunStopped when the run ends early (docs/operations.md lists the exit codes).
     """
-    _, size, _ = rank_from_environment()
+    folder, (_, size, _) = run_folder(config), rank_from_environment()
+    config = resumed(config, restart=restart)
     check_config(config, size)
-    folder = run_folder(config)
-    before = None if restart else _kept_config(folder)
-    if before is not None:
-        _refuse_other_config(folder, before, config)
     with connect(config.train.device) as world:
-        config = settle(config, world, before)
-        check_config(config, world.size)
+        config = settle(config, world)
         shares = Shares.of(config, world)
         data = open_data(config, world, shares.plain.parts)
         method = build_method(config, world, data)
@@ -78,45 +75,25 @@ def open_folder(
     folder: Path, config: RunConfig, world: World, *, restart: bool = False
 ) -> tuple[Saved | None, CheckpointStore]:
     """Collective: the newest intact checkpoint of the run folder (None for a new run) and its store."""
-    if world.is_main:
-        if restart:
-            _remove_written(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(to_yaml(config))
+    if restart and world.is_main:
+        _remove_written(folder)
     world.barrier()
-    store = CheckpointStore(
-        folder / "checkpoints", world, config.checkpoint.keep, config.checkpoint.asynchronous, warn=_warn
-    )
+    saving = config.checkpoint
+    store = CheckpointStore(folder / "checkpoints", world, saving.keep, saving.asynchronous, warn=_warn)
     try:
-        return store.latest(), store
-    except CheckpointError as error:
-        store.close()
-        raise InputError(f"{error}; run with --restart to start over (this removes the run's files)") from None
-
-
-def _kept_config(folder: Path) -> RunConfig | None:
-    """The configuration of the run whose checkpoints the folder holds; None where nothing was kept."""
-    file = folder / "config.yaml"
-    if not file.exists() or not any((folder / "checkpoints").glob("step-*")):
-        return None
-    try:
-        return load_config(str(file), [])
+        saved = store.latest()
+        if saved is not None and "updates" not in saved.meta:
+            raise older(folder, f"{saved.path.name} holds no count of updates")
     except InputError as error:
-        raise InputError(
-            f"run = {str(folder)!r}: its configuration cannot be read ({error}); was it made by an older version, "
-            "whose checkpoints fit no more? give another run=NAME, or --restart to start over"
-        ) from None
-
-
-def _refuse_other_config(folder: Path, before: RunConfig, config: RunConfig) -> None:
-    if not config.train.replicas:  # not asked for: the run keeps what was chosen when it started
-        config = replace(config, train=replace(config.train, replicas=before.train.replicas))
-    changes = differences(before, config)
-    if changes:
-        raise InputError(
-            f"run = {str(folder)!r}: the run folder holds another configuration ({'; '.join(changes)}); "
-            "give another run=NAME, or --restart to start over"
-        )
+        store.close()
+        fix = "; run with --restart to start over (this removes the run's files)"
+        raise InputError(f"{error}{fix if isinstance(error, CheckpointError) else ''}") from None
+    if world.is_main:  # nothing is touched before the checkpoints are known to be good
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / "config.yaml") as writing:
+            writing.write_text(to_yaml(config), encoding="utf-8")
+    world.barrier()
+    return saved, store
 
 
 def _remove_written(folder: Path) -> None:

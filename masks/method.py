@@ -108,6 +108,10 @@ class MaskMethod(ABC):
     def check(cls, settings: Any, run: Any) -> None:
         """Raise InputError where the method's settings do not fit the rest of a run (launcher.config.RunConfig)."""
 
+    @classmethod  # noqa: B027
+    def check_find(cls, settings: Any) -> None:
+        """Raise InputError where `ghostmask find-mask` would have nothing to find the mask from."""
+
     def phases(self) -> tuple[tuple[str, int], ...]:
         """The phases in order, with their epochs; 0 epochs = only begin() and leave()."""
         return (("train", self.recipe.epochs),)

@@ -35,3 +35,5 @@ def check_without_main_phase(path: str, run: Any) -> None:
     )  # fmt: skip
     for name in sorted(run.given("optim") & {"lr", "schedule", "warmup", "milestones", "gamma"}):
         raise run.not_read("optim", name, f"mask.path={path}", "finetune.lr, finetune.schedule")
+    for name in sorted(run.given("tost") & {"ghost_skip", "ghost_swish", "lrsi"}):
+        raise run.not_read("tost", name, f"mask.path={path}", "a method with a main phase")

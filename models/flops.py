@@ -6,42 +6,54 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.func import functional_call
+
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 def count_flops(net: nn.Module, image_shape: tuple[int, int, int], kept: Mapping[str, int] | None) -> tuple[int, int]:
     """(dense, sparse) floating-point operations of one forward pass of one image, a multiply-add counted as 2.
 
-    Convolutions and linear layers only, without biases. kept: number of weights left per weight name
-    ("layer1.0.conv1.weight"), each scaling its layer by kept / numel; names left out and None count as dense.
-    image_shape: (channels, height, width). Runs on the meta device: nothing is computed, `net` is left as it was.
-    Raises ValueError for a name in `kept` that is no weight of a convolution or linear layer.
+    Convolutions, linear layers and attention's projections only, without biases; what else may be masked (embeddings)
+    costs nothing. kept: number of weights left per weight name ("layer1.0.conv1.weight"), each scaling its layer by
+    kept / numel; names left out and None count as dense. image_shape: (channels, height, width). Runs on the meta
+    device: nothing is computed, `net` is left as it was. Raises ValueError for a name in `kept` that is no weight of a layer.
     """
-    layers = {name: m for name, m in net.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-    unknown = set(kept or ()) - {f"{name}.weight" for name in layers}
+    parameters = dict(net.named_parameters(remove_duplicate=False))
+    unknown = {name for name in kept or () if name not in parameters or parameters[name].ndim < 2}
     if unknown:
-        raise ValueError(f"kept names no convolution or linear layer: {sorted(unknown)}")
-    positions = _count_positions(net, layers, image_shape)
+        raise ValueError(f"kept names no weight of a layer: {sorted(unknown)}")
     dense = sparse = 0
-    for name, layer in layers.items():
-        size = layer.weight.numel()
-        dense += 2 * positions[name] * size
-        sparse += 2 * positions[name] * (kept or {}).get(f"{name}.weight", size)
+    for name, positions in _count_positions(net, image_shape).items():
+        size = parameters[name].numel()
+        dense += 2 * positions * size
+        sparse += 2 * positions * (kept or {}).get(name, size)
     return dense, sparse
 
 
-def _count_positions(net: nn.Module, layers: dict[str, Any], image_shape: tuple[int, int, int]) -> dict[str, int]:
+def _count_positions(net: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, int]:
     """How often one image uses every weight of each layer: output pixels of a convolution, rows of a linear layer."""
-    positions = dict.fromkeys(layers, 0)
+    positions: dict[str, int] = {}
+
+    def count(name: str, times: int) -> None:
+        positions[name] = positions.get(name, 0) + times
 
     def hook_of(name: str) -> Any:
-        def hook(layer: nn.Module, inputs: Any, output: Tensor) -> None:
-            positions[name] += output.numel() // layers[name].weight.shape[0]
+        def hook(layer: Any, inputs: Any, output: Any) -> None:
+            if isinstance(layer, nn.MultiheadAttention):  # it calls none of its projections as a layer
+                tokens = output[0].numel() // layer.embed_dim
+                count(f"{name}.in_proj_weight", tokens)
+                count(f"{name}.out_proj.weight", tokens)
+            else:
+                channels = layer.weight.shape[0]
+                count(f"{name}.weight", output.numel() // channels)
 
         return hook
 
-    hooks = [layer.register_forward_hook(hook_of(name)) for name, layer in layers.items()]
+    layers = {n: m for n, m in net.named_modules() if isinstance(m, (*LAYERS, nn.MultiheadAttention))}
+    attended = {f"{n}.out_proj" for n, m in layers.items() if isinstance(m, nn.MultiheadAttention)}
+    hooks = [m.register_forward_hook(hook_of(n)) for n, m in layers.items() if n not in attended]
     training = {module: module.training for module in net.modules()}
     state = {name: tensor.to("meta") for name, tensor in (*net.named_parameters(), *net.named_buffers())}
     try:

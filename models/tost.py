@@ -24,6 +24,7 @@ from ghostmask.models.rescaling import Rescaled, learn_factors
 GHOST = "ghost"
 """Parameter group of the ghost skips."""
 
+
 def ghost_alpha(done: float, fraction: float) -> float:
     """alpha of the ghost skips when the fraction `done` of the phase is over: linear from 1 to 0 at `fraction`."""
     return max(0.0, 1.0 - done / fraction)

@@ -98,7 +98,7 @@ WRONG = {
     "train cifar10_resnet32_probmask mask.density=1.5": "mask.density = 1.5: give a number in (0, 1]",
     "train cifar10_resnet32_probmask mask.density=nan": "mask.density = nan: expected float",
     "train cifar10_resnet32_probmask train.zero_stage=3": "train.zero_stage = 3: stage 3 shards the forward pass",
-    "train cifar10_resnet32_probmask data.batch_size=100": "data.batch_size = 100: give a multiple of 8 (ranks 8 x",
+    "train cifar10_resnet32_probmask data.batch_size=100": "data.batch_size = 100: give a multiple of 8 (ranks 8)",
     "train cifar10_resnet32_probmsk": "config = 'cifar10_resnet32_probmsk' is not known: did you mean",
 }
 """Arguments -> how the one line on stderr begins, in a world of 8 ranks."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
-import importlib.util
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,23 +10,31 @@ import pytest
 import yaml
 
 from ghostmask.engine.errors import InputError
-from ghostmask.engine.registry import resolve
-from ghostmask.launcher.checks import FINETUNED, READ_BY_METHOD, check_config
+from ghostmask.launcher.checks import check_config
 from ghostmask.launcher.config import RunConfig
-from ghostmask.launcher.locate import find_config, find_run, shipped_configs
+from ghostmask.launcher.locate import shipped_configs
 from ghostmask.launcher.settings import (
+    GONE,
     differences,
     field_docs,
     from_dict,
     load_config,
     run_folder,
     setting_types,
+    settings_of,
     to_dict,
     to_yaml,
 )
-from ghostmask.masks.config import MaskConfig
 from ghostmask.masks.registry import METHODS
+from ghostmask.masks.settings import FromTrained, MaskSettings, Ranked
 from ghostmask.models.config import TostConfig
+
+GIVEN = {"file": ["mask.path=mask.pt"]}
+"""Settings without which a method's configuration is none."""
+
+
+def default_of(method: str) -> RunConfig:
+    return load_config(None, ["run=some", f"mask.method={method}", *GIVEN.get(method, [])])
 
 
 def write(folder: Path, text: str) -> str:
@@ -91,7 +97,7 @@ def test_a_value_of_the_wrong_type_is_named_with_its_type(override: str, expecte
     ("override", "value"), [("5", "5"), ("1e3", "1e3"), ("a: b", "a: b"), ('"null"', "null"), ("[x", "[x"), ("", "")]
 )
 def test_a_text_setting_takes_the_override_as_it_stands(override: str, value: str) -> None:
-    assert load_config(None, [f"mask.path={override}"]).mask.path == value
+    assert load_config(None, ["mask.method=snip", f"mask.path={override}"]).mask.path == value
 
 
 @pytest.mark.parametrize(
@@ -106,6 +112,8 @@ def test_a_text_setting_takes_the_override_as_it_stands(override: str, value: st
         ("=1", " is not a setting: known: run, seed, model,"),
         ("mask=probmask", "mask = probmask: is a section; give its settings, such as mask.method"),
         ("restart", "restart: give settings as key=value"),
+        ("mask.method=[a]", "mask.method = '[a]' is not known: known: dense, file, gmp,"),
+        ("mask.method=probmsk", "mask.method = 'probmsk' is not known: did you mean 'probmask'?"),
     ],
 )
 def test_an_unknown_override_is_answered_with_the_nearest_setting(override: str, hint: str) -> None:
@@ -127,27 +135,6 @@ def test_tost_takes_all_or_none_and_its_settings_on_top(tmp_path: Path) -> None:
         None, "tost=some"
     )
     assert "tost = true: is a section" in error_of(write(tmp_path, "tost: true\n"))
-
-
-@pytest.mark.parametrize(
-    ("overrides", "expected"),
-    [
-        ("tost.ghost_skip_fraction=0.2", "tost.ghost_skip_fraction = 0.2: is not read with tost.ghost_skip=false"),
-        ("tost.activation=mish", "tost.activation = mish: is not read with tost.ghost_swish=false"),
-        ("tost.lrsi_steps=5", "tost.lrsi_steps = 5: is not read with tost.lrsi=false"),
-        ("tost.ghost_swish=true tost.activation=mish tost.swish_beta_end=9", "tost.swish_beta_end = 9.0: is not read"),
-        (
-            "tost.ghost_swish=true tost.activation=swish tost.swish_fraction=1",
-            "tost.swish_fraction = 1.0: tost.activat",
-        ),
-        ("tost.activation=silu", "tost.activation = 'silu' is not known"),
-        ("mask.method=magnitude mask.path=x train.epochs=0 tost.lrsi=true", "tost.lrsi = true: is not read with train"),
-    ],
-)
-def test_a_tost_setting_that_nothing_would_read_is_refused(overrides: str, expected: str) -> None:
-    with pytest.raises(InputError) as caught:
-        check_config(load_config(None, overrides.split()), world_size=1)
-    assert str(caught.value).startswith(expected)
 
 
 def test_a_setting_given_twice_is_an_error(tmp_path: Path) -> None:
@@ -192,7 +179,10 @@ def test_an_override_into_a_section_that_the_file_made_a_scalar_is_an_error(tmp_
 
 
 def test_an_empty_file_is_the_defaults_under_the_files_name(tmp_path: Path) -> None:
-    assert load_config(write(tmp_path, "# nothing\n")) == replace(RunConfig(), run="some")
+    config = load_config(write(tmp_path, "# nothing\n"))
+    assert config == replace(load_config(None), run="some")
+    assert replace(config, mask=MaskSettings()) == replace(RunConfig(), run="some")
+    assert config.mask == settings_of(RunConfig().mask.method)()
 
 
 def test_the_run_is_named_after_its_file_unless_it_is_named(tmp_path: Path) -> None:
@@ -222,13 +212,37 @@ def test_every_shipped_config_opens_with_paper_cost_accuracy_and_command(name: s
     assert f"train {name}" in next(line for line in head if line.startswith("# command"))
 
 
-@pytest.mark.parametrize("name", shipped_configs())
+@pytest.mark.parametrize("name", [*shipped_configs(), *METHODS])
 def test_a_resolved_config_is_read_back_equal(name: str, tmp_path: Path) -> None:
-    config = load_config(name)
+    config = load_config(name) if name in shipped_configs() else default_of(name)
     text = to_yaml(config)
     assert load_config(write(tmp_path, text)) == config
     assert from_dict(to_dict(config)) == config
     assert yaml.safe_load(text) == to_dict(config)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resolved_config_lists_exactly_what_the_method_reads_each_with_its_meaning(method: str) -> None:
+    text = to_yaml(default_of(method))
+    assert list(yaml.safe_load(text)["mask"]) == [field.name for field in fields(settings_of(method))]
+    sections: list[Any] = [RunConfig, settings_of(method)]
+    sections += [kind for kind in setting_types().values() if is_dataclass(kind) and kind is not MaskSettings]
+    for section in sections:
+        docs, types = field_docs(section), setting_types(section)
+        for name in (field.name for field in fields(section) if not is_dataclass(types[field.name])):
+            assert f"# {docs[name].splitlines()[0]}\n" in text, name
+
+
+@dataclass(frozen=True)
+class Redescribed(Ranked, FromTrained):
+    constraint: str = "layerwise"
+    """Said anew."""
+
+
+def test_a_setting_that_is_described_anew_goes_before_what_is_inherited() -> None:
+    docs, inherited = field_docs(Redescribed), field_docs(Ranked)
+    assert docs.pop("constraint") == "Said anew."
+    assert docs == {**field_docs(FromTrained), **{n: d for n, d in inherited.items() if n != "constraint"}}
 
 
 @pytest.mark.parametrize(
@@ -237,7 +251,7 @@ def test_a_resolved_config_is_read_back_equal(name: str, tmp_path: Path) -> None
 def test_any_text_and_number_survives_being_written(path: str, tmp_path: Path) -> None:
     config = from_dict(
         {
-            "mask": {"path": path, "dense_layers": [path, "fc.*"], "lr": 1e-7},
+            "mask": {"method": "mlprune", "path": path, "dense_layers": [path, "fc.*"], "damping": 1e-7},
             "optim": {"weight_decay": 1e22},
             "run": "r",
         }
@@ -247,20 +261,24 @@ def test_any_text_and_number_survives_being_written(path: str, tmp_path: Path) -
     assert yaml.safe_load(text) == to_dict(config)
 
 
-def test_every_setting_has_a_doc_string_which_to_yaml_prints_above_it() -> None:
-    text = to_yaml(RunConfig())
-    sections: list[Any] = [RunConfig, *(kind for kind in setting_types().values() if is_dataclass(kind))]
-    for section in sections:
-        docs = field_docs(section)
-        for field in fields(section):
-            if not is_dataclass(setting_types(section)[field.name]):
-                assert f"# {docs[field.name].splitlines()[0]}\n" in text
-
-
-def test_every_setting_has_a_type_that_can_be_written_in_yaml() -> None:
-    for key, kind in setting_types().items():
+def test_every_setting_has_a_type_that_can_be_written_in_yaml_the_same_in_every_method() -> None:
+    known = setting_types()
+    for key, kind in known.items():
         scalar = get_args(kind)[0] if get_args(kind) else kind
         assert is_dataclass(kind) or scalar in (int, float, bool, str), key
+    for method in METHODS:
+        for name, kind in setting_types(settings_of(method)).items():
+            assert kind == known[f"mask.{name}"], f"mask.{name} of {method}"
+
+
+def test_a_setting_of_an_earlier_version_is_answered_with_what_does_its_work_now(tmp_path: Path) -> None:
+    known = setting_types()
+    for name, now in GONE.items():
+        section, _, key = name.partition(".")
+        assert name not in known
+        assert now.partition("=")[0] in known
+        said = f"{name} is not a setting any more: give {now}; see ghostmask show config"
+        assert error_of(None, f"{name}=1") == error_of(write(tmp_path, f"{section}: {{{key}: 1}}\n")) == said
 
 
 def test_differences_name_old_and_new_values_but_not_what_may_change() -> None:
@@ -268,133 +286,11 @@ def test_differences_name_old_and_new_values_but_not_what_may_change() -> None:
     changed = ["mask.density=0.1", "mask.dense_layers=[fc.weight]", "data.num_workers=7", "train.zero_stage=2", "run=x"]
     new = load_config("cifar10_resnet32_probmask", changed)
     assert differences(old, new) == [
-        "mask.density: 0.05 in the run folder, 0.1 given",
         "mask.dense_layers: [] in the run folder, [fc.weight] given",
+        "mask.density: 0.05 in the run folder, 0.1 given",
     ]
     assert differences(old, old) == []
-
-
-def test_a_shipped_config_is_found_by_name_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    name = "cifar10_resnet32_probmask"
-    expected = shipped_configs()[name]
-    assert {find_config(text) for text in (name, f"{name}.yaml", f"configs/{name}.yaml")} == {expected}
-    (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / f"{name}.yaml").write_text("seed: 7\n")
-    assert load_config(name).seed == 7
-
-
-def test_an_unknown_config_is_answered_with_the_nearest_name(tmp_path: Path) -> None:
-    assert "did you mean 'cifar10_resnet32_probmask'?" in error_of("cifar10_resnet32_probmsk")
-    assert "there is no such file" in error_of(str(tmp_path / "absent.yaml"))
-    write(tmp_path, "seed: 1\n")
-    assert "is a folder; give a YAML file" in error_of(str(tmp_path))
-    (tmp_path / "config.yaml").write_text("seed: 1\n")
-    assert f"is a folder; give the file {tmp_path / 'config.yaml'}" in error_of(str(tmp_path))
-
-
-def test_a_run_is_found_by_name_and_by_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="there is no run in runs/"):
-        find_run("first")
-    for folder in ("runs/first", "elsewhere/second", "here"):
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "config.yaml").write_text("")
-    assert find_run("first") == find_run("runs/first") == Path("runs/first")
-    assert find_run("here") == Path("here")
-    assert find_run(str(tmp_path / "elsewhere/second")) == tmp_path / "elsewhere/second"
-    with pytest.raises(InputError, match="did you mean 'first'"):
-        find_run("frist")
-    with pytest.raises(InputError, match="did you mean 'elsewhere/second'"):
-        find_run("elsewhere/secnd")
-    (tmp_path / "runs" / "empty").mkdir()
-    with pytest.raises(InputError, match=r"it holds no config\.yaml"):
-        find_run("empty")
-
-
-@pytest.mark.parametrize(
-    ("overrides", "expected"),
-    [
-        ("mask.method=dense mask.density=0.05", "mask.density = 0.05: is not read with mask.method=dense"),
-        ("mask.method=dense finetune.epochs=3", "finetune.epochs = 3: is not read with mask.method=dense"),
-        ("mask.method=gmp mask.samples=4", "mask.samples = 4: is not read with mask.method=gmp"),
-        ("mask.method=probmask mask.path=x", "mask.path = x: is not read with mask.method=probmask"),
-        ("mask.method=probmask mask.update_every=5", "mask.update_every = 5: is not read with mask.method=probmask"),
-        ("mask.candidates=5", "mask.candidates = 5: is not read with mask.final=topk"),
-        ("mask.method=gmp train.epochs=0", "train.epochs = 0: mask.method=gmp finds its mask while it trains"),
-        ("mask.method=magnitude mask.path=x train.epochs=9", "train.epochs = 9: mask.path replaces the dense training"),
-        ("mask.method=magnitude mask.path=x optim.lr=0.2", "optim.lr = 0.2: is not read with mask.path=x"),
-        ("mask.method=magnitude train.epochs=0 optim.warmup=5st", "optim.warmup = '5st': is longer than train.epochs"),
-        ("mask.train_weights=false optim.lr=0.2", "optim.lr = 0.2: is not read with mask.train_weights=false"),
-        ("mask.train_weights=false finetune.lr=1", "finetune.lr = 1.0: is not read with mask.train_weights=false"),
-        ("optim.warmup=400ep", "optim.warmup = '400ep': is longer than train.epochs = 300"),
-        ("optim.milestones=[90]", "optim.milestones = [90]: is not read with optim.schedule=cosine"),
-        ("optim.gamma=0.2", "optim.gamma = 0.2: is not read with optim.schedule=cosine"),
-        ("optim.schedule=step optim.milestones=[90,300]", "optim.milestones = [90, 300]: train.epochs = 300 ends"),
-        ("data.num_train=64", "data.num_train = 64: is not read with data.dataset=cifar10"),
-        ("data.jpeg_fraction=1", "data.jpeg_fraction = 1.0: is not read with data.dataset=cifar10"),
-    ],
-)
-def test_a_setting_that_the_run_would_not_read_is_an_error(overrides: str, expected: str) -> None:
-    with pytest.raises(InputError) as caught:
-        check_config(load_config(None, overrides.split()), world_size=1)
-    assert str(caught.value).startswith(expected)
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        "mask.method=dense",
-        "mask.method=dense mask.density=1",
-        "mask.method=dense finetune.epochs=0 finetune.lr=0.1",
-        "mask.train_weights=false",
-        "mask.final=best_of mask.candidates=5",
-        "mask.method=magnitude mask.path=x train.epochs=0",
-        "mask.method=gmp mask.constraint=layerwise mask.start_fraction=0.2",
-        "optim.warmup=500st train.epochs=1",
-        "data.dataset=synthetic data.num_classes=4",
-    ],
-)
-def test_a_setting_that_the_run_reads_is_not_an_error(overrides: str) -> None:
-    check_config(load_config(None, overrides.split()), world_size=1)
-
-
-@pytest.mark.parametrize(
-    ("size", "world_size", "accumulation", "nearest"),
-    [(256, 3, 1, "a multiple of 3 (ranks 3 x train.accumulation 1), such as 255 or 258"), (4, 8, 2, "such as 16")],
-)
-def test_a_batch_that_ranks_cannot_share_names_the_nearest_that_they_can(
-    size: int, world_size: int, accumulation: int, nearest: str
-) -> None:
-    config = load_config(None, [f"data.batch_size={size}", f"train.accumulation={accumulation}"])
-    with pytest.raises(InputError, match=r"data\.batch_size") as caught:
-        check_config(config, world_size)
-    assert str(caught.value).endswith(nearest)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_the_table_of_what_a_method_reads_agrees_with_its_source(method: str) -> None:
-    tree = _source_of(METHODS[method].partition(":")[0])
-    shared = {node.name: node for node in _source_of("ghostmask.masks.one_shot").body if isinstance(node, ast.ClassDef)}
-    for node in tree.body:  # the loop reaches what is appended
-        if isinstance(node, ast.ClassDef):
-            tree.body += [shared[name] for name in map(ast.unparse, node.bases) if name in shared]
-    names = {field.name for field in fields(MaskConfig)}
-    read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and _is_config(node.value)} & names
-    # MaskMethod itself reads dense_layers, which means nothing to a method without masks.
-    assert READ_BY_METHOD[method] == read | ({"dense_layers"} if read else set())
-    assert resolve(METHODS[method]).protects == ("min_per_layer" in read)
-    assert (method in FINETUNED) == any(isinstance(node, ast.Name) and node.id == "FINETUNE" for node in ast.walk(tree))
-
-
-def _source_of(module: str) -> ast.Module:
-    spec = importlib.util.find_spec(module)
-    assert spec is not None
-    assert spec.origin is not None
-    return ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-
-
-def _is_config(node: ast.expr) -> bool:
-    return (isinstance(node, ast.Name) and node.id == "config") or (
-        isinstance(node, ast.Attribute) and node.attr == "config"
-    )
+    gmp = load_config("cifar10_resnet32_gmp", ["optim.clip=3", "mask.density=0.1", "finetune.epochs=20"])
+    assert differences(old, gmp) == [
+        "mask.method: probmask in the run folder, gmp given", "mask.density: 0.05 in the run folder, 0.1 given",
+    ]  # fmt: skip

@@ -18,8 +18,10 @@ CHECKS = [
     "words_are_those_of_the_torch_form",
     "masked_weights_are_those_of_the_torch_form",
     "gradients_are_those_of_the_torch_form",
-    "a_table_is_made_once_and_anew_for_another_order_in_memory",
+    "a_weight_has_the_same_bits_in_every_slice",
+    "the_gradient_may_be_overwritten",
     "a_nan_probability_is_not_hidden",
+    "halves_of_a_key_are_signed_32_bit_numbers",
     "tables_are_those_of_the_torch_form",
     "brackets_are_those_of_the_torch_form",
     "projected_bits_are_those_of_the_torch_form",
@@ -49,11 +51,16 @@ def test_interpreted_kernel(results: dict[str, str], check: str) -> None:
     assert results[check] == ""
 
 
-TABLE = {"table": "*i64", "count": "i32", "key": "*i64", "temperature": "*fp32", "number": "i32", "eps": "fp32"}
+PLACE = {"numel": "i32", "block": "i32", "offset": "i32", "low_key": "i32", "high_key": "i32"}
+KNOBS = {"inverse_temperature": "fp32", "eps": "fp32"}
+LIMITS = {"floor": "fp32", "at_zero": "fp32", "at_one": "fp32"}
+WEIGHTS = {"weight": "*fp32", "probability": "*fp32"}
+GRADIENTS = {"grad_weight": "*fp32", "grad_probability": "*fp32"}
 PIECE = {"z": "*fp32", "numel": "i32"}
 KERNELS = [
-    ("relaxed_mask_triton", "_forward", TABLE, {"ROWS": 64, "TYPE": "bfloat16"}),
-    ("relaxed_mask_triton", "_backward", TABLE, {"ROWS": 64, "TYPE": "bfloat16"}),
+    ("relaxed_mask_triton", "_masked", {"out": "*bf16"} | WEIGHTS | PLACE | KNOBS, {}),
+    ("relaxed_mask_triton", "_gradients", {"gradient": "*bf16"} | WEIGHTS | GRADIENTS | PLACE | KNOBS | LIMITS, {}),
+    ("relaxed_mask_triton", "_gradients", {"gradient": "*fp32"} | WEIGHTS | GRADIENTS | PLACE | KNOBS | LIMITS, {}),
     (
         "projection_triton", "_histogram",
         PIECE | {"base": "*i64", "tables": "*i64", "blocks": "i32", "bins": "i32"}, {"SHIFT": 10, "SIZE": 2048},
@@ -80,7 +87,7 @@ def test_kernel_compiles_for_an_h100(module: str, name: str, arguments: dict, co
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = getattr(importlib.import_module(f"ghostmask.masks.{module}"), name)
+    kernel = getattr(importlib.import_module(f"ghostmask.masks.kernels.{module}"), name)
     values = {n: getattr(tl, v) if isinstance(v, str) else v for n, v in constants.items()}
     places = {(kernel.arg_names.index(n),): v for n, v in values.items()}
     signature = arguments | dict.fromkeys(constants, "constexpr")

@@ -87,46 +87,42 @@ def cases() -> dict[str, tuple[Tensor, float]]:
     return {name: (z.clone(), budget) for name, (z, budget) in made.items()}
 
 
-def my_part(z: Tensor, world: World) -> tuple[Tensor, int]:
-    """(shard as ZeRO cuts it: equal lengths, zeros after the last element, index of its first element)."""
-    length = -(-len(z) // world.size) + 2
-    padded = torch.cat([z, torch.zeros(length * world.size - len(z))])
-    return padded[world.rank * length : (world.rank + 1) * length].clone(), world.rank * length
-
-
 Result = tuple[Any, np.ndarray, int]
 """(v or those of all layers, this rank's projected shard, number of all-reduces)"""
 
 
+def my_runs(z: Tensor, world: World, pieces: int = 1) -> list[tuple[Tensor, int]]:
+    """This rank's share of z as runs with the index of their first element; ranks hold unequal shares, or nothing."""
+    edges = [len(z) * i * i // (world.size * pieces) ** 2 for i in range(world.size * pieces + 1)]
+    mine = range(world.rank * pieces, (world.rank + 1) * pieces)
+    return [(z[edges[i] : edges[i + 1]].clone(), edges[i]) for i in mine]
+
+
+def project_mine(z: Tensor, budget: float, world: World, pieces: int = 1) -> Result:
+    counted, runs = counting(world), my_runs(z, world, pieces)
+    v = float(project_(runs, budget, len(z), counted))
+    return v, torch.cat([run for run, _ in runs]).numpy(), len(counted.calls)
+
+
 def run_all_cases(world: World) -> dict[str, Result]:
     """name -> result of each case; one spawn of ranks does them all."""
-    results: dict[str, Result] = {}
-    for name, (z, budget) in cases().items():
-        counted, (shard, first) = counting(world), my_part(z, world)
-        v = float(project_(shard, budget, len(z), first, counted))
-        results[name] = (v, shard.numpy(), len(counted.calls))
+    results = {name: project_mine(z, budget, world) for name, (z, budget) in cases().items()}
+    results["in pieces"] = project_mine(*cases()["uniform"], world, pieces=5)
     results["large constant"] = large_constant(world)
-    results["replicated"] = project_replicated(world)
     results["layers"] = project_my_layers(world)
     shard = torch.full((5,), 0.5)
     if world.rank == world.size - 1:
         shard[2] = float("nan")
     with pytest.raises(RunStopped, match=f"1 of {5 * world.size} probabilities are not finite"):
-        project_(shard, 1.0, 5 * world.size, 5 * world.rank, world)
+        project_([(shard, 5 * world.rank)], 1.0, 5 * world.size, world)
     return results
 
 
 def large_constant(world: World) -> Result:
-    """ProbMask's real start: all probabilities equal, at ResNet-50's size; the shard is replaced by its float64 sum."""
-    z, first = my_part(torch.full((RESNET50 if world.size == 2 else 10_007,), 0.9937), world)
-    counted, n = counting(world), RESNET50 if world.size == 2 else 10_007
-    v = float(project_(z, 0.0123 * n, n, first, counted))
-    return v, z.double().sum().numpy(), len(counted.calls)
-
-
-def project_replicated(world: World) -> Result:
-    counted, (z, budget) = counting(world), cases()["uniform"]
-    return float(project_(z, budget, len(z), 0, counted, replicated=True)), z.numpy(), len(counted.calls)
+    """ProbMask's real start: all probabilities equal, at ResNet-50's size; of the result, its float64 sum."""
+    n = RESNET50 if world.size == 2 else 10_007
+    v, z, calls = project_mine(torch.full((n,), 0.9937), 0.0123 * n, world)
+    return v, z.astype(np.float64).sum(), calls
 
 
 LAYERS = (1000, 1, 37, 5000, 260)
@@ -139,15 +135,13 @@ def layered() -> list[Tensor]:
 
 
 def project_my_layers(world: World) -> Result:
-    counted, (shard, first) = counting(world), my_part(torch.cat(layered()), world)
-    segments, offset = [], 0
-    for layer, count in enumerate(LAYERS):
-        start, end = max(offset - first, 0), min(offset + count - first, len(shard))
-        if start < end:
-            segments.append((start, end - start, layer))
-        offset += count
-    thresholds = project_layers_(shard, segments, list(LAYER_BUDGETS), list(LAYERS), first, counted)
-    return thresholds.tolist(), shard.numpy(), len(counted.calls)
+    """Every rank holds a part of every layer."""
+    counted, segments, offset = counting(world), [], 0
+    for layer, z in enumerate(layered()):
+        segments += [(run, offset + first, layer) for run, first in my_runs(z, world)]
+        offset += len(z)
+    thresholds = project_layers_(segments, LAYER_BUDGETS, LAYERS, counted)
+    return thresholds.tolist(), np.concatenate([piece.numpy() for piece, _, _ in segments]), len(counted.calls)
 
 
 @pytest.fixture(scope="module")
@@ -165,8 +159,7 @@ def test_projection_equals_the_float64_reference_on_any_number_of_ranks(runs: An
     for name, (z, budget) in cases().items():
         joined = join(runs[size], name)
         expected, v = reference(z, budget)
-        assert np.abs(joined[: len(z)].double().numpy() - expected).max() <= 1e-6, name
-        assert joined[len(z) :].abs().sum() == 0, f"{name}: padding moved"
+        assert np.abs(joined.double().numpy() - expected).max() <= 1e-6, name
         assert runs[size][0][name][0] == pytest.approx(v, rel=1e-9, abs=1e-9), name
         if v > 0:
             assert abs(float(joined.double().sum()) - budget) <= 1e-3, name
@@ -174,11 +167,12 @@ def test_projection_equals_the_float64_reference_on_any_number_of_ranks(runs: An
 
 @pytest.mark.parametrize("size", SIZES)
 def test_result_is_bit_identical_on_every_rank_and_world_size(runs: Any, size: int) -> None:
-    for name, (z, _) in cases().items():
+    for name in cases():
         v, alone, _calls = runs[1][0][name]
         assert {rank[name][0] for rank in runs[size]} == {v}, name
-        joined = join(runs[size], name)
-        assert np.array_equal(joined[: len(z)], alone[: len(z)]), name
+        assert np.array_equal(join(runs[size], name), alone), name
+    assert runs[size][0]["in pieces"][0] == runs[1][0]["uniform"][0]
+    assert np.array_equal(join(runs[size], "in pieces"), runs[1][0]["uniform"][1])
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -197,26 +191,29 @@ def test_equal_probabilities_of_resnet50_hit_the_budget(runs: Any) -> None:
 def test_threshold_does_not_depend_on_the_order_of_the_elements() -> None:
     for name, (z, budget) in cases().items():
         shuffled = z[torch.randperm(len(z), generator=torch.Generator().manual_seed(1))]
-        assert find_threshold(z, budget, len(z), single()) == find_threshold(shuffled, budget, len(z), single()), name
+        assert find_threshold([z], budget, len(z), single()) == find_threshold([shuffled], budget, len(z), single()), (
+            name
+        )
 
 
 def test_projecting_twice_changes_nothing_beyond_rounding() -> None:
     for name, (z, budget) in cases().items():
         once = z.clone()
-        project_(once, budget, len(z), 0, single())
+        project_([(once, 0)], budget, len(z), single())
         twice = once.clone()
-        project_(twice, budget, len(z), 0, single())
+        project_([(twice, 0)], budget, len(z), single())
         assert (twice - once).abs().max() <= 1.2e-7, name
 
 
 def test_torch_form_gives_the_bits_of_the_compiled_form(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = {name: z for name, (z, _) in cases().items()}
-    values = {name: project_(compiled[name], budget, len(z), 7, single()) for name, (z, budget) in cases().items()}
-    monkeypatch.setattr(projection_passes, "kernels_for", lambda piece, module: None)
+    halves = lambda z: [(z[: len(z) // 3], 7), (z[len(z) // 3 :], 7 + len(z) // 3)]  # noqa: E731
+    values = {name: project_(halves(compiled[name]), k, len(z), single()) for name, (z, k) in cases().items()}
+    monkeypatch.setattr(projection_passes, "kernels_on", lambda device, module: None)
     monkeypatch.setattr("ghostmask.masks.kernels.projection_bracket.kernels_on", lambda device, module: None)
     monkeypatch.setattr(projection_passes, "CHUNK", 1000)
     for name, (z, budget) in cases().items():
-        assert project_(z, budget, len(z), 7, single()) == values[name], name
+        assert project_([(z, 7)], budget, len(z), single()) == values[name], name
         assert torch.equal(z, compiled[name]), name
 
 
@@ -227,7 +224,7 @@ def test_threads_share_the_work_without_changing_a_bit(monkeypatch: pytest.Monke
     for threads in (1, 3):
         torch.set_num_threads(threads)
         z, budget = cases()["outside [0, 1]"]
-        results.append((project_(z, budget, len(z), 0, single()), z))
+        results.append((project_([(z, 0)], budget, len(z), single()), z))
     torch.set_num_threads(before)
     assert results[0][0] == results[1][0]
     assert torch.equal(results[0][1], results[1][1])
@@ -240,7 +237,7 @@ def test_budget_is_hit_within_a_thousandth_at_the_size_of_resnet50(kind: str) ->
     if kind == "two values":
         z = (z > 0.3) * 0.25 + 0.6123
     budget, before = 0.1 * RESNET50, z.clone()
-    v = float(project_(z, budget, RESNET50, 0, single()))
+    v = float(project_([(z, 0)], budget, RESNET50, single()))
     exact = (before.double() - v).clamp_(0, 1)
     assert abs(float(exact.sum()) - budget) <= 1e-6  # so v is the root: f falls by at least 1 per unit of v
     assert float((exact - z).abs().max()) <= 6e-8
@@ -249,33 +246,37 @@ def test_budget_is_hit_within_a_thousandth_at_the_size_of_resnet50(kind: str) ->
 
 @pytest.mark.parametrize("size", SIZES)
 def test_every_layer_meets_its_own_budget_in_the_same_three_collectives(runs: Any, size: int) -> None:
-    joined = join(runs[size], "layers")[: sum(LAYERS)]
-    assert torch.equal(joined, join(runs[1], "layers")[: sum(LAYERS)])
     assert all(rank["layers"][0] == runs[1][0]["layers"][0] and rank["layers"][2] == 3 for rank in runs[size])
-    for part, z, budget in zip(torch.split(joined, list(LAYERS)), layered(), LAYER_BUDGETS, strict=True):
-        assert np.abs(part.double().numpy() - reference(z, budget)[0]).max() <= 1e-6
+    edges = [[n * i * i // size**2 for i in range(size + 1)] for n in LAYERS]
+    parts = [
+        np.split(rank["layers"][1], np.cumsum([e[r + 1] - e[r] for e in edges])) for r, rank in enumerate(runs[size])
+    ]
+    alone = np.split(runs[1][0]["layers"][1], np.cumsum(LAYERS))
+    for layer, (z, budget) in enumerate(zip(layered(), LAYER_BUDGETS, strict=True)):
+        joined = np.concatenate([part[layer] for part in parts])
+        assert np.array_equal(joined, alone[layer])
+        assert np.abs(joined.astype(np.float64) - reference(z, budget)[0]).max() <= 1e-6
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_replicated_probabilities_are_not_summed_over_ranks(runs: Any, size: int) -> None:
-    for rank in runs[size]:
-        v, z, calls = rank["replicated"]
-        assert v == runs[1][0]["uniform"][0]
-        assert np.array_equal(z, runs[1][0]["uniform"][1][: len(z)])
-        assert calls == 0
+def test_a_rank_may_hold_nothing() -> None:
+    assert project_([], 1.0, 10, single()) == 0
+    assert project_layers_([], [1.0, 2.0], [10, 10], single()).tolist() == [0, 0]
+    z = torch.full((10,), 0.5)
+    assert project_([(z[:0], 0), (z, 0), (z[10:], 10)], 1.0, 10, single()) == pytest.approx(0.4)
 
 
 def test_an_infinite_probability_stops_the_run() -> None:
     with pytest.raises(RunStopped, match="1 of 2 probabilities are not finite") as stopped:
-        find_threshold(torch.tensor([0.5, float("-inf")]), 1.0, 2, single())
+        find_threshold([torch.tensor([0.5, float("-inf")])], 1.0, 2, single())
     assert stopped.value.exit_code == EXIT_NON_FINITE
 
 
 def test_what_is_no_float32_vector_or_no_budget_is_refused() -> None:
-    with pytest.raises(ValueError, match="give contiguous float32"):
-        project_(torch.zeros(3, dtype=torch.float64), 1.0, 3, 0, single())
+    for z in (torch.zeros(3, dtype=torch.float64), torch.zeros(2, 2), torch.zeros(8)[::2]):
+        with pytest.raises(ValueError, match="give contiguous float32 vectors"):
+            project_([(z, 0)], 1.0, 4, single())
     with pytest.raises(ValueError, match="give a finite budget"):
-        project_(torch.zeros(3), -1.0, 3, 0, single())
+        project_([(torch.zeros(3), 0)], -1.0, 3, single())
 
 
 @pytest.mark.parametrize("length", [0, 5, 16, 1000])

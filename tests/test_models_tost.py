@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
+from ghostmask.engine.data import Parts
 from ghostmask.engine.hooks import Hook
 from ghostmask.engine.spawn import run_distributed
 from ghostmask.engine.trainer import Trainer
-from ghostmask.engine.world import World
+from ghostmask.engine.world import World, single
 from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.export import masked_state
 from ghostmask.masks.mask_file import write_masks
@@ -63,14 +64,15 @@ def rescaled(world: World, folder: str, config: RunConfig) -> tuple[list[dict[st
 
 
 def gradient_norm(config: RunConfig, masks: dict[str, Tensor]) -> float:
-    """|mean over 2 ranks of the loss's gradient| of the network with weights w m, on the first batch, in float64."""
+    """|mean over the parts of the loss's gradient| of the network with weights w m, on the first batch, in float64."""
     net = fresh(config).double().train()
     points = {n: p.detach().requires_grad_() for n, p in net.named_parameters()}
     masked = {n: p * masks[n] if n in masks else p for n, p in points.items()}
     total: Any = 0.0
-    for rank in (0, 1):
-        images, labels = next(MemoryData(World(rank, 2, rank, torch.device("cpu"), None)).train(0))
-        total += functional.cross_entropy(functional_call(net, masked, (images.double(),)), labels) / 2
+    count = config.train.replicas
+    for part in range(count):
+        images, labels = next(MemoryData(single(), parts=Parts(count, part, 1)).train(0))
+        total += functional.cross_entropy(functional_call(net, masked, (images.double(),)), labels) / count
     return float(torch.cat([g.reshape(-1) for g in torch.autograd.grad(total, list(points.values()))]).norm())
 
 

@@ -5,9 +5,11 @@ Prints {check: "" or what is wrong} as JSON; tests/test_masks_kernels_triton.py 
 
 from __future__ import annotations
 
+import itertools
 import json
 import traceback
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 import triton
@@ -19,96 +21,112 @@ from ghostmask.masks.kernels import (
     projection_bracket,
     projection_passes,
     projection_triton,
-    relaxed_mask,
+    relaxed_mask_torch,
     relaxed_mask_triton,
 )
 from ghostmask.masks.kernels.noise import NoiseKey, random_words
-from ghostmask.masks.kernels.relaxed_mask import EPS, relaxed_bucket, relaxed_bucket_backward
+from ghostmask.masks.kernels.relaxed_mask import EPS, Limits
 
-KEY, NUMBER = NoiseKey(3, 1, 4, 1).tensor(), 7
-SHAPES = [(5, 3, 3, 3), (20, 70, 2, 2), (9000,), (33, 4, 1, 1), (1,)]
+KEY = NoiseKey(3, 1, 4).value
+N, FIRST = 9000, 7 * 1024 + 300
+LIMITS = Limits(floor=0.02, at_zero=0.0, at_one=0.25)
 
 
 def no_kernels(place: Tensor | torch.device, module: str) -> None:
     return None
 
 
-relaxed_mask.kernels_for = projection_passes.kernels_for = no_kernels
 projection_bracket.kernels_on = no_kernels  # the forms in torch are the reference
 
 
 @triton.jit
-def store_words(key, number, out):
-    block = tl.arange(0, 4)[:, None]
-    words = relaxed_mask_triton._words(key, number, block)
+def store_words(first, low_key, high_key, out):
+    words = relaxed_mask_triton._words(first, low_key, high_key)
+    block = tl.program_id(0) * 4 + tl.arange(0, 4)[:, None]
     for k in tl.static_range(4):
         tl.store(out + block * 1024 + k * 256 + tl.arange(0, 256)[None, :], words[k].to(tl.int64))
 
 
 def words_are_those_of_the_torch_form() -> None:
-    out = torch.empty(4096, dtype=torch.int64)
-    store_words[(1,)](KEY, NUMBER, out)
-    assert torch.equal(out & 0xFFFFFFFF, random_words(KEY, NUMBER, 0, 4096))
+    for key in (KEY, 2**63 + 2**31, 2**64 - 1, 1):
+        for block in (0, 5, 2**24 - 2, 2**30):  # over the edge between the counter's words, and beyond
+            out = torch.empty(8192, dtype=torch.int64)
+            store_words[(2,)](block, *relaxed_mask_triton._halves(key), out)
+            assert torch.equal(out & 0xFFFFFFFF, random_words(key, block * 1024, 8192, "cpu")), (key, block)
 
 
-def tensors() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """(weights, probabilities from 0 to 1, gradients), in both memory orders."""
+def halves_of_a_key_are_signed_32_bit_numbers() -> None:
+    for key in (0, 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1, KEY):
+        low, high = relaxed_mask_triton._halves(key)
+        assert all(-(2**31) <= half < 2**31 for half in (low, high))
+        assert (low & 0xFFFFFFFF) + ((high & 0xFFFFFFFF) << 32) == key
+
+
+def tensors() -> tuple[Tensor, Tensor, Tensor]:
+    """(weights, probabilities, many at 0 and 1, gradients)."""
     g = torch.Generator().manual_seed(1)
-    weights, grads = ([torch.randn(s, generator=g) for s in SHAPES] for _ in range(2))
-    probabilities = [(torch.rand(s, generator=g) * 1.4 - 0.2).clamp(0, 1) for s in SHAPES]
-    weights[1] = weights[1].to(memory_format=torch.channels_last)
-    grads[0] = grads[0].to(memory_format=torch.channels_last)
-    return weights, probabilities, grads
+    w, gradient = torch.randn(2, N, generator=g)
+    return w, (torch.rand(N, generator=g) * 1.4 - 0.2).clamp(0, 1), gradient
 
 
-def close(ours: list[Tensor], theirs: list[Tensor], allowed: float) -> None:
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.stride() == b.stride()
-        assert a.dtype == b.dtype
-        assert ((a.double() - b.double()).abs() <= allowed * (b.double().abs() + 1)).all()
+def masked(form: ModuleType, tau: float, dtype: torch.dtype, begin: int = 0, end: int = N) -> Tensor:
+    w, s, _ = (t[begin:end] for t in tensors())
+    out = torch.full((end - begin,), float("nan"), dtype=dtype)
+    form.masked(out, w, s, FIRST + begin, KEY, tau, EPS)
+    return out
+
+
+def gradients(
+    form: ModuleType, tau: float, dtype: torch.dtype, limits: Limits, begin: int = 0, end: int = N
+) -> tuple[Tensor, Tensor]:
+    w, s, g = (t[begin:end] for t in tensors())
+    grad_w, grad_s = torch.full((2, end - begin), float("nan"))
+    form.gradients(g.to(dtype), w, s, FIRST + begin, KEY, tau, grad_w, grad_s, limits, EPS)
+    return grad_w, grad_s
+
+
+def close(ours: Tensor, theirs: Tensor, allowed: float) -> None:
+    assert ((ours.double() - theirs.double()).abs() <= allowed * (theirs.double().abs() + 1)).all()
 
 
 def masked_weights_are_those_of_the_torch_form() -> None:
-    weights, probabilities, _ = tensors()
-    for tau, dtype, last in ((1.0, torch.float32, False), (0.1, torch.float32, True), (0.5, torch.bfloat16, True)):
-        temperature = torch.tensor(tau)
-        expected = relaxed_bucket(weights, probabilities, KEY, temperature, NUMBER, dtype, last)
-        outs = [torch.full_like(e, float("nan")) for e in expected]
-        relaxed_mask_triton.forward(weights, probabilities, outs, KEY, temperature, NUMBER, EPS)
+    for tau, dtype in ((1.0, torch.float32), (0.03, torch.float32), (0.5, torch.bfloat16)):
+        ours, theirs = (masked(form, tau, dtype) for form in (relaxed_mask_triton, relaxed_mask_torch))
         # The interpreter cuts bfloat16 off where a GPU rounds.
-        close(outs, expected, 1e-6 if dtype == torch.float32 else 2**-7)
+        close(ours, theirs, 1e-6 if dtype == torch.float32 else 2**-7)
 
 
 def gradients_are_those_of_the_torch_form() -> None:
-    weights, probabilities, grads = tensors()
-    for tau, dtype in ((1.0, torch.float32), (0.2, torch.bfloat16)):
-        temperature, incoming = torch.tensor(tau), [g.to(dtype) for g in grads]
-        expected_w, expected_s = relaxed_bucket_backward(incoming, weights, probabilities, KEY, temperature, NUMBER)
-        grads_w, grads_s = ([torch.full_like(e, float("nan")) for e in part] for part in (expected_w, expected_s))
-        relaxed_mask_triton.backward(
-            incoming, weights, probabilities, grads_w, grads_s, KEY, temperature, NUMBER, EPS
-        )  # fmt: skip
-        close(grads_w, expected_w, 1e-6)
-        close(grads_s, expected_s, 3e-6)
+    for tau, dtype, limits in ((1.0, torch.float32, LIMITS), (0.2, torch.bfloat16, Limits(0.0, 1.0, 1.0))):
+        ours, theirs = (gradients(form, tau, dtype, limits) for form in (relaxed_mask_triton, relaxed_mask_torch))
+        close(ours[0], theirs[0], 1e-6)
+        close(ours[1], theirs[1], 3e-6)
 
 
-def a_table_is_made_once_and_anew_for_another_order_in_memory() -> None:
-    memory = torch.rand(2, 5 * 4 * 3 * 3)
-    w, s = memory[0].view(5, 4, 3, 3), memory[1].view(5, 4, 3, 3)
-    table = relaxed_mask_triton._table([w], [s])[0]
-    assert relaxed_mask_triton._table([w], [s])[0] is table
-    turned = memory[1].view(5, 3, 3, 4).permute(0, 3, 1, 2)
-    assert relaxed_mask_triton._table([w], [turned])[0].tolist() == [[*table[0].tolist()[:6], 4, 9]]
-    for tensor in [torch.empty(3) for _ in range(relaxed_mask_triton.TABLES + 1)]:
-        relaxed_mask_triton._table([tensor], [tensor])
-    assert len(relaxed_mask_triton._tables) == relaxed_mask_triton.TABLES
+def a_weight_has_the_same_bits_in_every_slice() -> None:
+    kernels, edges = relaxed_mask_triton, [0, 1, 723, 724, 725, 1748, 6000, N]
+    whole = (masked(kernels, 0.3, torch.float32), *gradients(kernels, 0.3, torch.float32, LIMITS))
+    parts = [
+        (masked(kernels, 0.3, torch.float32, a, b), *gradients(kernels, 0.3, torch.float32, LIMITS, a, b))
+        for a, b in itertools.pairwise(edges)
+    ]
+    assert all(torch.equal(torch.cat(p), one) for p, one in zip(zip(*parts, strict=True), whole, strict=True))
+
+
+def the_gradient_may_be_overwritten() -> None:
+    w, s, g = tensors()
+    grad_s, expected = torch.empty(N), gradients(relaxed_mask_triton, 0.3, torch.float32, LIMITS)
+    relaxed_mask_triton.gradients(g, w, s, FIRST, KEY, 0.3, g, grad_s, LIMITS, EPS)
+    assert torch.equal(g, expected[0])
+    assert torch.equal(grad_s, expected[1])
 
 
 def a_nan_probability_is_not_hidden() -> None:
-    w, s = torch.ones(3), torch.tensor([0.5, float("nan"), 0.0])
-    out = torch.empty(3)
-    relaxed_mask_triton.forward([w], [s], [out], KEY, torch.tensor(0.5), 0, EPS)
-    assert out.isnan().tolist() == [False, True, False]
+    w, s, g = torch.ones(3), torch.tensor([0.5, float("nan"), 0.0]), torch.ones(3)
+    out, grad_s = torch.empty(3), torch.empty(3)
+    relaxed_mask_triton.masked(out, w, s, 1022, KEY, 0.5, EPS)
+    relaxed_mask_triton.gradients(g, w, s, 1022, KEY, 0.5, g, grad_s, LIMITS, EPS)
+    assert [t.isnan().tolist() for t in (out, g, grad_s)] == [[False, True, False]] * 3
 
 
 def shards() -> list[Tensor]:
@@ -122,7 +140,7 @@ def tables_are_those_of_the_torch_form() -> None:
     for z in shards():
         for base, shift, bins in ((0, 20, 1216), (1016 * 1024 + 100, 10, 1024), (0x3F333333 - 200, 0, 1024)):
             first = torch.tensor(base)
-            expected = projection_passes.histogram(z, first, shift, bins)
+            expected = projection_passes.histogram([z], first, shift, bins)
             assert torch.equal(projection_triton.histogram(z, first, shift, bins), expected), (base, shift)
 
 
@@ -136,7 +154,7 @@ def brackets_are_those_of_the_torch_form() -> None:
         for number, (shift, bins) in enumerate(projection.ROUNDS):
             bases = expected.base * bins
             tables = torch.stack(
-                [projection_passes.histogram(z, base, shift, bins) for z, base in zip(kinds, bases, strict=True)]
+                [projection_passes.histogram([z], base, shift, bins) for z, base in zip(kinds, bases, strict=True)]
             )
             expected.narrow(tables, shift)
             fields = (ours.budget, ours.base, ours.slope, ours.value, ours.lowest)
@@ -153,16 +171,18 @@ def projected_bits_are_those_of_the_torch_form() -> None:
     for z in shards():
         for threshold in (0.0, 0.1234567, float("nan")):
             expected, ours, v = z.nan_to_num(0.3), z.nan_to_num(0.3), torch.tensor(threshold, dtype=torch.float64)
-            projection_passes.subtract_and_clamp_(expected, v, 12345678901)
+            projection_passes._subtract_and_clamp(expected, v, 12345678901)
             projection_triton.subtract_and_clamp(ours, v, 12345678901)
             assert torch.equal(ours.nan_to_num(-1), expected.nan_to_num(-1)), threshold
 
 
 CHECKS: list[Callable[[], None]] = [
     words_are_those_of_the_torch_form,
+    halves_of_a_key_are_signed_32_bit_numbers,
     masked_weights_are_those_of_the_torch_form,
     gradients_are_those_of_the_torch_form,
-    a_table_is_made_once_and_anew_for_another_order_in_memory,
+    a_weight_has_the_same_bits_in_every_slice,
+    the_gradient_may_be_overwritten,
     a_nan_probability_is_not_hidden,
     tables_are_those_of_the_torch_form,
     brackets_are_those_of_the_torch_form,

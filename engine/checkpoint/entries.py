@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ghostmask.engine.batchnorm import PartStatistics, statistics
+from ghostmask.engine.checkpoint.files import CheckpointError
 from ghostmask.engine.checkpoint.pieces import Piece
 from ghostmask.engine.hooks import Hook
 from ghostmask.engine.sharding.optimizer import ShardedOptimizer
@@ -36,7 +37,15 @@ def restore(
     model: nn.Module, optimizer: ShardedOptimizer, parts: PartStatistics, hooks: Sequence[Hook],
     meta: Mapping[str, Any], load: Callable[[Entries], None],
 ) -> None:  # fmt: skip
-    """Collective: fill the trainer's tensors from a checkpoint; load(entries) reads them in place."""
+    """Collective: fill the trainer's tensors from a checkpoint; load(entries) reads them in place.
+
+    Raises CheckpointError for a checkpoint of a version that laid them out otherwise.
+    """
+    if not isinstance(meta.get("updates"), int):
+        raise CheckpointError(
+            "the run's checkpoints were written by an older version, which kept other tensors: go on with that version, "
+            "give another run=NAME, or --restart to start over"
+        )
     statistics_here = parts.entries()
     entries = _trained(optimizer) | _replicated(model, optimizer, hooks)
     load(entries | {f"part/{name}": value for name, value in statistics_here.items()})

@@ -195,18 +195,19 @@ class ShardedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Collective: take back what `state_dict` gave. Raises ValueError where groups, tensors or sizes differ."""
-        for group, state in zip(self.groups, self.states, strict=True):
-            given = state_dict["state"].get(group.name, {})
-            if {n: t.shape for n, t in given.items()} != {n: t.shape for n, t in state.items()}:
+        mine = {g.name: state for g, state in zip(self.groups, self.states, strict=True)}
+        for name in [*mine, *state_dict["state"]]:
+            here, given = (states.get(name, {}) for states in (mine, state_dict["state"]))
+            if {n: t.shape for n, t in given.items()} != {n: t.shape for n, t in here.items()}:
                 raise ValueError(
-                    f"group {group.name}: the saved state is not that of these parameters, method and number of ranks; "
+                    f"group {name}: the saved state is not that of these parameters, method and number of ranks; "
                     "build the optimizer as it was when the state was saved"
                 )
         for group, state in zip(self.groups, self.states, strict=True):
             for name, tensor in state.items():
                 tensor.copy_(state_dict["state"][group.name][name])
-        for mine, given in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            mine.update(given)
+        for settings, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            settings.update(saved)
         self.updates, self._cycle = int(state_dict["updates"]), 0
         self.refresh()
 

@@ -99,6 +99,8 @@ class BucketReducer:
             self._send_ready()
             for number in list(self._flying):
                 self._land(number)
+            if self.world.size > 1:
+                self._spare.clear()  # what follows needs the memory more than the next backward pass needs the buffers
         self._next = 0
 
     def result(self, bucket: int) -> Tensor:

@@ -102,7 +102,7 @@ class Plain(Reparametrization):
     def write(self, state: State, part: Slice, draw: Draw, outputs: list[tuple[Run, Tensor]]) -> None:
         for run, out in outputs:
             own = state["weight"][run.start : run.start + run.numel]
-            if own.data_ptr() != out.data_ptr():  # one rank, float32: state and parameters share their memory
+            if not torch._C._is_alias_of(own, out):  # one rank, float32: state and parameters share their memory
                 out.copy_(own)
 
     def gradients(self, gradient: Tensor, state: State, part: Slice, draw: Draw) -> State:

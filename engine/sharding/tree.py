@@ -56,7 +56,8 @@ class Exchange:
         if not self._tree:
             return self._incoming.float()
         rows = self._incoming.view(len(self._order), self._share)
-        return tree_sum([rows[rank].float() for rank in self._order])
+        # A copy: the sum is made in the first row, which would keep all of them alive.
+        return tree_sum([rows[rank].float() for rank in self._order]).clone()
 
 
 def tree_all_reduce(world: World, tensor: Tensor) -> Tensor:

@@ -102,4 +102,3 @@ def _thresholds(
                     break
     thresholds = torch.where(binding, brackets.roots(), 0.0)
     return torch.where(bad > 0, math.nan, thresholds)
-

@@ -6,6 +6,7 @@ operations a round: a millisecond of the host's time in all, which the projectio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,7 @@ class Brackets:
     lowest: Tensor
 
     @classmethod
-    def around(cls, budgets: list[float], device: torch.device) -> Brackets:
+    def around(cls, budgets: Sequence[float], device: torch.device) -> Brackets:
         """All positive numbers that a first round's bins hold; above them f is 0."""
         wanted = torch.tensor(budgets, dtype=torch.float64).to(device, non_blocking=True)
         base, slope = torch.zeros(2, len(budgets), dtype=torch.int64, device=device)

@@ -63,10 +63,11 @@ def _add(tables, place, rest, count):  # type: ignore[no-untyped-def]
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def histogram(z, first, end, base, shift, bins, table, packed):  # type: ignore[no-untyped-def]
-    """Add to an int64 table, (2, bins + 1), the counts and remainders of the breakpoints z of a range less those of z - 1.
+    """Add the breakpoints z of a range, less those of z - 1, to an int64 (2, bins + 1): counts and remainders.
 
-    packed: zeros, int64 (2, 4, bins + 1), and zeros again afterwards. Bin j holds the positive float32 numbers whose bits >> shift are base + j; the remainder is the lower `shift` bits
-    (at most 20). Counts have one more column: the number of elements that are not finite.
+    packed: zeros, int64 (2, 4, bins + 1), and zeros again afterwards. Bin j holds the positive float32 numbers whose
+    bits >> shift are base + j; the remainder is the lower `shift` bits (at most 20). Counts have one more column: the
+    number of elements that are not finite.
     """
     place, rest = np.empty(CHUNK, np.uint32), np.empty(CHUNK, np.uint32)
     marked, above = np.empty(CHUNK, np.uint8), np.empty(CHUNK, F)

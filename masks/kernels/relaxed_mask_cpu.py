@@ -6,7 +6,7 @@ several rounds at once (all in one loop takes twice as long, measured). log2 and
 libm would keep LLVM from vectorising the loops.
 """
 
-# mypy: disable-error-code="no-untyped-call,attr-defined"
+# mypy: disable-error-code="no-untyped-call,attr-defined,call-arg"
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -218,9 +218,9 @@ def _masked(w, s, out, out_bits, first, begin, end, seeds, inverse_temperature, 
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
-def _gradients(
+def _gradients(  # type: ignore[no-untyped-def]
     g, g_bits, w, s, grad_w, grad_s, first, begin, end, seeds, inverse_temperature, eps, floor, at_zero, at_one
-):  # type: ignore[no-untyped-def]
+):
     """grad_w = g m and grad_s = g w dm/ds on the noise blocks begin .. end - 1, as in _masked.
 
     g: where it is grad_w, nothing. LLVM's vector loops want arrays apart, or one array: what g was stands in grad_w.

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from ghostmask.masks.kernels.noise import random_words
+from ghostmask.masks.kernels.noise import BLOCK, random_words
 
 if TYPE_CHECKING:
     from ghostmask.masks.kernels.relaxed_mask import Limits
 
-CHUNK = 1 << 20
-"""Weights per step: bounds the temporary memory to about 100 MB."""
+CHUNK, CPU_CHUNK = 1 << 20, 1 << 14
+"""Weights per step: bounds the temporary memory. On the CPU torch gives less than 2^15 numbers to one thread."""
 LIMIT = 60.0
 """The odds m / (1 - m) stay within 2^-60 and 2^60: beyond, nothing can be told from 0 and 1, but products with
 gradients would leave float32's normal range, where processors are a hundred times slower."""
@@ -25,19 +26,22 @@ def relaxed_mask(probability: Tensor, key: int, temperature: float, first: int) 
 
     In the probabilities' type. 1 - m is computed as a sigmoid of its own: small values keep their digits.
     """
-    words = random_words(key, first, len(probability), probability.device)
+    before, numel = first % BLOCK, len(probability)
+    # To whole blocks: at the end of a vector, torch's CPU code takes another sigmoid, which rounds differently.
+    probability = pad(probability, (before, -(before + numel) % BLOCK), value=0.5)
+    words = random_words(key, first - before, len(probability), probability.device)
     # u / (1 - u) of the uneven numbers u 2^32: neither word can be 0, and neither end loses digits.
     odds = (words | 1).to(probability.dtype) * probability
     odds = odds / (((0xFFFFFFFF - words) | 1).to(probability.dtype) * (1 - probability))
     x = (odds.log() / temperature).clamp(-LIMIT * math.log(2), LIMIT * math.log(2))
-    return x.sigmoid(), (-x).sigmoid()
+    own = slice(before, before + numel)
+    return x.sigmoid()[own], (-x).sigmoid()[own]
 
 
 def masked(out: Tensor, weight: Tensor, probability: Tensor, first: int, key: int, temperature: float,
            eps: float) -> None:  # fmt: skip
     """See `masks.kernels.relaxed_mask.masked_`."""
-    for start in range(0, len(out), CHUNK):
-        part = slice(start, start + CHUNK)
+    for start, part in _chunks(out):
         m, _ = relaxed_mask(probability[part].clamp(eps, 1 - eps), key, temperature, first + start)
         out[part] = weight[part] * m
 
@@ -45,8 +49,7 @@ def masked(out: Tensor, weight: Tensor, probability: Tensor, first: int, key: in
 def gradients(gradient: Tensor, weight: Tensor, probability: Tensor, first: int, key: int, temperature: float,
               grad_weight: Tensor, grad_probability: Tensor, limits: Limits, eps: float) -> None:  # fmt: skip
     """See `masks.kernels.relaxed_mask.gradients_`."""
-    for start in range(0, len(gradient), CHUNK):
-        part = slice(start, start + CHUNK)
+    for start, part in _chunks(gradient):
         s = probability[part]
         p = s.clamp(eps, 1 - eps)
         m, rest = relaxed_mask(p, key, temperature, first + start)
@@ -56,3 +59,8 @@ def gradients(gradient: Tensor, weight: Tensor, probability: Tensor, first: int,
         slope = torch.where(s >= 1, slope * limits.at_one, slope)
         torch.mul(kept * weight[part], slope, out=grad_probability[part])
         grad_weight[part] = kept
+
+
+def _chunks(vector: Tensor) -> list[tuple[int, slice]]:
+    step = CPU_CHUNK if vector.device.type == "cpu" else CHUNK
+    return [(start, slice(start, start + step)) for start in range(0, len(vector), step)]

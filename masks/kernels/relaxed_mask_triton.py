@@ -40,8 +40,8 @@ def gradients(gradient: Tensor, weight: Tensor, probability: Tensor, first: int,
     """See `masks.kernels.relaxed_mask.gradients_`."""
     place, keys = divmod(first, BLOCK), _halves(key)
     _gradients[_programs(len(gradient), first)](
-        gradient, weight, probability, grad_weight, grad_probability, len(gradient), *place, *keys, 1 / temperature, eps,
-        float(limits.floor), float(limits.at_zero), float(limits.at_one),
+        gradient, weight, probability, grad_weight, grad_probability, len(gradient), *place, *keys,
+        1 / temperature, eps, float(limits.floor), float(limits.at_zero), float(limits.at_one),
     )  # fmt: skip
 
 
@@ -55,24 +55,24 @@ def _halves(key: int) -> tuple[int, int]:
     return low, high
 
 
-@triton.jit(do_not_specialize=EACH_STEP)  # type: ignore[untyped-decorator]
-def _masked(out, weight, probability, numel, block, offset, low_key, high_key, inverse, eps):  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=EACH_STEP)
+def _masked(out, weight, probability, numel, block, offset, low_key, high_key, inverse_temperature, eps):  # type: ignore[no-untyped-def]
     start, low, high = _my_part(numel, offset)
     words = _words(block, low_key, high_key)
     for k in tl.static_range(4):
         i = _lanes(k)
         inside = (i >= low) & (i < high)
         p = _limited(tl.load(probability + start + i, mask=inside, other=0.5), eps)
-        odds = _inverse_odds(words[k], p, inverse)
+        odds = _inverse_odds(words[k], p, inverse_temperature)
         value = tl.load(weight + start + i, mask=inside, other=0.0) / (1.0 + odds)
         tl.store(out + start + i, value.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=EACH_STEP)  # type: ignore[untyped-decorator]
-def _gradients(
-    gradient, weight, probability, grad_weight, grad_probability, numel, block, offset, low_key, high_key, inverse, eps,
-    floor, at_zero, at_one,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+@triton.jit(do_not_specialize=EACH_STEP)
+def _gradients(  # type: ignore[no-untyped-def]
+    gradient, weight, probability, grad_weight, grad_probability, numel, block, offset, low_key, high_key,
+    inverse_temperature, eps, floor, at_zero, at_one,
+):  # fmt: skip
     start, low, high = _my_part(numel, offset)
     words = _words(block, low_key, high_key)
     for k in tl.static_range(4):
@@ -80,19 +80,19 @@ def _gradients(
         inside = (i >= low) & (i < high)
         s = tl.load(probability + start + i, mask=inside, other=0.5)
         p = _limited(s, eps)
-        odds = _inverse_odds(words[k], p, inverse)
-        m = 1.0 / (1.0 + odds)
-        kept = tl.load(gradient + start + i, mask=inside, other=0.0).to(tl.float32) * m
-        slope = kept * tl.load(weight + start + i, mask=inside, other=0.0) * (odds * m)
-        tl.store(grad_weight + start + i, kept, mask=inside)
         variance = p * (1.0 - p)
-        factor = inverse / tl.where(variance < floor, floor, variance)
-        factor = tl.where(s <= 0.0, factor * at_zero, factor)
-        factor = tl.where(s >= 1.0, factor * at_one, factor)
-        tl.store(grad_probability + start + i, slope * factor, mask=inside)
+        variance = tl.where(variance < floor, floor, variance)
+        odds = _inverse_odds(words[k], p, inverse_temperature)
+        inverse = 1.0 / ((1.0 + odds) * variance)  # m / variance: one division for both
+        kept = tl.load(gradient + start + i, mask=inside, other=0.0).to(tl.float32) * (inverse * variance)
+        factor = tl.where(s <= 0.0, inverse_temperature * at_zero, inverse_temperature)
+        factor = tl.where(s >= 1.0, inverse_temperature * at_one, factor)
+        slope = kept * tl.load(weight + start + i, mask=inside, other=0.0) * (odds * inverse) * factor
+        tl.store(grad_weight + start + i, kept, mask=inside)
+        tl.store(grad_probability + start + i, slope, mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _my_part(numel, offset):  # type: ignore[no-untyped-def]
     """(number in the slice of this program's first lane, the lanes low .. high - 1 that lie in the slice)."""
     start = tl.program_id(0).to(tl.int64) * (BLOCKS * BLOCK_) - offset
@@ -101,7 +101,7 @@ def _my_part(numel, offset):  # type: ignore[no-untyped-def]
     return start, low, tl.where(end < BLOCKS * BLOCK_, end, BLOCKS * BLOCK_).to(tl.int32)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _lanes(k):  # type: ignore[no-untyped-def]
     """The program's lanes whose noise is word k of their counters, (BLOCKS, LANES)."""
     return tl.arange(0, BLOCKS)[:, None] * BLOCK_ + k * LANES_ + tl.arange(0, LANES_)[None, :]
@@ -125,10 +125,10 @@ def _limited(s, eps):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _inverse_odds(word, p, inverse):  # type: ignore[no-untyped-def]
+def _inverse_odds(word, p, inverse_temperature):  # type: ignore[no-untyped-def]
     """(1 - m) / m, limited to 2^-LIMIT .. 2^LIMIT; u = (word | 1) / 2^32."""
     ratio = (word | 1).to(tl.float32) * p / (((word ^ 0xFFFFFFFF) | 1).to(tl.float32) * (1.0 - p))
-    x = -tl.log2(ratio) * inverse
+    x = -tl.log2(ratio) * inverse_temperature
     x = tl.where(x < -LIMIT, -LIMIT, x)
     return tl.exp2(tl.where(x > LIMIT, LIMIT, x))
 
@@ -142,7 +142,7 @@ def compile_all() -> None:
     # At s = 1/2 and tau = 1 the mask is u itself.
     expected = 2 * ((random_words(1 << 63, 700, 1500, device) | 1).float() / 2**32)
     for dtype, allowed in ((torch.float32, 1e-5), (torch.bfloat16, 2.0**-7)):
-        out, grad_w, grad_s = w.to(dtype), torch.empty_like(w), torch.empty_like(w)
+        out, grad_w, grad_s = torch.full((1500,), 2.0, dtype=dtype, device=device), torch.empty_like(w), w.clone()
         gradients(out, w, s, 700, 1 << 63, 1.0, grad_w, grad_s, Limits(), 1e-6)
         masked(out, w, s, 700, 1 << 63, 1.0, 1e-6)
         if not torch.allclose(out.float(), expected, rtol=allowed) or not torch.allclose(grad_w, expected, rtol=1e-5):

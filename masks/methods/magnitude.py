@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ghostmask.engine.config import require
 from ghostmask.engine.data import DataPipeline
 from ghostmask.engine.hooks import Hook
 from ghostmask.engine.position import Phase
@@ -40,6 +41,11 @@ class Magnitude(MaskMethod):
     def check(cls, settings: Any, run: Any) -> None:
         if settings.path:
             check_without_main_phase(settings.path, run)
+
+    @classmethod
+    def check_find(cls, settings: Any) -> None:
+        fix = "name the trained network that mask.method=magnitude prunes"
+        require(settings.path != "", "mask.path", settings.path, fix)
 
     def phases(self) -> tuple[tuple[str, int], ...]:
         dense = () if self.settings.path else (("train", self.recipe.epochs),)

@@ -1,0 +1,131 @@
+"""Does a step on a GPU mix devices, use wrong types, or wait for the device? Fake CUDA tensors, 8 fake ranks, no GPU.
+
+Under FakeTensorMode nothing is computed, but devices and types are followed, and reading a value on the host (`.item()`,
+`float(tensor)`, `nonzero`) raises. Autograd's engine asks for a driver there, so the gradients of the network are put in
+by hand; everything that follows them is the system's own: buckets, exchange, chain rule, noise groups, norm, update
+rules, projection, the next parameters, evaluation's and a checkpoint's views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import Library
+
+from ghostmask.benchmarks.fake_ranks import on_fake_ranks
+from ghostmask.engine.sharding.optimizer import Sampling, ShardedOptimizer
+from ghostmask.engine.sharding.placement import ParameterGroup
+from ghostmask.engine.sharding.reducer import BucketReducer
+from ghostmask.engine.sharding.reparametrization import Plain
+from ghostmask.engine.sharding.rules import Sgd
+from ghostmask.engine.sharding.slices import Layout, Run, Slice
+from ghostmask.engine.world import World
+from ghostmask.masks.kernels import compiled
+from ghostmask.masks.masked import FixedMask
+from ghostmask.masks.relaxed import RelaxedMask, Search
+
+CUDA = torch.device("cuda", 0)
+
+
+class FakeZero:
+    """A placement like ZeRO's, over whole fake parameters: buckets are exchanged, parameters gathered."""
+
+    def __init__(self, groups: Sequence[ParameterGroup], world: World) -> None:
+        self.groups, self.world = groups, world
+        self.slices = [Slice(Layout(g.shapes, world.size, align=2), world) for g in groups]
+        self.reducer = BucketReducer(world, range(world.size), several=False, send_each=False)
+        self.parts = []
+        for group, part in zip(groups, self.slices, strict=True):
+            (bucket,) = part.layout.buckets
+            kind = torch.bfloat16 if group.bf16 else torch.float32
+            self.reducer.add_bucket(part.layout.numels, bucket.share, kind)
+            self.parts.append(torch.empty(bucket.share, dtype=kind, device=CUDA))
+        self.reducer.set_leaving(range(len(groups)))
+
+    def initial(self, group: int) -> Tensor:
+        return torch.randn(self.slices[group].numel, device=CUDA)
+
+    def outputs(self, group: int) -> list[tuple[Run, Tensor]]:
+        return [(run, self.parts[group][: run.numel]) for run in self.slices[group].runs]
+
+    def gradient(self, group: int) -> Tensor:
+        return self.reducer.result(group)[: self.slices[group].numel].div_(self.world.size)
+
+    def publish(self) -> None:
+        for part in self.parts:
+            whole = torch.empty(part.numel() * self.world.size, dtype=part.dtype, device=CUDA)
+            dist.all_gather_into_tensor(whole, part, group=self.world.group)
+
+
+def with_fused_kernels(library: Library) -> None:
+    """torch has no fake form of its fused optimizers: all tensors on one device, as the real ones want it."""
+
+    def check(*lists: Any, **settings: Any) -> None:
+        tensors = [t for value in lists if isinstance(value, list | tuple) for t in value]
+        tensors += [settings[name] for name in ("grad_scale", "found_inf")]
+        assert {getattr(t, "fake_device", t.device) for t in tensors} == {CUDA}, "an update rule mixes devices"
+        assert {t.dtype for t in tensors} == {torch.float32}, "an update rule is given other types than float32"
+
+    for name in ("_fused_sgd_", "_fused_adam_"):
+        library.impl(name, check, "Meta")
+
+
+def step_on_a_fake_gpu(world: World, method: str, bf16: bool, spoil: str) -> str:
+    """Three steps and an evaluation on rank 0 of fake ranks; what was raised, or ""."""
+    compiled.load_kernels = lambda module: None  # type: ignore[assignment]  # Triton needs a driver
+    with_fused_kernels(library := Library("aten", "IMPL"))
+    world = World(world.rank, world.size, 0, CUDA, world.group)
+    try:
+        with FakeTensorMode():
+            with CUDA:
+                net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(288, 10))
+            weights = {n: p for n, p in net.named_parameters() if p.ndim > 1}
+            others = {n: p for n, p in net.named_parameters() if p.ndim == 1}
+            search = Search(0.1, "global", 0.03, 0, 1, 3, 1, 0)
+            form = RelaxedMask(search, Sgd(), 0.1) if method == "probmask" else FixedMask(Sgd())
+            if spoil == "device":
+                form.gradients = lambda g, state, part, draw: {"weight": g + torch.ones(g.shape)}  # type: ignore
+            if spoil == "sync":
+                form.constrain = lambda state, part, updates: float(state["weight"].sum())  # type: ignore
+            groups = [ParameterGroup("prunable", weights, form, 0.1, bf16),
+                      ParameterGroup("other", others, Plain({"weight": Sgd()}), 0.1)]  # fmt: skip
+            placement = FakeZero(groups, world)
+            optimizer = ShardedOptimizer(groups, clip=1.0, sampling=Sampling(0), placement=lambda _: placement)
+            for _ in range(3):
+                for number, group in enumerate(groups):
+                    for position, p in enumerate(group.parameters.values()):
+                        kind = torch.bfloat16 if group.bf16 else torch.float32
+                        gradient = torch.randn(p.shape, dtype=kind, device=CUDA)
+                        placement.reducer.add(number, position, gradient, sending=True)
+                placement.reducer.end_backward(sending=True)
+                optimizer.step()
+            if method != "probmask":  # the most probable mask is decided on the host, once per evaluation
+                optimizer.eval()
+                optimizer.train()
+            assert {t.dtype for s in optimizer.states for n, t in s.items() if n != "mask"} == {torch.float32}
+            assert optimizer.divisor.device == CUDA
+    except Exception as error:
+        return "".join(__import__("traceback").format_exception(error))
+    finally:
+        library._destroy()
+    return ""
+
+
+@pytest.mark.parametrize("method", ["probmask", "fixed"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_step_on_the_gpu_stays_there(method: str, bf16: bool) -> None:
+    assert on_fake_ranks(step_on_a_fake_gpu, 8, method, bf16, "") == ""
+
+
+def test_reading_a_value_on_the_host_would_be_seen() -> None:
+    assert "DataDependent" in on_fake_ranks(step_on_a_fake_gpu, 8, "fixed", False, "sync")
+
+
+def test_a_tensor_on_the_wrong_device_would_be_seen() -> None:
+    assert "device" in on_fake_ranks(step_on_a_fake_gpu, 8, "fixed", False, "device")

@@ -1,0 +1,150 @@
+"""Is everything refused, in one line, that a run would not read, or that does not fit the number of its ranks?"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+from dataclasses import fields
+
+import pytest
+
+from ghostmask.engine.errors import InputError
+from ghostmask.engine.registry import resolve
+from ghostmask.launcher.checks import check_config
+from ghostmask.launcher.settings import load_config, settings_of
+from ghostmask.masks.method import MaskMethod
+from ghostmask.masks.registry import METHODS
+
+
+def said_of(overrides: str, ranks: int = 1) -> str:
+    """What the one line says that refuses these settings."""
+    with pytest.raises(InputError) as caught:
+        check_config(load_config(None, overrides.split()), ranks)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ("mask.method=dense mask.density=0.05", "mask.density = 0.05: is not read with mask.method=dense"),
+        ("mask.method=dense finetune.epochs=3", "finetune.epochs = 3: is not read with mask.method=dense"),
+        ("mask.method=gmp mask.samples=4", "mask.samples = 4: is not read with mask.method=gmp"),
+        ("mask.method=probmask mask.path=x", "mask.path = x: is not read with mask.method=probmask"),
+        (
+            "mask.path=x",
+            "mask.path = x: is not read with mask.method=probmask; leave it out, or use mask.method=magnitude"
+            " or random or snip or grasp or synflow or mlprune or file",
+        ),
+        ("mask.method=gmp mask.lr=oops", "mask.lr = oops: expected float"),
+        ("mask.method=probmask mask.update_every=5", "mask.update_every = 5: is not read with mask.method=probmask"),
+        (
+            "mask.method=dense mask.dense_layers=[fc.weight]",
+            "mask.dense_layers = [fc.weight]: is not read with mask.meth",
+        ),
+        ("mask.method=dense mask.only=[fc.weight]", "mask.only = [fc.weight]: is not read with mask.method=dense"),
+        ("mask.method=snip mask.constraint=layerwise mask.min_per_layer=1", "mask.min_per_layer = 1: is not read with"),
+        ("mask.candidates=5", "mask.candidates = 5: is not read with mask.final=topk"),
+        ("mask.method=gmp train.epochs=0", "train.epochs = 0: mask.method=gmp finds its mask while it trains"),
+        ("mask.method=magnitude mask.path=x train.epochs=9", "train.epochs = 9: mask.path replaces the dense training"),
+        ("mask.method=magnitude mask.path=x optim.lr=0.2", "optim.lr = 0.2: is not read with mask.path=x"),
+        (
+            "mask.method=magnitude mask.path=x tost=all",
+            "tost.ghost_skip = true: is not read with mask.path=x; leave it",
+        ),
+        ("mask.method=magnitude train.epochs=0 optim.warmup=5st", "optim.warmup = '5st': is longer than train.epochs"),
+        ("mask.train_weights=false optim.lr=0.2", "optim.lr = 0.2: is not read with mask.train_weights=false"),
+        ("mask.train_weights=false finetune.lr=1", "finetune.lr = 1.0: is not read with mask.train_weights=false"),
+        ("optim.warmup=400ep", "optim.warmup = '400ep': is longer than train.epochs = 300"),
+        ("optim.milestones=[90]", "optim.milestones = [90]: is not read with optim.schedule=cosine"),
+        ("optim.gamma=0.2", "optim.gamma = 0.2: is not read with optim.schedule=cosine"),
+        ("optim.schedule=step optim.milestones=[90,300]", "optim.milestones = [90, 300]: train.epochs = 300 ends"),
+        ("data.num_train=64", "data.num_train = 64: is not read with data.dataset=cifar10"),
+        ("data.jpeg_fraction=1", "data.jpeg_fraction = 1.0: is not read with data.dataset=cifar10"),
+    ],
+)
+def test_a_setting_that_the_run_would_not_read_is_an_error(overrides: str, expected: str) -> None:
+    assert said_of(overrides).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ("tost.ghost_skip_fraction=0.2", "tost.ghost_skip_fraction = 0.2: is not read with tost.ghost_skip=false"),
+        ("tost.activation=mish", "tost.activation = mish: is not read with tost.ghost_swish=false"),
+        ("tost.lrsi_steps=5", "tost.lrsi_steps = 5: is not read with tost.lrsi=false"),
+        ("tost.ghost_swish=true tost.activation=mish tost.swish_beta_end=9", "tost.swish_beta_end = 9.0: is not read"),
+        (
+            "tost.ghost_swish=true tost.activation=swish tost.swish_fraction=1",
+            "tost.swish_fraction = 1.0: tost.activat",
+        ),
+        ("tost.activation=silu", "tost.activation = 'silu' is not known"),
+        ("mask.method=magnitude train.epochs=0 tost.lrsi=true", "tost.lrsi = true: is not read with train.epochs=0"),
+    ],
+)
+def test_a_tost_setting_that_nothing_would_read_is_refused(overrides: str, expected: str) -> None:
+    assert said_of(overrides).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "mask.method=dense",
+        "mask.method=dense mask.density=1",
+        "mask.method=dense finetune.epochs=0 finetune.lr=0.1",
+        "mask.train_weights=false",
+        "mask.final=best_of mask.candidates=5",
+        "mask.method=magnitude mask.path=x train.epochs=0",
+        "mask.method=gmp mask.constraint=layerwise mask.start_fraction=0.2",
+        "mask.method=magnitude mask.path=x train.epochs=0 tost.label_smoothing=0.1",
+        "mask.method=file mask.path=x mask.density=1.0 mask.dense_layers=[fc.weight]",
+        "mask.train_weights=false tost.ghost_skip=true optim.lr=0.2 finetune.epochs=0",
+        "mask.noises=4",
+        "optim.warmup=500st train.epochs=1",
+        "data.dataset=synthetic data.num_classes=4",
+    ],
+)
+def test_a_setting_that_the_run_reads_is_not_an_error(overrides: str) -> None:
+    check_config(load_config(None, overrides.split()), world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "ranks", "expected"),
+    [
+        ("data.batch_size=256", 3, "data.batch_size = 256: give a multiple of 3 (ranks 3), such as 255 or 258"),
+        ("data.batch_size=4", 8, "data.batch_size = 4: give a multiple of 8 (ranks 8), such as 8"),
+        ("mask.noises=4 data.batch_size=10", 2, "data.batch_size = 10: give a multiple of 4 (ranks 2, mask.noises 4), "
+                                                "such as 8 or 12"),
+        ("train.replicas=8 data.batch_size=100", 2, "data.batch_size = 100: give a multiple of 8 (train.replicas 8), "
+                                                    "such as 96 or 104"),
+        ("train.replicas=8", 3, "ranks = 3: do not fit train.replicas = 8; start 1, 2, 4, 8 ranks"),
+        ("train.replicas=8", 16, "ranks = 16: do not fit train.replicas = 8; start 1, 2, 4, 8 ranks"),
+        ("train.replicas=12 mask.noises=4", 3, "ranks = 3: do not fit train.replicas = 12 and mask.noises = 4; start "
+                                               "1, 2, 4, 12 ranks"),
+        ("train.replicas=6 mask.noises=4", 1, "train.replicas = 6: give a multiple of mask.noises = 4"),
+        ("mask.noises=4", 6, "mask.noises = 4: give a divisor or a multiple of the number of ranks, 6"),
+    ],
+)  # fmt: skip
+def test_ranks_that_cannot_share_the_batch_are_refused_with_the_numbers_that_can(
+    settings: str, ranks: int, expected: str
+) -> None:
+    assert said_of(settings, ranks) == expected
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_numbers_of_ranks_that_divide_the_parts_of_a_batch_are_not_refused(ranks: int) -> None:
+    check_config(load_config(None, ["train.replicas=8", "mask.noises=4"]), ranks)
+    check_config(load_config(None, ["mask.noises=4"]), ranks)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_reads_every_setting_that_it_lists(method: str) -> None:
+    """Outside of the settings' own checks: as an attribute, somewhere in the files of the method's classes."""
+    bases = [base for base in resolve(METHODS[method]).__mro__ if issubclass(base, MaskMethod)]
+    read: set[str] = {"noises"}  # by launcher.config, for every method
+    for module in {base.__module__ for base in bases}:
+        tree = ast.parse(inspect.getsource(importlib.import_module(module)))
+        tree.body = [node for node in tree.body if not (isinstance(node, ast.ClassDef) and node.name == "Settings")]
+        read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert {field.name for field in fields(settings_of(method))} - {"method"} <= read
