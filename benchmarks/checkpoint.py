@@ -5,11 +5,10 @@ from __future__ import annotations
 from statistics import median
 from time import perf_counter
 
-from ghostmask.engine.sharding.train_state import checkpoint_entries
-
 from ghostmask.benchmarks.row import Row, share
 from ghostmask.benchmarks.timing import Bench, scratch
 from ghostmask.benchmarks.trainers import Workload, make_trainer, workload
+from ghostmask.engine.checkpoint.entries import checkpoint_entries
 from ghostmask.engine.checkpoint.pieces import Piece
 from ghostmask.engine.checkpoint.store import CheckpointStore
 from ghostmask.engine.config import TrainConfig
@@ -24,7 +23,7 @@ def rows(bench: Bench) -> list[Row]:
     repeats = 2 if bench.quick else 5
     with scratch() as folder:
         trainer = make_trainer("probmask", work, bench.world, folder, TrainConfig(log_every=100_000))
-        entries = checkpoint_entries(trainer.model, trainer.task.groups, trainer.sharded, bench.world)
+        entries = checkpoint_entries(trainer.model, trainer.sharded.optimizer, trainer.statistics, ())
         stores = {
             kind: CheckpointStore(folder / kind, bench.world, keep=2, asynchronous=kind == "asynchronous")
             for kind in ("asynchronous", "synchronous")
@@ -33,7 +32,7 @@ def rows(bench: Bench) -> list[Row]:
         for step in range(1 + repeats):
             for kind, store in stores.items():
                 start = perf_counter()
-                store.save(step, entries, {"world_size": 1})
+                store.save(step, entries, {})
                 seconds[kind].append(perf_counter() - start)
                 store.wait()  # untimed: five minutes lie between two saves
         for store in stores.values():

@@ -165,5 +165,5 @@ def _flattened(buffers: list[Tensor]) -> Tensor:
         return torch.zeros(0)
     flat = torch.cat([b.reshape(-1) for b in buffers])
     for buffer, view in zip(buffers, torch.split(flat, [b.numel() for b in buffers]), strict=True):
-        buffer.set_(view.view_as(buffer))
+        buffer.data = view.view_as(buffer)
     return flat

@@ -193,9 +193,8 @@ class Trainer:
 
     def _shard(self) -> ShardedEngine:
         config, task = self.config, self.task
-        sampling = Sampling(
-            task.seed, task.phase.first_step, tuple(cycle.sample for cycle in self.cycles), self.replicas.across
-        )
+        samples, replicas = tuple(cycle.sample for cycle in self.cycles), self.replicas
+        sampling = Sampling(task.seed, task.phase.first_step, samples, replicas.across, replicas.across_order)
         return shard_model(
             LossModule(task.model, task.label_smoothing, config.precision, compiled=config.compile),
             task.groups, self.replicas.inner, zero_stage=config.zero_stage, clip=task.clip,

@@ -9,7 +9,7 @@ from torchvision.models import resnet18
 
 import ghostmask  # sparse
 
-STEPS, CLASSES = 60, 4
+STEPS, CLASSES = 40, 4
 torch.manual_seed(0)
 patterns = torch.randn(CLASSES, 3, 32, 32)
 
@@ -21,8 +21,8 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 net = resnet18(num_classes=CLASSES)
-method = ghostmask.probmask(density=0.05, steps=STEPS, lr=0.1)  # sparse
-optimizer = ghostmask.optimizer(net, method, lr=0.05, clip=3.0)  # sparse (was: torch.optim.SGD(net.parameters(), ...))
+# The next line was: optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+optimizer = ghostmask.optimizer(net, ghostmask.probmask(0.05, STEPS, lr=0.1), lr=0.05, clip=3.0)  # sparse
 scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
 
 net.train()
@@ -38,7 +38,7 @@ for step in range(STEPS):
 
 optimizer.eval()  # sparse: from here on the network holds the weights of the mask
 with torch.no_grad():
-    for _ in range(10):
+    for _ in range(10):  # sparse
         net(batch()[0])  # sparse: batch norm gets used to them
     net.eval()
     images, labels = batch()

@@ -13,6 +13,7 @@ from ghostmask.engine.sharding.placement import ParameterGroup
 from ghostmask.engine.sharding.reparametrization import Plain
 from ghostmask.engine.sharding.rules import Sgd
 from ghostmask.launcher.config import RunConfig
+from ghostmask.masks.masked import present_masks
 from ghostmask.masks.method import FINETUNE, Setup
 from ghostmask.models.ghosts import GhostedModel, Ghosts
 from ghostmask.models.tost import GHOST, ActivationSparsity, GhostSkip, GhostSwish, Rescaling, ghost_alpha
@@ -40,7 +41,7 @@ def with_tweaks(setup: Setup, config: RunConfig, net: nn.Module, phase: Phase, s
         if tost.ghost_swish:
             hooks.append(GhostSwish(tost, net))
         if tost.lrsi:  # last: it is learned for the network that the first step trains
-            hooks.append(Rescaling(tost, net))
+            hooks.append(Rescaling(tost, net, lambda trainer: present_masks(trainer.sharded.optimizer)))
     if tost.log_activation_sparsity:
         hooks.append(ActivationSparsity(net))
     return replace(setup, model=model, groups=groups, hooks=hooks)

@@ -106,11 +106,15 @@ class GhostSwish(Hook):
 class Rescaling(Hook):
     """LRsI: before the first step of the phase, multiplies every parameter tensor of `net` by its learned factor.
 
-    The factors are learned for the network that would be delivered, with its pruned weights at zero.
+    The factors are learned for the network that would be delivered, with its pruned weights at zero, where they stay
+    in the look-ahead step too.
     """
 
-    def __init__(self, config: TostConfig, net: nn.Module) -> None:
-        self.config, self.net = config, net
+    def __init__(
+        self, config: TostConfig, net: nn.Module, masks: Callable[[Trainer], Mapping[str, Tensor]] = lambda _: {}
+    ) -> None:
+        """masks: collective; name -> bool tensor, True where a weight of the network is not pruned."""
+        self.config, self.net, self.masks = config, net, masks
 
     def on_start(self, trainer: Trainer) -> None:
         if trainer.num_updates > 0:
@@ -123,10 +127,11 @@ class Rescaling(Hook):
         self._report(trainer, learned)
 
     def _learn(self, trainer: Trainer) -> Rescaled:
-        config = self.config
+        config, masks = self.config, self.masks(trainer)
 
         def logits(parameters: Mapping[str, Tensor], images: Tensor) -> Tensor:
-            result: Tensor = functional_call(self.net, dict(parameters), (images,))
+            weights = {name: p * masks[name] if name in masks else p for name, p in parameters.items()}
+            result: Tensor = functional_call(self.net, weights, (images,))
             return result
 
         parameters = {name: p.detach().float() for name, p in self.net.named_parameters()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import threading
@@ -70,7 +71,7 @@ def memory_run(world: World, folder: Path, config: RunConfig, data: MemoryData |
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished run left on one rank: weights with their masks applied, masks, and (step, labels) it was fed."""
+    """What a finished run left on one rank: the network's state, masks, and (step, samples) it was fed."""
 
     weights: dict[str, Tensor]
     masks: dict[str, Tensor]
@@ -97,10 +98,16 @@ def complete(world: World, folder: str, config: RunConfig, kill_step: int = 0, d
     run.execute(saved)
     masks = {name: mask.clone() for name, mask in run.masks().items()}
     weights = {n: t.detach().clone() for n, t in run.net.state_dict().items()}
-    for name, mask in masks.items():
-        weights[name].mul_(mask)
     run.close()
     return Outcome(weights, masks, data.fed, saved.step if saved else 0)
+
+
+def losses(folder: Path | str) -> list[float]:
+    """The training loss of every step of the run in `folder`, from its metrics.jsonl (train.log_every=1)."""
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    found = {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+    assert list(found) == list(range(1, len(found) + 1)), "a step was logged twice, or not at all"
+    return list(found.values())
 
 
 class KillAt(Hook):

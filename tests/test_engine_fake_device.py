@@ -1,9 +1,9 @@
 """Does a step on a GPU mix devices, use wrong types, or wait for the device? Fake CUDA tensors, 8 fake ranks, no GPU.
 
-Under FakeTensorMode nothing is computed, but devices and types are followed, and reading a value on the host (`.item()`,
-`float(tensor)`, `nonzero`) raises. Autograd's engine asks for a driver there, so the gradients of the network are put in
-by hand; everything that follows them is the system's own: buckets, exchange, chain rule, noise groups, norm, update
-rules, projection, the next parameters, evaluation's and a checkpoint's views.
+Under FakeTensorMode nothing is computed, but devices and types are followed, and reading a value on the host
+(`.item()`, `float(tensor)`, `nonzero`) raises. Autograd's engine asks for a driver there, so the gradients of the
+network are put in by hand; everything that follows them is the system's own: buckets, exchange, chain rule, noise
+groups, norm, update rules, projection, the next parameters, evaluation's and a checkpoint's views.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def step_on_a_fake_gpu(world: World, method: str, bf16: bool, spoil: str) -> str
             assert {t.dtype for s in optimizer.states for n, t in s.items() if n != "mask"} == {torch.float32}
             assert optimizer.divisor.device == CUDA
     except Exception as error:
-        return "".join(__import__("traceback").format_exception(error))
+        return f"{type(error).__name__}: {error}"
     finally:
         library._destroy()
     return ""

@@ -145,6 +145,7 @@ def test_the_gradient_may_be_overwritten_by_that_of_the_weights() -> None:
 def test_bfloat16_is_the_rounding_of_float32() -> None:
     w, s, g = inputs()
     w[:4], s[:4] = torch.tensor([0.0, -1e-30, 3e38, 1.0]), torch.tensor([0.5, 0.5, 1.0, math.nan])
+    s[4:6] = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)  # nan that rounds up to zero
     assert torch.equal(
         masked(w, s, 0.5, dtype=torch.bfloat16).nan_to_num(7), masked(w, s, 0.5).bfloat16().nan_to_num(7)
     )

@@ -143,11 +143,15 @@ def mask_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+def mask_of(method: str, file: str) -> dict[str, Any]:
+    return {"method": method, **({"path": file} if method == "file" else {})}
+
+
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("dense", "probmask", "magnitude")])
 def test_all_of_tost_with_every_other_mask_method_survives_a_kill(method: str, mask_file: str, tmp_path: Path) -> None:
     """dense, probmask and magnitude: tests/test_launcher_tweaks.py, on 2 ranks."""
     config = configured(
-        RESNET, mask={"method": method, "path": mask_file if method == "file" else ""}, train={"epochs": 1},
+        RESNET, mask=mask_of(method, mask_file), train={"epochs": 1},
         checkpoint={"every_steps": 2}, tost={**TOST_PRESETS["all"], "ghost_skip_fraction": 0.9, "lrsi_steps": 2},
     )  # fmt: skip
     whole = run_distributed(complete, 1, str(tmp_path / "whole"), config)[0]
@@ -178,8 +182,7 @@ def without(tmp_path_factory: pytest.TempPathFactory, mask_file: str) -> Callabl
 
     def get(method: str) -> tuple[RunConfig, str]:
         if method not in made:
-            path = mask_file if method == "file" else ""
-            config = configured(RESNET, mask={"method": method, "path": path}, train={"epochs": 1})
+            config = configured(RESNET, mask=mask_of(method, mask_file), train={"epochs": 1})
             folder = str(tmp_path_factory.mktemp(method))
             made[method] = config, run_distributed(complete, 1, folder, config)[0].digest
         return made[method]

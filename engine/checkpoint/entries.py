@@ -43,8 +43,8 @@ def restore(
     """
     if not isinstance(meta.get("updates"), int):
         raise CheckpointError(
-            "the run's checkpoints were written by an older version, which kept other tensors: go on with that version, "
-            "give another run=NAME, or --restart to start over"
+            "the run's checkpoints were written by an older version, which kept other tensors: "
+            "go on with that version, give another run=NAME, or --restart to start over"
         )
     statistics_here = parts.entries()
     entries = _trained(optimizer) | _replicated(model, optimizer, hooks)

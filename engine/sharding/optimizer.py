@@ -41,13 +41,14 @@ class Sampling:
 
     first_step: global number of the step that update 0 belongs to. samples: of each step, those that this rank takes,
     one `step()` call each; the state's gradients are averaged over them, and over the ranks `across`, which hold the
-    same slices but take other samples.
+    same slices but take other samples; order: these ranks by their samples.
     """
 
     seed: int = 0
     first_step: int = 0
     samples: tuple[int, ...] = (0,)
     across: World | None = None
+    order: tuple[int, ...] = (0,)
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -251,7 +252,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             return
         for gradients in found:
             for g in gradients.values():
-                tree_all_reduce(across, g).div_(count)
+                tree_all_reduce(across, g, self.sampling.order).div_(count)
 
     def _clipping(self, found: list[State]) -> Scale:
         names, squares = [], []
@@ -306,7 +307,8 @@ class _Sums:
 def squared_norm(vector: Tensor) -> Tensor:
     """() float64: the sum of squares of a float32 vector, in float64: it does not depend on how the vector is cut."""
     if vector.device.type != "cpu":
-        return torch.linalg.vector_norm(vector, dtype=torch.float64).square()
+        norm: Tensor = torch.linalg.vector_norm(vector, dtype=torch.float64)
+        return norm.square()
     total = torch.zeros((), dtype=torch.float64)
     for part in torch.split(vector, NORM_CHUNK):
         wide = part.double()

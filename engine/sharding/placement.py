@@ -37,8 +37,10 @@ class ParameterGroup:
 class Placement(Protocol):
     """How an optimizer reaches the parameters of its groups. One implementation per way of sharing them out."""
 
-    slices: Sequence[Slice]
-    """This rank's slice of each group."""
+    @property
+    def slices(self) -> Sequence[Slice]:
+        """This rank's slice of each group."""
+        ...
 
     def initial(self, group: int) -> Tensor:
         """(n,) float32: the values that the slice's parameters have; the caller keeps and changes this memory.

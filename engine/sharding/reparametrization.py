@@ -102,8 +102,14 @@ class Plain(Reparametrization):
     def write(self, state: State, part: Slice, draw: Draw, outputs: list[tuple[Run, Tensor]]) -> None:
         for run, out in outputs:
             own = state["weight"][run.start : run.start + run.numel]
-            if not torch._C._is_alias_of(own, out):  # one rank, float32: state and parameters share their memory
+            if not is_alias(own, out):  # one rank, float32: state and parameters share their memory
                 out.copy_(own)
 
     def gradients(self, gradient: Tensor, state: State, part: Slice, draw: Draw) -> State:
         return {"weight": gradient}
+
+
+def is_alias(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors share their memory."""
+    alias: bool = torch._C._is_alias_of(one, other)  # type: ignore[attr-defined]
+    return alias

@@ -40,7 +40,7 @@ class Replicas:
 
     parts: those it computes; noises: S; inner: the ranks with its noise, over which the state is sharded; order: these
     in the order of their parts; across: the ranks of the groups that hold the same slices, None where there is one
-    group.
+    group; across_order: these in the order of their noise.
     """
 
     parts: Parts
@@ -48,6 +48,7 @@ class Replicas:
     inner: World
     order: tuple[int, ...]
     across: World | None
+    across_order: tuple[int, ...] = (0,)
 
     def cycles(self, passes: int) -> list[Cycle]:
         """What this rank does in a step: for each of its noise groups, `passes` noise samples (I)."""
@@ -79,8 +80,8 @@ def share(world: World, parts: int, noises: int = 1, node: str | None = None) ->
     mine, beside = inner[place // size], across[place % size]
     assert mine is not None
     assert beside is not None
-    members = places[place // size * size : (place // size + 1) * size]
-    return Replicas(own, noises, mine, tuple(sorted(members).index(rank) for rank in members), beside)
+    members, others = places[place // size * size : (place // size + 1) * size], places[place % size :: size]
+    return Replicas(own, noises, mine, _ranks_within(members), beside, _ranks_within(others))
 
 
 def _places(world: World, node: str) -> list[int]:
@@ -90,8 +91,13 @@ def _places(world: World, node: str) -> list[int]:
     return sorted(range(world.size), key=lambda rank: (first[nodes[rank]], rank))
 
 
+def _ranks_within(ranks: list[int]) -> tuple[int, ...]:
+    """Of each, its rank in the group that they form."""
+    return tuple(sorted(ranks).index(rank) for rank in ranks)
+
+
 def _subset(world: World, ranks: list[int]) -> World | None:
-    """Collective over all ranks: the world of some of them, in that order; None on the others."""
+    """Collective over all ranks: the world of some of them; None on the others."""
     ordered = sorted(ranks)
     group: Any = dist.new_group(ordered)
     if world.rank not in ranks:

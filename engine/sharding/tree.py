@@ -60,8 +60,8 @@ class Exchange:
         return tree_sum([rows[rank].float() for rank in self._order]).clone()
 
 
-def tree_all_reduce(world: World, tensor: Tensor) -> Tensor:
-    """Collective: the sum over the ranks, in their order, of a flat float32 tensor; in place."""
+def tree_all_reduce(world: World, tensor: Tensor, order: Sequence[int]) -> Tensor:
+    """Collective: the sum over the ranks, in the order of their places, of a flat float32 tensor; in place."""
     if world.size == 1:
         return tensor
     if world.size > MOST:
@@ -69,6 +69,6 @@ def tree_all_reduce(world: World, tensor: Tensor) -> Tensor:
     share = -(-tensor.numel() // world.size)
     padded = tensor.new_zeros(share * world.size)
     padded[: tensor.numel()] = tensor
-    own = Exchange(world, padded, range(world.size)).wait()
+    own = Exchange(world, padded, order).wait()
     dist.all_gather_into_tensor(padded, own.contiguous(), group=world.group)
     return tensor.copy_(padded[: tensor.numel()])

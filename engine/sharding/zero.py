@@ -44,7 +44,7 @@ class SlicedZero(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpeed has
 
     def process_gradients(self, param: nn.Parameter, i: int) -> None:
         """DeepSpeed, from autograd: the gradient of a parameter of bucket i is there."""
-        position: int = param.param_idx_in_group  # type: ignore[assignment]
+        position: int = param.param_idx_in_group  # type: ignore[attr-defined]
         assert param.grad is not None
         self.reducer.add(i, position, param.grad, sending=self._sending())
         param.grad = None
@@ -137,14 +137,15 @@ class ReplicatedPlacement(WholePlacement):
         super().__init__(groups)
         self._world = world
         self._reducer = BucketReducer(world, order, several=several, send_each=False)
-        self._hooks = []
+        self._hooks: list[Any] = []
         for number, group in enumerate(groups):
             parameters = list(group.parameters.values())
             share = -(-sum(p.numel() for p in parameters) // world.size)
             self._reducer.add_bucket([p.numel() for p in parameters], share, torch.float32)
             for position, p in enumerate(parameters):
                 if p.requires_grad:
-                    self._hooks.append(p.register_post_accumulate_grad_hook(self._taker(number, position)))
+                    register: Any = p.register_post_accumulate_grad_hook
+                    self._hooks.append(register(self._taker(number, position)))
         self._reducer.set_leaving(range(len(groups)))
         self._reduced = False
 

@@ -97,10 +97,9 @@ def histogram(pieces: Sequence[Tensor], base: Tensor, shift: int, bins: int) -> 
             place = (bits >> shift) - base
             inside = (breakpoints > 0) & (place >= 0) & (place < bins)
             place = place.where(inside, bins)  # the last bin takes what belongs to none
-            rest = (bits & ((1 << shift) - 1)).double()
-            table[0, :bins] += sign * torch.bincount(place, minlength=bins + 1)[:bins]
-            # Exact in float64: integers below 2^20 that sum to less than 2^53, whatever the order of the additions.
-            table[1, :bins] += sign * torch.bincount(place, rest, minlength=bins + 1)[:bins].long()
+            # Not bincount: on CUDA it waits for the device, to look at the largest bin.
+            for row, what in zip(table, (torch.ones_like(bits), bits & ((1 << shift) - 1)), strict=True):
+                row[:bins] += sign * torch.zeros_like(row).scatter_add_(0, place, what)[:bins]
     return table
 
 

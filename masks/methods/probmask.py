@@ -18,6 +18,7 @@ from ghostmask.engine.hooks import Hook
 from ghostmask.engine.position import Phase
 from ghostmask.engine.sharding.placement import ParameterGroup
 from ghostmask.engine.sharding.reparametrization import Reparametrization
+from ghostmask.masks.kernels.compiled import agree_on_kernels
 from ghostmask.masks.masked import PRUNABLE, FixedMask
 from ghostmask.masks.method import FINETUNE, MaskMethod, Setup, check_agreement
 from ghostmask.masks.probability_report import ProbabilityReport
@@ -115,6 +116,8 @@ class ProbMask(MaskMethod):
         return groups[:1] if frozen else groups
 
     def enter(self, phase: Phase) -> Setup:
+        if phase.name != FINETUNE:
+            agree_on_kernels(self.world)
         setup = super().enter(phase)
         return Setup(setup.model, setup.groups, setup.hooks, 1 if phase.name == FINETUNE else self.settings.samples)
 

@@ -1,0 +1,89 @@
+"""Is a run the same run on any number of ranks and at any ZeRO stage: the same losses, and in the end the same bits?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from memory_data import MemoryData
+from memory_run import CONFIG, Outcome, complete, configured, losses
+
+from ghostmask.engine.spawn import run_distributed
+from ghostmask.launcher.config import RunConfig
+from ghostmask.masks.mask_file import write_masks
+from ghostmask.masks.methods.random_mask import random_mask
+from ghostmask.masks.prunable import prunable_weights
+from ghostmask.models.build import build_model
+from ghostmask.models.config import TOST_PRESETS
+
+SHORT = configured(
+    CONFIG, model={"name": "digits_resnet"}, train={"epochs": 2}, finetune={"epochs": 1},
+    checkpoint={"every_steps": 0, "asynchronous": False}, optim={"clip": 1.0},
+)  # fmt: skip
+"""V = 4 parts with batch norm, 8 steps and for some methods 4 of fine-tuning; joint clipping at work."""
+TOST = {**TOST_PRESETS["all"], "ghost_skip_fraction": 0.7, "swish_fraction": 0.6, "lrsi_steps": 3}
+
+CASES: dict[str, dict[str, Any]] = {
+    "probmask": {},
+    "probmask S=2": {"mask": {"noises": 2, "samples": 2}},
+    "probmask S=4": {"mask": {"noises": 4, "constraint": "layerwise"}},
+    "gmp": {"mask": {"method": "gmp"}},
+    "magnitude": {"mask": {"method": "magnitude"}},
+    "lth": {"mask": {"method": "lth", "rewind": "1ep"}},
+    "snip": {"mask": {"method": "snip"}},
+    "file": {"mask": {"method": "file"}},
+    "tost": {"mask": {"method": "dense"}, "tost": TOST},
+    "probmask tost": {"mask": {"noises": 2}, "tost": TOST},
+}
+OTHERS = {
+    "probmask": [(2, 1), (4, 0)],
+    "probmask S=2": [(2, 2), (4, 2)],
+    "probmask S=4": [(2, 0), (4, 1)],
+    "gmp": [(2, 0), (4, 2)],
+    "magnitude": [(2, 1)],
+    "lth": [(4, 1)],
+    "snip": [(2, 0), (4, 1)],
+    "file": [(4, 0)],
+    "tost": [(2, 1), (4, 2)],
+    "probmask tost": [(4, 1)],
+}
+"""(ranks, ZeRO stage) that are held against 1 rank at stage 1. At stage 2 several microbatches of one rank and noise are
+sent one by one and so added up in another order: see test_stage_2_with_several_parts_per_rank."""
+
+
+def config_of(name: str, folder: Path) -> RunConfig:
+    case = CASES[name]
+    if name == "file":
+        weights = prunable_weights(build_model(SHORT.model, 4, MemoryData.image_shape, seed=3))
+        path = folder / "mask.safetensors"
+        write_masks(path, {n: random_mask(w, w.numel() // 10, 1, n) for n, w in weights.items()}, {})
+        case = {"mask": {"method": "file", "path": str(path)}}
+    return configured(SHORT, **{section: dict(values) for section, values in case.items()})
+
+
+def run(config: RunConfig, folder: Path, ranks: int, stage: int) -> tuple[Outcome, list[float]]:
+    outcomes: list[Outcome] = run_distributed(
+        complete, ranks, str(folder), configured(config, train={"zero_stage": stage})
+    )
+    assert len({o.digest for o in outcomes}) == 1, "ranks ended with different weights"
+    return outcomes[0], losses(folder)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_is_the_same_run_on_any_number_of_ranks(name: str, tmp_path: Path) -> None:
+    config = config_of(name, tmp_path)
+    alone, wanted = run(config, tmp_path / "alone", 1, 1)
+    assert len(wanted) >= 8
+    for ranks, stage in OTHERS[name]:
+        outcome, found = run(config, tmp_path / f"{ranks} {stage}", ranks, stage)
+        assert found == pytest.approx(wanted, abs=1e-6), (ranks, stage)
+        assert different(outcome, alone) == [], (ranks, stage)
+        assert outcome.digest == alone.digest
+
+
+def different(a: Outcome, b: Outcome) -> list[str]:
+    """The names of the tensors of which any bit differs."""
+    pairs = [(n, t, b.weights[n]) for n, t in a.weights.items()] + [(n, m, b.masks[n]) for n, m in a.masks.items()]
+    return [name for name, x, y in pairs if not torch.equal(x, y)]
