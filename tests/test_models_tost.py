@@ -81,6 +81,7 @@ def test_lrsi_under_a_mask_keeps_zeros_and_scales_each_block_by_one_factor(tmp_p
                         tost={"lrsi": True, "lrsi_steps": 6})  # fmt: skip
     ranks = run_distributed(rescaled, 2, str(tmp_path), config)
     (before, scaled, stepped), masks = ranks[0]
+    (_, alone, _), _ = run_distributed(rescaled, 1, str(tmp_path / "alone"), config)[0]
     assert sum(int(m.sum()) for m in masks.values()) < 0.11 * sum(m.numel() for m in masks.values())
     ratios = {}
     for name, start in before.items():
@@ -94,6 +95,7 @@ def test_lrsi_under_a_mask_keeps_zeros_and_scales_each_block_by_one_factor(tmp_p
             assert float(ratio.max() - ratio.min()) < 1e-6, name
         torch.testing.assert_close(stepped[name], scaled[name], rtol=0, atol=1e-6)
         assert torch.equal(scaled[name], ranks[1][0][1][name])
+        assert torch.equal(scaled[name], alone[name])
     assert sum(abs(ratio - 1) > 1e-3 for ratio in ratios.values()) > 10, "nothing was learned"
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     (learned,) = [line for line in lines if "lrsi/gradient_norm_first" in line]
