@@ -1,0 +1,41 @@
+"""The relaxed mask written out in float64, differentiable by autograd: what the kernels and the optimizer are held to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ghostmask.engine.sharding.reparametrization import Draw
+from ghostmask.masks.kernels.noise import NoiseKey, random_words
+from ghostmask.masks.kernels.relaxed_mask import EPS, Limits
+
+
+def relaxed_mask(probability: Tensor, first: int, draw: Draw, temperature: float) -> Tensor:
+    """m = sigmoid((log s - log(1 - s) + log u - log(1 - u)) / tau) of a float64 vector, limited to [EPS, 1 - EPS].
+
+    first: index in the network of its first element. The gradient goes straight through the limits.
+    """
+    words = random_words(NoiseKey(draw.seed, draw.step, draw.sample).value, first, len(probability), "cpu")
+    p = probability + (probability.clamp(EPS, 1 - EPS) - probability).detach()
+    logistic = ((words | 1).double() / ((0xFFFFFFFF - words) | 1).double()).log()
+    return ((p.log() - (1 - p).log() + logistic) / temperature).sigmoid()
+
+
+def limited(slope: Tensor, probability: Tensor, limits: Limits) -> Tensor:
+    """What `limits` makes of autograd's dL/ds: p (1 - p) in its denominator bounded, factors where s is 0 or 1."""
+    p = probability.clamp(EPS, 1 - EPS)
+    variance = p * (1 - p)
+    slope = slope * variance / variance.clamp(min=limits.floor)
+    slope = torch.where(probability <= 0, slope * limits.at_zero, slope)
+    return torch.where(probability >= 1, slope * limits.at_one, slope)
+
+
+def projected(z: Tensor, budget: float) -> Tensor:
+    """The nearest point of {sum(s) <= budget, 0 <= s <= 1} to a float64 vector, by bisection (theorem 1)."""
+    low, high = 0.0, max(0.0, float(z.max()))
+    if float(z.clamp(0, 1).sum()) <= budget:
+        return z.clamp(0, 1)
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float((z - middle).clamp(0, 1).sum()) > budget else (low, middle)
+    return (z - high).clamp(0, 1)
