@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every number that needs a GPU, as tables: bash benchmarks/gpu.sh [FOLDER] from a checkout, in under 8 minutes.
+# The tests and every number that need a GPU, as tables: bash benchmarks/gpu.sh [FOLDER] from a checkout, in under 8 minutes.
 # FOLDER gets one JSON file per benchmark (default: a new one under the system's temporary folder).
 # BENCH="--quick --device cpu" tries the script itself where there is no GPU. PYTHON: the interpreter to use.
 # PATIENCE=n: n times the time limits, for a busy machine.
@@ -12,6 +12,12 @@ if [ -z "${PYTHON:-}" ]; then
     [ -x "$PYTHON" ] || PYTHON=python3
 fi
 failed=0
+if [ -z "${BENCH:-}" ]; then
+    echo "== tests that need a GPU"
+    timeout $((90 * ${PATIENCE:-1})) "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_project_cuda.py \
+        >"$out/tests.log" 2>&1 || failed=1
+    tail -3 "$out/tests.log"
+fi
 # name, seconds it may take; the step, which compiles three networks, gets what the others leave of 470
 for case in "mask 100" "projection 60" "finders 60" "checkpoint 60" "step 470"; do
     read -r name limit <<<"$case"

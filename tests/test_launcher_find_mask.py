@@ -39,7 +39,7 @@ def test_a_mask_file_read_back_with_method_file_is_the_same_mask(
     assert all(mask.dtype == torch.bool for mask in masks.values())
     assert sum(int(mask.sum()) for mask in masks.values()) == kept_count(0.02, total)
     assert (meta["method"], meta["config"]["mask"]["density"]) == ("snip", 0.02)  # type: ignore[index]
-    arguments = ["mask.method=file", f"mask.path={first}", "mask.density=0.1", "--out", str(second)]
+    arguments = ["mask.method=file", f"mask.path={first}", "mask.density=1", "--out", str(second)]
     assert run_command(["find-mask", "digits_magnitude", *data, *arguments]) == 0
     assert "ghostmask: mask: density 0.02" in capsys.readouterr().err
     again, _ = mask_in(second)
