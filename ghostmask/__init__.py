@@ -12,12 +12,12 @@ from typing import Any
 __version__ = "0.1.0"
 
 _LIBRARY: dict[str, str] = {
-    "optimizer": "ghostmask.masks.library:optimizer",
-    "initialize": "ghostmask.masks.library:initialize",
-    "probmask": "ghostmask.masks.library:probmask",
-    "gmp": "ghostmask.masks.library:gmp",
-    "fixed": "ghostmask.masks.library:fixed",
-    "magnitude_masks": "ghostmask.masks.library:magnitude_masks",
+    "optimizer": "ghostmask.library:optimizer",
+    "initialize": "ghostmask.library:initialize",
+    "probmask": "ghostmask.library:probmask",
+    "gmp": "ghostmask.library:gmp",
+    "fixed": "ghostmask.library:fixed",
+    "magnitude_masks": "ghostmask.library:magnitude_masks",
     "present_masks": "ghostmask.masks.masked:present_masks",
     "prunable_weights": "ghostmask.masks.prunable:prunable_weights",
     "ShardedOptimizer": "ghostmask.engine.sharding.optimizer:ShardedOptimizer",

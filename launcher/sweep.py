@@ -86,7 +86,12 @@ def accuracy(config: RunConfig) -> float | None:
     if not summary.exists():
         return None
     found = json.loads(summary.read_text())
-    before = from_dict(found["config"])
+    try:
+        before = from_dict(found["config"])
+    except InputError as error:
+        raise InputError(
+            f"run = {config.run!r}: the folder holds a run of another version ({error}); give another --folder"
+        ) from None
     if not config.train.replicas:  # not asked for: chosen when the run started
         config = replace(config, train=replace(config.train, replicas=before.train.replicas))
     changes = differences(before, config)

@@ -82,8 +82,8 @@ def open_folder(
     store = CheckpointStore(folder / "checkpoints", world, saving.keep, saving.asynchronous, warn=_warn)
     try:
         saved = store.latest()
-        if saved is not None and "updates" not in saved.meta:
-            raise older(folder, f"{saved.path.name} holds no count of updates")
+        if saved is not None and not isinstance(saved.meta.get("updates"), int):
+            raise older(folder, f"{saved.path.name} keeps other tensors")
     except InputError as error:
         store.close()
         fix = "; run with --restart to start over (this removes the run's files)"

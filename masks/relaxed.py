@@ -23,8 +23,9 @@ from ghostmask.masks.masked import Masked
 from ghostmask.masks.schedules import cubic_density, linear_temperature
 from ghostmask.masks.scoring.largest import Budget, largest
 
-LIMITS = Limits()
-"""What an element at 0 or at 1 gets of a gradient; see docs/decisions.md for what was compared."""
+LIMITS = Limits(floor=0.25, at_zero=0.0, at_one=1.0)
+"""dL/ds = g w m (1 - m) / (tau / 4), and nothing where s = 0: with s (1 - s) in the place of 1 / 4, as the equations have
+it, the gradient has a tail near 0 and 1 that throttles everything else through the joint clip (docs/decisions.md)."""
 START = 1.0
 """The probability that every weight starts with."""
 

@@ -1,4 +1,4 @@
-"""The relaxed mask written out in float64, differentiable by autograd: what the kernels and the optimizer are held to."""
+"""ProbMask's mask and projection written out in float64: what the optimizer is held to."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from ghostmask.masks.kernels.relaxed_mask import EPS, Limits
 def relaxed_mask(probability: Tensor, first: int, draw: Draw, temperature: float) -> Tensor:
     """m = sigmoid((log s - log(1 - s) + log u - log(1 - u)) / tau) of a float64 vector, limited to [EPS, 1 - EPS].
 
-    first: index in the network of its first element. The gradient goes straight through the limits.
+    first: index in the network of its first element. Autograd's gradient goes straight through the limits.
     """
     words = random_words(NoiseKey(draw.seed, draw.step, draw.sample).value, first, len(probability), "cpu")
-    p = probability + (probability.clamp(EPS, 1 - EPS) - probability).detach()
+    p = probability + (_inside(probability) - probability).detach()
     logistic = ((words | 1).double() / ((0xFFFFFFFF - words) | 1).double()).log()
     return ((p.log() - (1 - p).log() + logistic) / temperature).sigmoid()
 
 
 def limited(slope: Tensor, probability: Tensor, limits: Limits) -> Tensor:
     """What `limits` makes of autograd's dL/ds: p (1 - p) in its denominator bounded, factors where s is 0 or 1."""
-    p = probability.clamp(EPS, 1 - EPS)
+    p = _inside(probability)
     variance = p * (1 - p)
     slope = slope * variance / variance.clamp(min=limits.floor)
     slope = torch.where(probability <= 0, slope * limits.at_zero, slope)
@@ -39,3 +39,9 @@ def projected(z: Tensor, budget: float) -> Tensor:
         middle = (low + high) / 2
         low, high = (middle, high) if float((z - middle).clamp(0, 1).sum()) > budget else (low, middle)
     return (z - high).clamp(0, 1)
+
+
+def _inside(probability: Tensor) -> Tensor:
+    # The limits are float32 numbers: 1 - p at the upper one is 1.3 % more than EPS.
+    low, high = torch.tensor([EPS, 1 - EPS]).tolist()
+    return probability.clamp(low, high)

@@ -10,13 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from memory_data import MemoryData
+from memory_run import CONFIG, configured, memory_run
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from ghostmask.engine.errors import InputError
+from ghostmask.engine.spawn import run_distributed
+from ghostmask.engine.world import World
+from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.export import load_export, summarise, write_export
+from ghostmask.launcher.train import finish
 from ghostmask.masks.prunable import prunable_weights
+from ghostmask.masks.scoring.topk import kept_count
 from ghostmask.models.build import build_model
 from ghostmask.models.config import ModelConfig
 
@@ -203,3 +210,32 @@ def test_files_that_hold_no_weights_are_refused_in_one_line(tmp_path: Path, monk
             load_export(Path(name))
         assert "\n" not in str(error.value)
     assert not Path("executed").exists()
+
+
+def exported(world: World, folder: str, config: RunConfig) -> dict[str, Tensor]:
+    """The masks that a run ends with; it exports its network on the way."""
+    run, _ = memory_run(world, Path(folder), config)
+    run.execute(None)
+    finish(run, Path(folder))
+    run.close()
+    return {name: mask.clone() for name, mask in run.masks().items()}
+
+
+@pytest.mark.parametrize(("precision", "stage"), [("bf16", 1), ("bf16", 2), ("fp32", 0)])
+@pytest.mark.parametrize("method", ["probmask", "gmp", "dense"])
+def test_whatever_a_run_computes_in_its_export_is_float32_with_exactly_the_masks_zeros(
+    method: str, precision: str, stage: int, tmp_path: Path
+) -> None:
+    settings = {"precision": precision, "zero_stage": stage, "epochs": 2}
+    config = configured(CONFIG, mask={"method": method}, train=settings, finetune={"epochs": 1})
+    masks, same = run_distributed(exported, 2, str(tmp_path), config)
+    written = load_file(tmp_path / "export" / "model.safetensors")
+    net = build_model(config.model, 4, MemoryData.image_shape, seed=9)
+    net.load_state_dict(written, strict=True)
+    assert {tensor.dtype for tensor in written.values()} <= {torch.float32, torch.int64}
+    assert any(bool((t != t.bfloat16()).any()) for t in written.values()), "rounded to bfloat16"
+    assert masks.keys() == same.keys() == (set() if method == "dense" else prunable_weights(net).keys())
+    for name, mask in masks.items():
+        assert torch.equal(written[name] != 0, mask)
+    if masks:
+        assert sum(int(m.sum()) for m in masks.values()) == kept_count(0.1, sum(m.numel() for m in masks.values()))

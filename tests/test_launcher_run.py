@@ -14,11 +14,25 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from ghostmask.launcher.settings import load_config
+
 pytestmark = pytest.mark.timeout(900)
 
 SMALL = ["train.epochs=3", "finetune.epochs=1", "train.log_every=5", "checkpoint.every_steps=7", "mask.density=0.1"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "ghostmask"]
 ALONE = [sys.executable, "-m", "ghostmask"]
+
+
+def on_ranks(size: int) -> list[str]:
+    """`ghostmask` on that many ranks of this machine."""
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={size}",
+        "-m",
+        "ghostmask",
+    ]
 
 
 class UserRun:
@@ -47,7 +61,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> UserRun:
     assert prepared.returncode == 0, prepared.stderr
     log = run.folder.parent / "train.log"
     with log.open("w") as output:
-        process = subprocess.Popen([*TORCHRUN, *run.arguments("train")], stdout=output, stderr=output)
+        process = subprocess.Popen([*on_ranks(2), *run.arguments("train")], stdout=output, stderr=output)
         try:
             deadline = time.monotonic() + 200
             while not any(line["step"] >= 25 for line in run.metrics()):
@@ -82,9 +96,12 @@ def test_metrics_of_an_interrupted_and_resumed_run_are_those_of_one_run(finished
     assert steps == sorted(set(steps))
     assert steps[-1] == 4 * 22
     assert [line["phase"] for line in trained].index("finetune") == next(i for i, s in enumerate(steps) if s > 66)
-    for name in ("mask/temperature", "mask/density_target", "mask/density", "mask/decided_fraction", "lr/weight",
-                 "lr/probability", "speed/images_per_s", "speed/data_wait_fraction", "memory/peak_bytes"):  # fmt: skip
+    for name in ("mask/temperature", "mask/density_target", "mask/density", "mask/decided_fraction",
+                 "lr/prunable.weight", "lr/prunable.probability", "lr/other.weight", "gradient/prunable.weight",
+                 "gradient/prunable.probability", "gradient/other.weight", "gradient/clip_factor", "speed/images_per_s",
+                 "speed/data_wait_fraction", "memory/peak_bytes"):  # fmt: skip
         assert name in trained[0], name
+    assert "lr/prunable.probability" not in trained[-1]
 
 
 def test_tensorboard_holds_the_same_scalars_and_histograms(finished: UserRun) -> None:
@@ -109,8 +126,11 @@ def test_the_export_is_a_plain_state_dict_with_exactly_the_density(finished: Use
     assert sum(int((tensors[layer["name"]] != 0).sum()) for layer in summary["layers"]) == summary["kept"]
 
 
-def test_evaluate_measures_the_exported_accuracy_afresh(finished: UserRun) -> None:
-    result = call([*ALONE, "evaluate", str(finished.folder), "--json"])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_evaluate_measures_the_exported_accuracy_afresh_on_any_number_of_ranks(ranks: int, finished: UserRun) -> None:
+    assert load_config(str(finished.folder / "config.yaml")).train.replicas == 2, "chosen for 2 ranks of 32 images"
+    start = ALONE if ranks == 1 else on_ranks(ranks)
+    result = call([*start, "evaluate", str(finished.folder), "--json"])
     assert result.returncode == 0, result.stderr
     measured = json.loads(result.stdout)
     summary = json.loads((finished.folder / "export" / "summary.json").read_text())
@@ -136,4 +156,14 @@ def test_a_folder_with_another_configuration_is_refused_and_untouched(finished: 
     assert "optim.lr" in result.stderr
     assert "seed" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+    assert (finished.folder / "config.yaml").read_text() == before
+
+
+def test_a_number_of_ranks_that_does_not_fit_the_run_gets_those_that_do(finished: UserRun) -> None:
+    before = (finished.folder / "config.yaml").read_text()
+    result = call([*on_ranks(3), *finished.arguments("train", "--restart", "train.replicas=8")])
+    assert "exitcode  : 2" in result.stderr
+    assert result.stderr.count("ranks = 3: do not fit train.replicas = 8; start 1, 2, 4, 8 ranks") == 1
+    result = call([*on_ranks(3), "export", str(finished.folder)])
+    assert result.stderr.count("ranks = 3: do not fit train.replicas = 2; start 1, 2 ranks") == 1
     assert (finished.folder / "config.yaml").read_text() == before
