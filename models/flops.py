@@ -18,7 +18,8 @@ def count_flops(net: nn.Module, image_shape: tuple[int, int, int], kept: Mapping
     Convolutions, linear layers and attention's projections only, without biases; what else may be masked (embeddings)
     costs nothing. kept: number of weights left per weight name ("layer1.0.conv1.weight"), each scaling its layer by
     kept / numel; names left out and None count as dense. image_shape: (channels, height, width). Runs on the meta
-    device: nothing is computed, `net` is left as it was. Raises ValueError for a name in `kept` that is no weight of a layer.
+    device: nothing is computed, `net` is left as it was. Raises ValueError for a name in `kept` that is no weight of a
+    layer.
     """
     parameters = dict(net.named_parameters(remove_duplicate=False))
     unknown = {name for name in kept or () if name not in parameters or parameters[name].ndim < 2}
