@@ -1,154 +1,151 @@
-"""ProbMask end to end: the numbers do not depend on ranks or ZeRO stage, every final mask works, traps stay closed."""
+"""ProbMask: algorithm 1 against float64, its schedules and constraint, every final mask, and what it says."""
 
 from __future__ import annotations
 
 import json
+import re
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from mask_reference import limited, projected, relaxed_mask
 from memory_data import MemoryData
-from memory_run import CONFIG, Outcome, complete, configured, memory_run
+from memory_run import CONFIG, configured, memory_run
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
 
 from ghostmask.engine.hooks import Hook
+from ghostmask.engine.sharding.optimizer import Sampling, ShardedOptimizer
+from ghostmask.engine.sharding.placement import ParameterGroup
+from ghostmask.engine.sharding.reparametrization import Draw, Plain
+from ghostmask.engine.sharding.rules import Sgd
+from ghostmask.engine.sharding.slices import Slice
 from ghostmask.engine.spawn import run_distributed
 from ghostmask.engine.trainer import Trainer
-from ghostmask.engine.world import World
+from ghostmask.engine.world import World, single
+from ghostmask.masks.masked import PRUNABLE
+from ghostmask.masks.method import FINETUNE
+from ghostmask.masks.probability_report import suggested_rate
+from ghostmask.masks.relaxed import LIMITS, RelaxedMask, Search
 from ghostmask.masks.scoring.topk import kept_count
 
-SEARCH_20 = configured(
-    CONFIG, mask={"lr": 6e-3}, train={"epochs": 5}, finetune={"epochs": 0}, checkpoint={"every_steps": 0}
-)
-"""20 steps of search of a network without batch norm, all ranks with the same noise, the paper's rate."""
+SEARCH = configured(
+    CONFIG, train={"epochs": 4}, finetune={"epochs": 0}, mask={"samples": 1},
+    checkpoint={"every_steps": 0, "every_epochs": 9, "asynchronous": False},
+)  # fmt: skip
+"""16 steps of search of a network without batch norm."""
 
 
-def losses(folder: Path) -> list[float]:
-    """Training loss of every step, from metrics.jsonl."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line["train/loss"] for line in lines if "train/loss" in line]
-
-
-@pytest.fixture(scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    folder = tmp_path_factory.mktemp("one")
-    run_distributed(complete, 1, str(folder), configured(SEARCH_20, train={"zero_stage": 0}))
-    return losses(folder)
-
-
-@pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (2, 0), (2, 2), (4, 1)])
-def test_losses_are_the_same_for_every_stage_and_rank_count(
-    ranks: int, stage: int, one_rank: list[float], tmp_path: Path
-) -> None:
-    run_distributed(complete, ranks, str(tmp_path), configured(SEARCH_20, train={"zero_stage": stage}))
-    assert len(one_rank) == 20
-    assert losses(tmp_path) == pytest.approx(one_rank, abs=1e-4)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
-    return run_distributed(complete, 2, str(tmp_path_factory.mktemp("whole")), CONFIG)
-
-
-@pytest.mark.parametrize(("ranks", "kill_step", "stage"), [(1, 5, 1), (3, 9, 2), (4, 17, 0)])
-def test_a_killed_run_goes_on_with_another_number_of_ranks_and_another_stage(
-    ranks: int, kill_step: int, stage: int, uninterrupted: list[Outcome], tmp_path: Path
-) -> None:
-    with pytest.raises(RuntimeError, match="died with exit code -9"):
-        run_distributed(complete, 2, str(tmp_path), CONFIG, kill_step)
-    config = configured(CONFIG, train={"zero_stage": stage})
-    outcomes = run_distributed(complete, ranks, str(tmp_path), config)
-    assert 0 < outcomes[0].resumed_at < kill_step + 1
-    for name, tensor in uninterrupted[0].weights.items():
-        assert torch.allclose(outcomes[0].weights[name], tensor, atol=1e-3), name
-    resumed, whole = samples(outcomes), samples(uninterrupted)
-    assert resumed == {step: seen for step, seen in whole.items() if step in resumed}
-    assert [step for step in whole if step >= outcomes[0].resumed_at] == sorted(resumed)
-
-
-def samples(outcomes: list[Outcome]) -> dict[int, list[int]]:
-    """Step -> the samples that all ranks together were fed, in order of their numbers."""
-    fed: dict[int, list[int]] = {}
-    for outcome in outcomes:
-        for step, chosen in outcome.fed:
-            fed[step] = sorted({*fed.get(step, []), *chosen})
-    return fed
-
-
-class Sums(Hook):
-    """Keeps (threshold, sum of all probabilities, budget) after every step."""
+class Small(nn.Module):
+    """Two convolutions, batch norm and a classifier."""
 
     def __init__(self) -> None:
-        self.seen: list[tuple[float, float, float]] = []
+        super().__init__()
+        self.conv1, self.bn, self.conv2 = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 5, 3)
+        self.fc = nn.Linear(5 * 16, 4)
 
-    def on_step_end(self, trainer: Trainer) -> None:
-        search = trainer.task.hooks[0]
-        every = search.relaxed.probabilities().values()  # type: ignore[attr-defined]
-        total = sum(float(s.detach().double().sum()) for s in every)
-        budget = search.relaxed.density * sum(s.numel() for s in every)  # type: ignore[attr-defined]
-        self.seen.append((float(search.threshold), total, budget))  # type: ignore[attr-defined]
-
-
-def probabilities(world: World, folder: str, config: Any) -> dict[str, Any]:
-    """Run the search and hand back what it learned."""
-    run, saved = memory_run(world, Path(folder), config, MemoryData(world))
-    start = {n: p.detach().clone() for n, p in run.net.named_parameters()}
-    sums = Sums()
-    run.hooks = (sums,)
-    run.execute(saved)
-    s = {n: p.detach().clone() for n, p in run.method.relaxed.probabilities().items()}  # type: ignore[attr-defined]
-    moved = any(not torch.equal(p, start[n]) for n, p in run.net.named_parameters())
-    masks = {n: m.clone() for n, m in run.masks().items()}
-    run.close()
-    return {"s": s, "masks": masks, "moved": moved, "sums": sums.seen}
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.conv2(self.bn(self.conv1(images)).relu()).relu().flatten(1))
+        return logits
 
 
-def test_the_probabilities_leave_one_and_meet_the_budget_exactly(tmp_path: Path) -> None:
-    first, second = run_distributed(probabilities, 2, str(tmp_path), SEARCH_20)
-    every = torch.cat([s.reshape(-1) for s in first["s"].values()])
-    assert all(torch.equal(first["s"][n], second["s"][n]) for n in first["s"])
-    assert float(every.min()) >= 0
-    assert float(every.max()) <= 1
-    assert len(every.unique()) > 1000, "the probabilities moved in lockstep: no gradient reached them"
-    binding = [(total, budget) for threshold, total, budget in first["sums"] if threshold > 0]
-    assert len(binding) >= 3
-    assert all(abs(total - budget) <= 1e-3 for total, budget in binding), binding
-    assert all(total <= budget + 1e-3 for _, total, budget in first["sums"])
+class Reference:
+    """Algorithm 1 in float64, by autograd through the whole network; SGD, Adam, clip and projection written out."""
+
+    def __init__(self, net: nn.Module, search: Search, samples: tuple[int, ...], clip: float) -> None:
+        self.net, self.search, self.samples, self.clip = net, search, samples, clip
+        self.prunable = [n for n, p in net.named_parameters() if p.ndim > 1]
+        self.w = {n: p.detach().double().requires_grad_() for n, p in net.named_parameters()}
+        # Spread out, some at the limits: where all are 1, Adam would turn gradients of 1e-9 into steps of full size.
+        drawn = torch.rand(sum(self.w[n].numel() for n in self.prunable), generator=torch.Generator().manual_seed(2))
+        self.s = torch.where(drawn < 0.05, 0.0, torch.where(drawn > 0.8, 1.0, drawn)).double()
+        self.momentum = {n: torch.zeros_like(p) for n, p in self.w.items()}
+        self.first, self.second = torch.zeros_like(self.s), torch.zeros_like(self.s)
+        self.divisor, self.binding = 1.0, False
+        self.sensitive = torch.zeros_like(self.s, dtype=torch.bool)
+        """Whose gradient once nearly cancelled out: Adam makes a step of full size of what is left, rounding included."""
+
+    def loss(self, s: Tensor, images: Tensor, labels: Tensor, draw: Draw, temperature: float) -> Tensor:
+        masks = relaxed_mask(s, 0, draw, temperature).split([self.w[n].numel() for n in self.prunable])
+        made = {n: self.w[n] * m.view_as(self.w[n]) for n, m in zip(self.prunable, masks, strict=True)}
+        buffers = {n: b.double() for n, b in self.net.named_buffers() if b.is_floating_point()}
+        logits = functional_call(self.net, {**self.w, **made, **buffers}, (images.double(),))
+        return functional.cross_entropy(logits, labels)
+
+    def step(self, images: Tensor, labels: Tensor, number: int, lr: float, rate: float, rule: Sgd) -> None:
+        """Update number `number`, from 0, of learning rates lr (weights) and rate (probabilities)."""
+        epoch = number // self.search.steps_per_epoch
+        tau = (1 - self.search.temperature_end) * (1 - (epoch + 1) / self.search.epochs) + self.search.temperature_end
+        s = self.s.clone().requires_grad_()
+        draws = [Draw(3, 50 + number, sample) for sample in self.samples]
+        loss = torch.stack([self.loss(s, images, labels, d, tau) for d in draws]).mean()
+        *slopes, by_s = torch.autograd.grad(loss, [*self.w.values(), s])
+        by_s = limited(by_s, self.s, LIMITS)
+        norm = float(torch.cat([g.reshape(-1) for g in (*slopes, by_s)]).norm())
+        self.divisor = max(1.0, norm / self.clip)
+        with torch.no_grad():
+            for (name, w), slope in zip(self.w.items(), slopes, strict=True):
+                self.momentum[name].mul_(rule.momentum).add_(slope / self.divisor + rule.weight_decay * w)
+                w -= lr * self.momentum[name]
+        g = by_s / self.divisor
+        self.sensitive |= (g.abs() < 1e-4 * g.abs().mean()) & (g != 0)
+        self.first = 0.9 * self.first + 0.1 * g
+        self.second = 0.999 * self.second + 0.001 * g * g
+        first, second = self.first / (1 - 0.9 ** (number + 1)), self.second / (1 - 0.999 ** (number + 1))
+        z = self.s - rate * first / (second.sqrt() + 1e-8)
+        search = self.search
+        left = 1 - (epoch - search.start) / (search.end - search.start)
+        density = 1.0 if epoch < search.start else search.density + (1 - search.density) * max(0.0, left) ** 3
+        self.s = projected(z, density * len(z))
+        self.binding = float(z.clamp(0, 1).sum()) > density * len(z)
 
 
-def test_the_layerwise_constraint_holds_in_every_layer(tmp_path: Path) -> None:
-    config = configured(SEARCH_20, mask={"constraint": "layerwise"})
-    (result, _) = run_distributed(probabilities, 2, str(tmp_path), config)
-    for name, s in result["s"].items():
-        # Adam may have taken a layer below its budget after the last time it bound; nothing pulls it up again.
-        assert 0.95 * 0.1 * s.numel() <= float(s.double().sum()) <= 0.1 * s.numel() + 1e-3, name
-        assert int(result["masks"][name].sum()) == kept_count(0.1, s.numel()), name
-
-
-def test_a_supermask_trains_probabilities_and_nothing_else(tmp_path: Path) -> None:
-    config = configured(SEARCH_20, mask={"train_weights": False})
-    (result, _) = run_distributed(probabilities, 2, str(tmp_path), config)
-    assert not result["moved"]
-    assert sum(int(m.sum()) for m in result["masks"].values()) == kept_count(
-        0.1, sum(m.numel() for m in result["masks"].values())
-    )
-
-
-@pytest.mark.parametrize("final", ["sample", "best_of"])
-def test_sampled_final_masks_are_equal_on_all_ranks_and_near_the_density(final: str, tmp_path: Path) -> None:
-    candidates = {"candidates": 3} if final == "best_of" else {}
-    config = configured(SEARCH_20, mask={"final": final, **candidates})
-    first, second = run_distributed(probabilities, 2, str(tmp_path), config)
-    assert all(torch.equal(first["masks"][n], second["masks"][n]) for n in first["masks"])
-    every = torch.cat([s.reshape(-1) for s in first["s"].values()]).double()
-    kept = sum(int(m.sum()) for m in first["masks"].values())
-    deviation = float((every * (1 - every)).sum()) ** 0.5
-    assert abs(kept - float(every.sum())) <= 4 * deviation + 1
-
-
-def test_bf16_autocast_leaves_probabilities_and_weights_in_float32(tmp_path: Path) -> None:
-    config = configured(SEARCH_20, train={"epochs": 2, "precision": "bf16"})
-    (result,) = run_distributed(probabilities, 1, str(tmp_path), config)
-    every = torch.cat([s.reshape(-1) for s in result["s"].values()])
-    assert every.dtype == torch.float32
-    assert len(every.unique()) > 1000
+@pytest.mark.parametrize("samples", [(0,), (1, 4)])
+def test_steps_of_algorithm_1_equal_a_float64_computation_by_autograd_over_the_whole_network(
+    samples: tuple[int, ...],
+) -> None:
+    """The network itself runs in float64 on the optimizer's weights: what is compared is the optimizer."""
+    torch.manual_seed(1)
+    net, data, rule = Small(), MemoryData(single()), Sgd(0.9, 5e-2)
+    search = Search(0.3, "global", 0.05, start=1, end=3, epochs=4, steps_per_epoch=2, seed=3)
+    reference = Reference(net, search, samples, clip=0.5)
+    weights = {n: p for n, p in net.named_parameters() if p.ndim > 1}
+    others = {n: p for n, p in net.named_parameters() if p.ndim == 1}
+    optimizer = ShardedOptimizer(
+        [
+            ParameterGroup(PRUNABLE, weights, RelaxedMask(search, rule, 0.5), 0.1),
+            ParameterGroup("other", others, Plain({"weight": rule}), 0.1),
+        ],
+        clip=0.5, sampling=Sampling(3, 50, samples),
+    )  # fmt: skip
+    optimizer.states[0]["probability"].copy_(reference.s)
+    optimizer.refresh()
+    clipped = bound = 0
+    for number, batch in zip(range(8), [*data.train(0), *data.train(1)], strict=False):
+        for _ in samples:
+            wide = {n: t.double() for n, t in [*net.named_parameters(), *net.named_buffers()] if t.is_floating_point()}
+            loss = functional.cross_entropy(functional_call(net, wide, (batch.images.double(),)), batch.labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        reference.step(batch.images, batch.labels, number, 0.1, 0.05, rule)
+        clipped, bound = clipped + (reference.divisor > 1), bound + reference.binding
+        _, state, part = optimizer.group(PRUNABLE)
+        difference = (state["probability"].double() - reference.s).abs()
+        assert float(difference[~reference.sensitive].max()) <= 1e-6
+        assert float(difference.max()) <= 1e-4
+        for name, value in part.gathered(state["weight"]).items():
+            torch.testing.assert_close(value.double(), reference.w[name].detach(), atol=1e-6, rtol=0)
+        for name in others:
+            torch.testing.assert_close(
+                net.get_parameter(name).detach().double(), reference.w[name].detach(), atol=1e-6, rtol=0
+            )
+        assert float(optimizer.divisor) == pytest.approx(reference.divisor, rel=1e-5)
+    assert clipped >= 2, "the clipping was not tried"
+    assert bound >= 3, "the projection was not tried"
+    assert bool((reference.s == 0).any()), "no probability reached a limit"
+    assert float(reference.sensitive.double().mean()) < 0.2

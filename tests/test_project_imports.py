@@ -16,7 +16,7 @@ import ghostmask
 
 ROOT = Path(__file__).resolve().parents[1]
 MAY_IMPORT = {
-    "ghostmask": {"launcher"},
+    "ghostmask": {"launcher", "masks", "engine"},
     "engine": {"engine"},
     "models": {"models", "engine"},
     "masks": {"masks", "engine"},
@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "configs": set[str](),
 }
 """Ours that each package may import: launcher -> benchmarks -> masks | models | data_pipelines -> engine. ghostmask:
-the two files above them all."""
+the files above them all, which offer the library and start the command."""
 EVERYBODY = {"__version__"}
 """Names of ghostmask itself, which stands above the packages, that each may import; the library's are for others."""
 FILES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
