@@ -24,6 +24,7 @@ from ghostmask.engine.errors import InputError
 from ghostmask.engine.spawn import run_distributed
 from ghostmask.engine.world import World, single
 from ghostmask.launcher.hessian import measure
+from ghostmask.launcher.run import Shares
 from ghostmask.models.config import TOST_PRESETS
 
 
@@ -84,7 +85,9 @@ def test_lanczos_stops_where_the_subspace_is_exhausted() -> None:
 def measured(world: World, folder: str, config: Any) -> tuple[list[tuple[int, list[float], bool]], str]:
     """(step, eigenvalues, converged) of each checkpoint, and what was printed."""
     with redirect_stdout(StringIO()) as printed:
-        spectra = measure(Path(folder), config, world, MemoryData(world), top=2, num_batches=1)
+        shares = Shares.of(config, world)
+        data = MemoryData(world, parts=shares.plain.parts)
+        spectra = measure(Path(folder), config, world, data, shares, top=2, num_batches=1)
     return [(step, s.eigenvalues, s.converged) for step, s in spectra], printed.getvalue()
 
 
@@ -116,7 +119,7 @@ def test_eigenvalues_along_the_checkpoints_of_a_run_are_written(tmp_path: Path) 
 def no_checkpoint(world: World, folder: str) -> str:
     CheckpointStore(Path(folder) / "checkpoints", world).close()
     with pytest.raises(InputError) as caught:
-        measure(Path(folder), CONFIG, world, MemoryData(world), top=1, num_batches=1)
+        measure(Path(folder), CONFIG, world, MemoryData(world), Shares.of(CONFIG, world), top=1, num_batches=1)
     return str(caught.value)
 
 

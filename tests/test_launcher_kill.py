@@ -12,7 +12,7 @@ from memory_run import CONFIG, Outcome, complete, configured
 from ghostmask.engine.spawn import run_distributed
 
 ALWAYS_SAVING = configured(
-    CONFIG, model={"name": "digits_resnet"}, mask={"noise": "per_rank"}, checkpoint={"every_steps": 1, "keep": 2}
+    CONFIG, model={"name": "digits_resnet"}, mask={"noises": 2}, checkpoint={"every_steps": 1, "keep": 2}
 )
 """A network with batch norm, noise of each rank's own; a checkpoint is being written during most of the run."""
 

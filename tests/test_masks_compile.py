@@ -1,4 +1,4 @@
-"""Does torch.compile, with inductor, train what eager code trains? The network is a plain one: nothing is in the way."""
+"""Does torch.compile, with inductor, train what eager does? The network is a plain one, nothing is in the way."""
 
 from __future__ import annotations
 

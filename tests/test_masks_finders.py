@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from argparse import Namespace
 from contextlib import redirect_stderr
+from dataclasses import fields
 from io import StringIO
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,14 +24,13 @@ from ghostmask.engine.errors import InputError
 from ghostmask.engine.registry import resolve
 from ghostmask.engine.spawn import run_distributed
 from ghostmask.engine.world import World, single
-from ghostmask.launcher.checks import FINDERS, check_finder
-from ghostmask.masks.config import MaskConfig
+from ghostmask.launcher.checks import check_finder
 from ghostmask.masks.mask_file import write_masks
-from ghostmask.masks.masked_model import density_of
+from ghostmask.masks.masked import density_of
 from ghostmask.masks.method import MaskMethod, Recipe
-from ghostmask.masks.one_shot import report
 from ghostmask.masks.registry import METHODS
-from ghostmask.masks.scoring.score_shards import empty_layers
+from ghostmask.masks.report import mask_lines
+from ghostmask.masks.scoring.largest import empty_layers
 from ghostmask.masks.scoring.topk import kept_count
 from ghostmask.models.build import build_model
 from ghostmask.models.config import ModelConfig
@@ -45,7 +45,10 @@ def digits_net() -> nn.Module:
 
 
 def finder(name: str, net: nn.Module, world: World, **settings: Any) -> Any:
-    return resolve(METHODS[name])(MaskConfig(method=name, **{**SMALL, **settings}), net, RECIPE, world)
+    cls = resolve(METHODS[name])
+    known = {field.name for field in fields(cls.Settings)}
+    small = {key: value for key, value in SMALL.items() if key in known}
+    return cls(cls.Settings(method=name, **{**small, **settings}), net, RECIPE, world)
 
 
 def everything_about(net: nn.Module) -> dict[str, Any]:
@@ -102,16 +105,15 @@ def found_among_ties(world: World) -> dict[str, dict[str, Tensor]]:
     return {name: finder(name, net, world, density=0.7).find(data) for name in SCORING if name != "random"}
 
 
-def test_equal_scores_are_kept_in_the_order_of_the_weights_on_one_and_on_three_ranks() -> None:
+def test_equal_scores_are_told_apart_by_chance_and_alike_on_one_and_on_three_ranks() -> None:
     alone, *ranks = (*run_distributed(found_among_ties, 1), *run_distributed(found_among_ties, 3))
     for name, masks in alone.items():
         total = sum(m.numel() for m in masks.values())
         kept = torch.cat([m.reshape(-1) for m in masks.values()])
         assert int(kept.sum()) == kept_count(0.7, total)
-        tied = torch.cat([m.reshape(-1)[::2] for m in masks.values()])
-        last = int(tied.nonzero().max())
-        assert 0 < last < len(tied) - 1, "the threshold is not among the ties"
-        assert tied[: last + 1].all(), f"{name}: a later weight of the same score went first"
+        shares = [float(m.reshape(-1)[::2].float().mean()) for m in masks.values() if m.numel() > 5000]
+        assert min(shares) > 0.2, f"{name}: whole layers were lost, or preferred, among equal scores"
+        assert max(shares) < 0.8
         for rank in ranks:
             differing = int((torch.cat([m.reshape(-1) for m in rank[name].values()]) != kept).sum())
             assert differing <= 0.001 * total, f"{name}: {differing} of {total}"
@@ -149,13 +151,13 @@ def test_a_lost_layer_is_named_and_a_minimum_protects_it() -> None:
     lost = finder("snip", digits_net(), single(), density=3e-5).find(MemoryData(single()))
     names = empty_layers(lost)
     assert names
-    lines = report(lost, protects=True)
+    lines = mask_lines(lost, finder("snip", digits_net(), single()).settings)
     assert lines[1].startswith(f"warning: {len(names)} of 10 layers have no weight left: {', '.join(names)}; ")
     for name in SCORING:
         kept = finder(name, digits_net(), single(), density=1e-3, min_per_layer=3).find(MemoryData(single()))
         assert all(int(m.sum()) >= 3 for m in kept.values()), name
         assert density_of(kept) == pytest.approx(1e-3, rel=2e-3)
-        assert len(report(kept, protects=True)) == 1
+        assert len(mask_lines(kept, None)) == 1
 
 
 @pytest.mark.parametrize("name", ["snip", "random"])
@@ -183,9 +185,11 @@ def test_synflow_keeps_every_layer_of_vgg19_at_density_0_001_where_snip_loses_so
 
 def test_find_mask_is_for_exactly_the_methods_that_have_a_finder() -> None:
     for name, entry in METHODS.items():
-        config = configured(CONFIG, mask={"method": name, "path": "x"})
-        assert (resolve(entry).find is not MaskMethod.find) == (name in FINDERS)
-        if name in FINDERS:
+        reads_path = "path" in {field.name for field in fields(resolve(entry).Settings)}
+        config = configured(CONFIG, mask={"method": name, **({"path": "x"} if reads_path else {})})
+        cls = resolve(entry)
+        assert (cls.find is not MaskMethod.find) == cls.finds
+        if cls.finds:
             check_finder(config)
         else:
             with pytest.raises(InputError, match=f"mask.method = '{name}': finds its mask by training"):

@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import re
-from contextlib import redirect_stderr
-from io import StringIO
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from mask_reference import limited, projected, relaxed_mask
 from memory_data import MemoryData
-from memory_run import CONFIG, configured, memory_run
+from memory_run import CONFIG, configured
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from ghostmask.engine.hooks import Hook
 from ghostmask.engine.sharding.optimizer import Sampling, ShardedOptimizer
 from ghostmask.engine.sharding.placement import ParameterGroup
 from ghostmask.engine.sharding.reparametrization import Draw, Plain
 from ghostmask.engine.sharding.rules import Sgd
-from ghostmask.engine.sharding.slices import Slice
-from ghostmask.engine.spawn import run_distributed
-from ghostmask.engine.trainer import Trainer
-from ghostmask.engine.world import World, single
+from ghostmask.engine.world import single
 from ghostmask.masks.masked import PRUNABLE
-from ghostmask.masks.method import FINETUNE
-from ghostmask.masks.probability_report import suggested_rate
 from ghostmask.masks.relaxed import LIMITS, RelaxedMask, Search
-from ghostmask.masks.scoring.topk import kept_count
 
 SEARCH = configured(
     CONFIG, train={"epochs": 4}, finetune={"epochs": 0}, mask={"samples": 1},

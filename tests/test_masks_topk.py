@@ -10,10 +10,10 @@ import torch
 
 from ghostmask.engine.errors import EXIT_NON_FINITE, RunStopped
 from ghostmask.engine.spawn import run_distributed
-from ghostmask.engine.world import World
+from ghostmask.engine.world import World, single
 from ghostmask.masks.kernels.compiled import load_kernels
 from ghostmask.masks.scoring import topk
-from ghostmask.masks.scoring.topk import kept_count, topk_masks, topk_shard
+from ghostmask.masks.scoring.topk import kept_count, seeded_order, topk_shard
 
 
 def by_sorting(scores: list[torch.Tensor], kept: int) -> list[torch.Tensor]:
@@ -22,6 +22,14 @@ def by_sorting(scores: list[torch.Tensor], kept: int) -> list[torch.Tensor]:
     mask = torch.zeros(len(flat), dtype=torch.bool)
     mask[torch.from_numpy(np.argsort(-flat, kind="stable")[:kept].copy())] = True
     return [part.view(score.shape) for part, score in zip(mask.split([s.numel() for s in scores]), scores, strict=True)]
+
+
+def topk_masks(scores: list[torch.Tensor], kept: int) -> list[torch.Tensor]:
+    """The masks of whole tensors on one rank, ties to the first."""
+    wide = any(score.dtype == torch.float64 for score in scores)
+    flat = torch.cat([s.reshape(-1).to(torch.float64 if wide else torch.float32) for s in scores])
+    mask = topk_shard(flat, kept, single())
+    return [part.view(s.shape) for part, s in zip(mask.split([s.numel() for s in scores]), scores, strict=True)]
 
 
 def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
@@ -104,15 +112,32 @@ def test_both_zeros_tie_and_infinities_are_scores(dtype: torch.dtype, path: str)
     assert topk_masks(scores, 4)[0].tolist() == [True, True, True, True, False]
 
 
-def test_positions_are_logical_whatever_the_memory_format() -> None:
-    scores = torch.randint(0, 3, (8, 4, 3, 3), generator=torch.Generator().manual_seed(1)).float()
-    expected = topk_masks([scores], 77)
-    assert equal(topk_masks([scores.to(memory_format=torch.channels_last)], 77), expected)
+def tied_masks(world: World, cuts: list[int]) -> torch.Tensor:
+    """This rank's part of 50 of 200 equal scores, told apart by a hash of their index."""
+    indices = torch.arange(200).tensor_split(cuts)[world.rank]
+    return topk_shard(torch.ones(len(indices)), 50, world, lambda tied: seeded_order(indices[tied], 7))
 
 
-def test_a_nan_score_stops_the_run_with_its_tensor_number() -> None:
-    with pytest.raises(RunStopped, match="tensor 1: 1 of 3 are nan") as stopped:
-        topk_masks([torch.ones(4), torch.tensor([1.0, float("nan"), 2.0])], 2)
+def test_equal_scores_are_told_apart_by_a_seeded_hash_however_they_are_cut() -> None:
+    whole = tied_masks(single(), [200])
+    assert int(whole.sum()) == 50
+    assert 5 <= int(whole[:100].sum()) <= 45, "the first were preferred"
+    for cuts in ([3, 120], [0, 199]):
+        assert torch.equal(torch.cat(run_distributed(tied_masks, 3, cuts)), whole)
+    other = topk_shard(torch.ones(200), 50, single(), lambda tied: seeded_order(tied, 8))
+    assert not torch.equal(other, whole), "the seed has no say"
+
+
+def test_a_hash_of_an_index_is_a_number_of_its_own() -> None:
+    order = seeded_order(torch.arange(1_000_000), 0)
+    assert len(order.unique()) == 1_000_000
+    assert float(order.min()) >= 0
+    assert float(order.max()) < 2**52
+
+
+def test_a_nan_score_stops_the_run() -> None:
+    with pytest.raises(RunStopped, match="1 of 3 scores are nan") as stopped:
+        topk_shard(torch.tensor([1.0, float("nan"), 2.0]), 2, single())
     assert stopped.value.exit_code == EXIT_NON_FINITE
 
 
@@ -123,7 +148,7 @@ def test_a_count_out_of_range_is_refused(kept: int) -> None:
 
 
 def test_counting_is_compiled_here() -> None:
-    assert load_kernels("ghostmask.masks.scoring.topk_cpu") is not None
+    assert load_kernels("ghostmask.masks.kernels.topk_cpu") is not None
 
 
 def test_kept_count_rounds_and_keeps_at_least_one_weight() -> None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ghostmask.engine.batchnorm import statistics
 from ghostmask.engine.config import require, require_number
 from ghostmask.engine.hooks import Hook
 from ghostmask.engine.position import Duration, Phase
@@ -156,22 +155,22 @@ class RewindPoint(Hook):
 
     def __init__(self, net: nn.Module) -> None:
         self.net, self.step = net, 0
-        self.buffers = {name: buffer.clone() for name, buffer in statistics(net).items()}
+        self.buffers = {name: buffer.clone() for name, buffer in net.named_buffers()}
 
     def on_step_end(self, trainer: Trainer) -> None:
         if not self.step or trainer.num_updates != self.step:
             return
         trainer.statistics.average(trainer.world)  # the rewind point is one, batch norm's statistics are each part's
-        for name, buffer in statistics(self.net).items():
+        for name, buffer in self.net.named_buffers():
             self.buffers[name].copy_(buffer)
         for state in trainer.sharded.optimizer.states:
             if "rewind" in state:
                 state["rewind"].copy_(state["weight"])
 
     def rewind(self) -> None:
-        """Bring batch norm's statistics back; the weights are brought back by their state."""
+        """Bring the network's buffers back; its weights are brought back by their state."""
         with torch.no_grad():
-            for name, buffer in statistics(self.net).items():
+            for name, buffer in self.net.named_buffers():
                 buffer.copy_(self.buffers[name])
 
     def tensors(self) -> Mapping[str, Tensor]:
