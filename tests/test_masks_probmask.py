@@ -52,8 +52,8 @@ class Reference:
         self.momentum = {n: torch.zeros_like(p) for n, p in self.w.items()}
         self.first, self.second = torch.zeros_like(self.s), torch.zeros_like(self.s)
         self.divisor, self.binding = 1.0, False
-        self.sensitive = torch.zeros_like(self.s, dtype=torch.bool)
-        """Whose gradient once nearly cancelled out: Adam makes a step of full size of what is left, rounding included."""
+        self.cancelled = torch.zeros_like(self.s, dtype=torch.bool)
+        """Where the last gradient nearly cancelled out: Adam makes a step of what is left, rounding included."""
 
     def loss(self, s: Tensor, images: Tensor, labels: Tensor, draw: Draw, temperature: float) -> Tensor:
         masks = relaxed_mask(s, 0, draw, temperature).split([self.w[n].numel() for n in self.prunable])
@@ -78,7 +78,7 @@ class Reference:
                 self.momentum[name].mul_(rule.momentum).add_(slope / self.divisor + rule.weight_decay * w)
                 w -= lr * self.momentum[name]
         g = by_s / self.divisor
-        self.sensitive |= (g.abs() < 1e-4 * g.abs().mean()) & (g != 0)
+        self.cancelled = (g.abs() < 1e-3 * g.abs().mean()) & (g != 0)
         self.first = 0.9 * self.first + 0.1 * g
         self.second = 0.999 * self.second + 0.001 * g * g
         first, second = self.first / (1 - 0.9 ** (number + 1)), self.second / (1 - 0.999 ** (number + 1))
@@ -90,8 +90,20 @@ class Reference:
         self.binding = float(z.clamp(0, 1).sum()) > density * len(z)
 
 
+    def take(self, optimizer: ShardedOptimizer) -> None:
+        """Go on from the optimizer's state: what is compared is one step, and no rounding grows from step to step."""
+        for _, state, part in (optimizer.group(g.name) for g in optimizer.groups):
+            for name, value in part.gathered(state["weight"]).items():
+                self.w[name] = value.double().requires_grad_()
+            for name, value in part.gathered(state["weight.momentum"]).items():
+                self.momentum[name] = value.double()
+        state = optimizer.group(PRUNABLE)[1]
+        self.s = state["probability"].double()
+        self.first, self.second = (state[f"probability.{n}"].double() for n in ("exp_avg", "exp_avg_sq"))
+
+
 @pytest.mark.parametrize("samples", [(0,), (1, 4)])
-def test_steps_of_algorithm_1_equal_a_float64_computation_by_autograd_over_the_whole_network(
+def test_a_step_of_algorithm_1_equals_a_float64_computation_by_autograd_over_the_whole_network(
     samples: tuple[int, ...],
 ) -> None:
     """The network itself runs in float64 on the optimizer's weights: what is compared is the optimizer."""
@@ -112,6 +124,7 @@ def test_steps_of_algorithm_1_equal_a_float64_computation_by_autograd_over_the_w
     optimizer.refresh()
     clipped = bound = 0
     for number, batch in zip(range(8), [*data.train(0), *data.train(1)], strict=False):
+        reference.take(optimizer)
         for _ in samples:
             wide = {n: t.double() for n, t in [*net.named_parameters(), *net.named_buffers()] if t.is_floating_point()}
             loss = functional.cross_entropy(functional_call(net, wide, (batch.images.double(),)), batch.labels)
@@ -120,18 +133,23 @@ def test_steps_of_algorithm_1_equal_a_float64_computation_by_autograd_over_the_w
             optimizer.step()
         reference.step(batch.images, batch.labels, number, 0.1, 0.05, rule)
         clipped, bound = clipped + (reference.divisor > 1), bound + reference.binding
-        _, state, part = optimizer.group(PRUNABLE)
-        difference = (state["probability"].double() - reference.s).abs()
-        assert float(difference[~reference.sensitive].max()) <= 1e-6
-        assert float(difference.max()) <= 1e-4
-        for name, value in part.gathered(state["weight"]).items():
-            torch.testing.assert_close(value.double(), reference.w[name].detach(), atol=1e-6, rtol=0)
-        for name in others:
-            torch.testing.assert_close(
-                net.get_parameter(name).detach().double(), reference.w[name].detach(), atol=1e-6, rtol=0
-            )
-        assert float(optimizer.divisor) == pytest.approx(reference.divisor, rel=1e-5)
+        check(optimizer, reference)
     assert clipped >= 2, "the clipping was not tried"
     assert bound >= 3, "the projection was not tried"
     assert bool((reference.s == 0).any()), "no probability reached a limit"
-    assert float(reference.sensitive.double().mean()) < 0.2
+
+
+def check(optimizer: ShardedOptimizer, reference: Reference) -> None:
+    """Every number of the state within 1e-6 of the reference's."""
+    found = {}
+    for _, state, part in (optimizer.group(g.name) for g in optimizer.groups):
+        found |= part.gathered(state["weight"])
+    for name, value in found.items():
+        torch.testing.assert_close(value.double(), reference.w[name].detach(), atol=1e-6, rtol=0)
+    state = optimizer.group(PRUNABLE)[1]
+    difference = (state["probability"].double() - reference.s).abs()
+    assert float(difference[~reference.cancelled].max()) <= 1e-6
+    assert float(difference.max()) <= 1e-4
+    assert float(reference.cancelled.double().mean()) < 0.5
+    torch.testing.assert_close(state["probability.exp_avg"].double(), reference.first, atol=1e-7, rtol=1e-4)
+    assert float(optimizer.divisor) == pytest.approx(reference.divisor, rel=1e-5)

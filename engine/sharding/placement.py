@@ -85,7 +85,7 @@ class WholePlacement:
 
     def initial(self, group: int) -> Tensor:
         flat = self._flat[group]
-        shared = flat.dtype == torch.float32 and isinstance(self._groups[group].reparametrization, Plain)
+        shared = flat.dtype == torch.float32 and is_own_state(self._groups[group])
         return flat if shared else flat.float().clone()
 
     def outputs(self, group: int) -> list[tuple[Run, Tensor]]:
@@ -103,6 +103,12 @@ class WholePlacement:
 
     def publish(self) -> None:
         """The parameters are views of the outputs."""
+
+
+def is_own_state(group: ParameterGroup) -> bool:
+    """Whether the group's parameters are their own state at every moment, so that they may share its memory."""
+    form = group.reparametrization
+    return isinstance(form, Plain) and not form.differs_in_evaluation
 
 
 @torch.no_grad()

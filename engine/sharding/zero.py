@@ -21,9 +21,8 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
 from ghostmask.engine.sharding.optimizer import Sampling, ShardedOptimizer
-from ghostmask.engine.sharding.placement import ParameterGroup, WholePlacement
+from ghostmask.engine.sharding.placement import ParameterGroup, WholePlacement, is_own_state
 from ghostmask.engine.sharding.reducer import BucketReducer
-from ghostmask.engine.sharding.reparametrization import Plain
 from ghostmask.engine.sharding.slices import Layout, Run, Slice, bucketed
 from ghostmask.engine.world import World
 
@@ -94,7 +93,7 @@ class ZeroPlacement:
         }
         if all(value is not None for value in casted.values()):
             return self.slices[group].cut(casted)  # type: ignore[arg-type]
-        if len(owned) == 1 and isinstance(self._groups[group].reparametrization, Plain):
+        if len(owned) == 1 and is_own_state(self._groups[group]):
             return owned[0][1]
         if not owned:
             return torch.zeros(0, device=self._world.device)
