@@ -62,11 +62,9 @@ def gradients(gradient: Tensor, weight: Tensor, probability: Tensor, first: int,
     """See `masks.kernels.relaxed_mask.gradients_`."""
     source = NOTHING if gradient.data_ptr() == grad_weight.data_ptr() else _either(gradient)
     arrays = *source, *(_array(t) for t in (weight, probability, grad_weight, grad_probability))
-    seeds, inverse, floor = _seeds(key), F(1 / temperature), F(limits.floor)
-    factors = F(limits.at_zero / temperature), F(limits.at_one / temperature)
-    _on_blocks(
-        len(gradient), first, lambda a, b: _gradients(*arrays, first, a, b, seeds, inverse, F(eps), floor, *factors)
-    )
+    seeds, factors = _seeds(key), (1 / temperature, limits.at_zero / temperature, limits.at_one / temperature)
+    numbers = tuple(F(x) for x in (eps, limits.floor, *factors))
+    _on_blocks(len(gradient), first, lambda a, b: _gradients(*arrays, first, a, b, seeds, numbers))
 
 
 def _on_blocks(numel: int, first: int, work: Callable[[int, int], None]) -> None:
@@ -168,19 +166,31 @@ def _times_mask(w, power, out):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
-def _chain_rule(g, w, s, power, grad_s, eps, floor, inside, at_zero, at_one):  # type: ignore[no-untyped-def]
-    """g becomes g m; inside, at_zero, at_one: factors of the slope by where s is, each divided by tau."""
+def _chain_rule(g, w, s, power, limits):  # type: ignore[no-untyped-def]
+    """(g m, g w dm/ds); limits: eps, floor, and the slope's factors inside, at 0 and at 1, each divided by tau."""
+    eps, floor, inside, at_zero, at_one = limits
+    p = _limited(s, eps, ONE - eps)
+    variance = p * (ONE - p)
+    variance = floor if variance < floor else variance
+    odds = _exp2(power)
+    inverse = ONE / ((ONE + odds) * variance)  # m / variance: one division for both
+    kept = g * (inverse * variance)
+    factor = at_zero if s <= ZERO else inside
+    factor = at_one if s >= ONE else factor
+    return kept, (kept * w) * (odds * inverse) * factor
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+def _apart(g, w, s, power, grad_w, grad_s, limits):  # type: ignore[no-untyped-def]
     for i in range(len(w)):
-        p = _limited(s[i], eps, ONE - eps)
-        variance = p * (ONE - p)
-        variance = floor if variance < floor else variance
-        odds = _exp2(power[i])
-        inverse = ONE / ((ONE + odds) * variance)  # m / variance: one division for both
-        kept = g[i] * (inverse * variance)
-        factor = at_zero if s[i] <= ZERO else inside
-        factor = at_one if s[i] >= ONE else factor
-        g[i] = kept
-        grad_s[i] = (kept * w[i]) * (odds * inverse) * factor
+        grad_w[i], grad_s[i] = _chain_rule(g[i], w[i], s[i], power[i], limits)
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
+def _in_place(g, w, s, power, grad_s, limits):  # type: ignore[no-untyped-def]
+    """A loop of its own: of two names for one vector LLVM would take one element after the other."""
+    for i in range(len(w)):
+        g[i], grad_s[i] = _chain_rule(g[i], w[i], s[i], power[i], limits)
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
@@ -193,10 +203,7 @@ def _to_bfloat16(x, bits):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
-def _from_either(x, bits, out):  # type: ignore[no-untyped-def]
-    """out = a part of a float32 vector, or of the bits of a bfloat16 one, whichever of the two is not empty."""
-    for i in range(len(x)):
-        out[i] = x[i]
+def _from_bfloat16(bits, out):  # type: ignore[no-untyped-def]
     for i in range(len(bits)):
         out[i] = np.uint32(np.uint32(bits[i]) << ROUNDED_OFF).view(np.float32)
 
@@ -218,23 +225,22 @@ def _masked(w, s, out, out_bits, first, begin, end, seeds, inverse_temperature, 
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
-def _gradients(  # type: ignore[no-untyped-def]
-    g, g_bits, w, s, grad_w, grad_s, first, begin, end, seeds, inverse_temperature, eps, floor, at_zero, at_one
-):
+def _gradients(g, g_bits, w, s, grad_w, grad_s, first, begin, end, seeds, limits):  # type: ignore[no-untyped-def]
     """grad_w = g m and grad_s = g w dm/ds on the noise blocks begin .. end - 1, as in _masked.
 
-    g: where it is grad_w, nothing. LLVM's vector loops want arrays apart, or one array: what g was stands in grad_w.
+    The gradient is g, or the bfloat16 numbers of g_bits, or where both are empty it stands in grad_w.
     """
     pairs, power = np.empty(BLOCK // 2, np.uint64), np.empty(BLOCK, F)
     for block in range(begin, end):
         start = block * BLOCK - first
         part = slice(max(start, 0), min(start + BLOCK, len(w)))
         _fill(pairs, block, seeds)
-        _power(pairs.view(np.uint32)[part.start - start :], s[part], power, inverse_temperature, eps)
-        _from_either(g[part], g_bits[part], grad_w[part])
-        _chain_rule(
-            grad_w[part], w[part], s[part], power, grad_s[part], eps, floor, inverse_temperature, at_zero, at_one
-        )
+        _power(pairs.view(np.uint32)[part.start - start :], s[part], power, limits[2], limits[0])
+        if len(g) > 0:
+            _apart(g[part], w[part], s[part], power, grad_w[part], grad_s[part], limits)
+        else:
+            _from_bfloat16(g_bits[part], grad_w[part])
+            _in_place(grad_w[part], w[part], s[part], power, grad_s[part], limits)
 
 
 def compile_all() -> None:
