@@ -53,9 +53,7 @@ def rows(bench: Bench) -> list[Row]:
             calls = on_fake_ranks(count_step, ranks, work, option)
             sent = sum(SENT_PER_BYTE[kind] * size for kind, size in calls) * (ranks - 1) / ranks / 1e6
             large = sum(size > 1e6 for _, size in calls)
-            note = (
-                f"{ranks} ranks: {name}; {len(calls)} collectives, {large} of over 1 MB; baseline: plain float32 DDP"
-            )
+            note = f"{ranks} ranks: {name}; {len(calls)} collectives, {large} of over 1 MB; baseline: plain float32 DDP"
             found.append(share("communication", sent, ddp, "MB", note, bar=option.get("bar")))
     return found
 

@@ -50,9 +50,7 @@ def rows(bench: Bench) -> list[Row]:
     ours = ("chain rule", "optimizer", "constraint", "parameters")
     added = sum(max(where["probmask"][name] - where["dense"][name], 0.0) for name in ours)
     others = sum(where["probmask"].values()) - added
-    note = (
-        f"{added / others:+.1%}: mask, its gradients, Adam and projection, in one trace; baseline: the rest of it"
-    )
+    note = f"{added / others:+.1%}: mask, its gradients, Adam and projection, in one trace; baseline: the rest of it"
     found.append(share("probmask_step_added", 1000 * added, 1000 * others, "ms", note))
     plain = "plain PyTorch DDP + channels_last + SGD" + (" + torch.compile + bf16" if cuda else "")
     for case, name in (("step_images_per_s", "probmask"), ("dense_images_per_s", "dense")):

@@ -24,8 +24,8 @@ from ghostmask.masks.schedules import cubic_density, linear_temperature
 from ghostmask.masks.scoring.largest import Budget, largest
 
 LIMITS = Limits(floor=0.25, at_zero=0.0, at_one=1.0)
-"""dL/ds = g w m (1 - m) / (tau / 4), and nothing where s = 0: with s (1 - s) in the place of 1 / 4, as the equations have
-it, the gradient has a tail near 0 and 1 that throttles everything else through the joint clip (docs/decisions.md)."""
+"""dL/ds = g w m (1 - m) / (tau / 4), and nothing where s = 0. With s (1 - s) in the place of 1 / 4, as the equations
+have it, the gradient's tail near 0 and 1 throttles all else through the joint clip (docs/decisions.md, D54)."""
 START = 1.0
 """The probability that every weight starts with."""
 

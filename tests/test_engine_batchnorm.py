@@ -1,9 +1,12 @@
-"""Are batch norm's statistics those of the images that were given, over all ranks?"""
+"""Are batch norm's statistics those of the images that were given: of each part, over all ranks, and after a resume?"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from memory_data import MemoryData
 from torch import Tensor, nn
 
 from ghostmask.engine.batchnorm import PartStatistics, batch_statistics, reestimate, restored, statistics
@@ -12,31 +15,43 @@ from ghostmask.engine.data import Batch, Parts
 from ghostmask.engine.spawn import run_distributed
 from ghostmask.engine.world import World, single
 
-
-def batches(seed: int, count: int) -> list[Batch]:
-    generator = torch.Generator().manual_seed(seed)
-    images = [3 + 2 * torch.randn(16, 3, 4, 4, generator=generator) for _ in range(count)]
-    return [Batch(x, torch.zeros(16, dtype=torch.int64)) for x in images]
+V = 4
+WHOLE = Parts(V, 0, V)
 
 
-def test_reestimated_statistics_are_the_mean_over_the_batches_and_leave_the_mode_alone() -> None:
-    layer = nn.BatchNorm2d(3).eval()
-    given = batches(1, 5)
-    reestimate(layer, given, Parts(), single())
-    assert isinstance(layer.running_mean, Tensor)
-    assert isinstance(layer.running_var, Tensor)
-    means = torch.stack([b.images.mean((0, 2, 3)) for b in given]).mean(0)
-    variances = torch.stack([b.images.var((0, 2, 3)) for b in given]).mean(0)
-    torch.testing.assert_close(layer.running_mean, means)
-    torch.testing.assert_close(layer.running_var, variances)
+def network() -> nn.Module:
+    torch.manual_seed(2)
+    return nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 2, 3), nn.BatchNorm2d(2))
+
+
+def mine(world: World) -> Parts:
+    count = V // world.size
+    return Parts(V, world.rank * count, count)
+
+
+def batches(parts: Parts, count: int = 3) -> list[Batch]:
+    data = MemoryData(single(), parts=parts)
+    return [batch for _, batch in zip(range(count), data.train(0), strict=False)]
+
+
+def test_reestimated_statistics_are_the_mean_over_the_parts_and_leave_the_rest_alone() -> None:
+    net = nn.Sequential(nn.BatchNorm2d(3)).eval()
+    layer = net[0]
+    layer.num_batches_tracked += 7
+    given = batches(WHOLE)
+    reestimate(net, given, WHOLE, single())
+    parts = [images for batch in given for images in batch.images.chunk(V)]
+    torch.testing.assert_close(layer.running_mean, torch.stack([p.mean((0, 2, 3)) for p in parts]).mean(0))
+    torch.testing.assert_close(layer.running_var, torch.stack([p.var((0, 2, 3)) for p in parts]).mean(0))
     assert not layer.training
     assert layer.momentum == pytest.approx(0.1)
+    assert int(layer.num_batches_tracked) == 7
 
 
 def test_batch_statistics_are_used_and_running_ones_kept() -> None:
     layer = nn.BatchNorm2d(3, affine=False).eval()
     before = {n: b.clone() for n, b in layer.named_buffers()}
-    (given,) = batches(2, 1)
+    (given,) = batches(WHOLE, 1)
     with batch_statistics(layer):
         out = layer(given.images)
     torch.testing.assert_close(out.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
@@ -45,77 +60,96 @@ def test_batch_statistics_are_used_and_running_ones_kept() -> None:
     assert not torch.allclose(layer(given.images), out)
 
 
-def reestimated(world: World) -> list[Tensor]:
-    layer = nn.BatchNorm2d(3)
-    own = Parts(4, world.rank * 4 // world.size, 4 // world.size)
-    given = []
-    for images, labels in batches(1, 3):
-        mine = torch.cat([images[p::4] for p in range(own.first, own.first + own.count)])
-        given.append(Batch(mine, labels))
-    reestimate(layer, given, own, world)
-    return [b.clone() for b in statistics(layer).values()]
+def test_statistics_are_restored_also_after_an_exception() -> None:
+    net = network()
+    before = {n: b.clone() for n, b in statistics(net).items()}
+    with pytest.raises(KeyError), restored(net):  # noqa: PT012
+        net(batches(WHOLE, 1)[0].images)
+        assert not torch.equal(statistics(net)["1.running_mean"], before["1.running_mean"])
+        raise KeyError
+    assert all(torch.equal(b, before[n]) for n, b in statistics(net).items())
 
 
-def test_statistics_estimated_part_by_part_are_the_same_bits_on_any_number_of_ranks() -> None:
+def passed(net: nn.Module, parts: Parts, given: list[Batch], sets: PartStatistics) -> None:
+    for batch in given:
+        for number, images in enumerate(batch.images.chunk(parts.count)):
+            sets.enter(number)
+            net(images)
+            sets.leave(number)
+
+
+def part_sets(world: World) -> dict[str, Any]:
+    """Three steps; then the statistics of each part, their mean, and the other buffers."""
+    net, parts = network(), mine(world)
+    sets = PartStatistics(net, parts)
+    passed(net, parts, batches(parts), sets)
+    entries = {n: p for n, p in sets.entries().items() if isinstance(p, Piece)}
+    each = {n: (p.full_numel, p.start, p.tensor.clone()) for n, p in entries.items()}
+    count = int(net[1].num_batches_tracked)
+    sets.average(world)
+    return {"each": each, "mean": {n: b.clone() for n, b in statistics(net).items()}, "count": count, "net": net,
+            "after": {n: p.tensor.clone() for n, p in sets.entries().items() if isinstance(p, Piece)}}  # fmt: skip
+
+
+def test_every_part_has_the_statistics_of_a_network_that_saw_its_images_alone() -> None:
+    found = part_sets(single())
+    for part in range(V):
+        net = network()
+        for batch in batches(Parts(V, part, 1)):
+            net(batch.images)
+        for name, buffer in statistics(net).items():
+            full, start, rows = found["each"][name]
+            assert (full, start) == (V * buffer.numel(), 0)
+            assert torch.equal(rows.view(V, -1)[part], buffer), (part, name)
+        assert found["count"] == int(net[1].num_batches_tracked) == 3
+    assert len({tuple(row.tolist()) for row in found["each"]["1.running_mean"][2].view(V, -1)}) == V
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_parts_statistics_and_their_mean_are_the_same_bits_on_any_number_of_ranks(ranks: int) -> None:
+    alone, everyone = part_sets(single()), run_distributed(part_sets, ranks)
+    for name, (full, _, rows) in alone["each"].items():
+        assert {r["each"][name][0] for r in everyone} == {full}
+        assert [r["each"][name][1] for r in everyone] == [full // ranks * i for i in range(ranks)]
+        assert torch.equal(torch.cat([r["each"][name][2] for r in everyone]), rows)
+        mean = rows.view(V, -1).double().mean(0).float()
+        for r in everyone:
+            assert torch.equal(r["mean"][name], alone["mean"][name])
+            assert torch.equal(r["mean"][name], mean)
+            assert torch.equal(r["after"][name].view(V // ranks, -1), mean.expand(V // ranks, -1))
+
+
+def test_loaded_statistics_go_on_as_those_that_were_saved() -> None:
+    net = network()
+    sets, given = PartStatistics(net, WHOLE), batches(WHOLE, 4)
+    passed(net, WHOLE, given[:2], sets)
+    saved = {n: Piece(p.full_numel, p.start, p.tensor.clone()) for n, p in sets.entries().items()}  # type: ignore[union-attr]
+    other = network()
+    resumed = PartStatistics(other, WHOLE)
+    resumed.load(saved)
+    for n, s in ((net, sets), (other, resumed)):
+        passed(n, WHOLE, given[2:], s)
+    for name, piece in sets.entries().items():
+        assert torch.equal(resumed.entries()[name].tensor, piece.tensor), name  # type: ignore[union-attr]
+
+
+def test_a_network_without_batch_norm_has_no_statistics() -> None:
+    net = nn.Linear(3, 2)
+    sets = PartStatistics(net, WHOLE)
+    sets.enter(1)
+    sets.leave(1)
+    sets.average(single())
+    assert sets.entries() == {}
+    reestimate(net, [], WHOLE, single())
+
+
+def reestimated(world: World) -> dict[str, Tensor]:
+    net, parts = network(), mine(world)
+    reestimate(net, batches(parts), parts, world)
+    return {n: b.clone() for n, b in statistics(net).items()}
+
+
+def test_ranks_end_with_the_statistics_of_all_ranks_parts_bit_for_bit() -> None:
     alone = reestimated(single())
-    for ranks in (2, 4):
-        for found in run_distributed(reestimated, ranks):
-            assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
-
-
-def test_what_is_restored_comes_back() -> None:
-    layer = nn.BatchNorm2d(3)
-    before = {n: b.clone() for n, b in statistics(layer).items()}
-    with restored(layer):
-        layer(torch.randn(4, 3, 2, 2) + 5)
-        assert not torch.equal(next(iter(statistics(layer).values())), next(iter(before.values())))
-    assert all(torch.equal(b, before[n]) for n, b in statistics(layer).items())
-
-
-def seen_by_parts(world: World) -> tuple[dict[str, Tensor], dict[str, tuple[int, int, Tensor]], int]:
-    """Two steps of four parts: each rank's mean statistics, and what it writes into a checkpoint."""
-    net = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3))
-    own = Parts(4, world.rank * 4 // world.size, 4 // world.size)
-    parts = PartStatistics(net, own)
-    for images, _ in batches(3, 2):
-        for number in range(own.count):
-            parts.enter(number)
-            net(images[own.first + number :: 4])
-            parts.leave(number)
-    pieces = {}
-    for name, piece in parts.entries().items():
-        assert isinstance(piece, Piece)
-        pieces[name] = (piece.full_numel, piece.start, piece.tensor.clone())
-    parts.average(world)
-    counted = int(net[0].num_batches_tracked)  # type: ignore[arg-type]
-    return {n: b.clone() for n, b in statistics(net).items()}, pieces, counted
-
-
-def test_every_part_has_statistics_of_its_own_whatever_rank_computes_it() -> None:
-    alone, (whole,) = run_distributed(seen_by_parts, 1)[0], run_distributed(seen_by_parts, 1)
-    assert alone[2] == 2, "each step counts once"
-    for ranks in (2, 4):
-        found = run_distributed(seen_by_parts, ranks)
-        for mean, _, counted in found:
-            assert counted == 2
-            assert all(torch.equal(mean[n], alone[0][n]) for n in mean)
-        for name, (full, _, rows) in whole[1].items():
-            assert full == 12
-            assert torch.equal(torch.cat([pieces[name][2] for _, pieces, _ in found]), rows)
-            assert [pieces[name][1] for _, pieces, _ in found] == [i * 12 // ranks for i in range(ranks)]
-    first, second = whole[1]["0.running_mean"][2].view(4, 3)[:2]
-    assert not torch.equal(first, second)
-
-
-def test_statistics_read_back_are_those_of_the_parts() -> None:
-    net = nn.Sequential(nn.BatchNorm2d(3))
-    parts = PartStatistics(net, Parts(2, 0, 2))
-    entries = parts.entries()
-    for piece in entries.values():
-        assert isinstance(piece, Piece)
-        piece.tensor.copy_(torch.arange(6.0))
-    parts.load(entries)
-    parts.enter(0)
-    assert statistics(net)["0.running_mean"].tolist() == [0, 1, 2]
-    parts.enter(1)
-    assert statistics(net)["0.running_mean"].tolist() == [3, 4, 5]
+    for rank in run_distributed(reestimated, 2):
+        assert all(torch.equal(rank[n], alone[n]) for n in alone)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from memory_data import MemoryData
+from memory_run import CONFIG, configured, memory_run
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ghostmask.engine.checkpoint.store import CheckpointStore
+from ghostmask.engine.batchnorm import batch_norms, statistics
+from ghostmask.engine.checkpoint.store import CheckpointStore, Saved
 from ghostmask.engine.config import CheckpointConfig, TrainConfig
-from ghostmask.engine.errors import EXIT_INTERRUPTED, EXIT_NON_FINITE, RunStopped
+from ghostmask.engine.data import Parts
+from ghostmask.engine.errors import EXIT_INTERRUPTED, EXIT_NON_FINITE, InputError, RunStopped
 from ghostmask.engine.hooks import Hook
 from ghostmask.engine.loss import LossModule
 from ghostmask.engine.metrics import MetricWriter
@@ -30,10 +35,11 @@ from ghostmask.engine.sharding.replicas import share
 from ghostmask.engine.sharding.rules import Adam, Sgd
 from ghostmask.engine.sharding.slices import Slice
 from ghostmask.engine.spawn import run_distributed
-from ghostmask.engine.trainer import Task, Trainer
-from ghostmask.engine.world import World
+from ghostmask.engine.trainer import EVALUATION_BATCHES, Task, Trainer
+from ghostmask.engine.world import World, single
 
-PARTS = 12
+PARTS = 6
+"""Parts of the batch of 24 images: 1, 2 and 3 ranks can share them."""
 
 
 class Net(nn.Module):
@@ -49,117 +55,163 @@ class Net(nn.Module):
         return logits + (logits * 0).sqrt() if self.brittle else logits
 
 
-class Clamped(Plain):
-    """Weights that are held to [-0.1, 0.1] after every update; remembers where its slice lay."""
+class Bounded(Plain):
+    """Weights within [-0.1, 0.1] after every update."""
 
     def __init__(self) -> None:
         super().__init__({"weight": Sgd(0.9, 5e-4)})
-        self.seen: list[tuple[int, int]] = []
+        self.calls: list[tuple[int, int]] = []
 
     def constrain(self, state: State, part: Slice, updates: int) -> None:
-        self.seen.append((part.runs[0].first, part.world.size))
+        self.calls.append((updates, part.numel))
         state["weight"].clamp_(-0.1, 0.1)
 
 
-def build(world: World, folder: Path, net: nn.Module, data: MemoryData, **train: Any) -> Trainer:
+def build(world: World, folder: Path, net: nn.Module, data: MemoryData, form: Plain, **train: Any) -> Trainer:
     weights = {n: p for n, p in net.named_parameters() if p.ndim > 1}
     others = {n: p for n, p in net.named_parameters() if p.ndim == 1}
     groups = [
-        ParameterGroup("weight", weights, Clamped(), 0.05),
+        ParameterGroup("weight", weights, form, 0.05),
         ParameterGroup("other", others, Plain({"weight": Adam()}), 0.01),
     ]
     phase = Phase("train", 0, 5, data.steps_per_epoch)
     task = Task(phase, net, groups, LearningRate("cosine", 20), (Hook(),), clip=1.0)
-    store = CheckpointStore(folder / "checkpoints", world)
-    reporter = Reporter(MetricWriter(folder, world, None), Progress(world, 20), world)
-    config, saving = TrainConfig(log_every=1, **train), CheckpointConfig(every_minutes=0)
     replicas = share(world, PARTS)
     data.parts = replicas.parts
-    return Trainer(task, data, config, saving, world, replicas, store, reporter, {})
+    store = CheckpointStore(folder / "checkpoints", world)
+    reporter = Reporter(MetricWriter(folder, world, None), Progress(world, 20), world)
+    config = TrainConfig(log_every=1, **train)
+    return Trainer(task, data, config, CheckpointConfig(every_minutes=0), world, replicas, store, reporter, {})
 
 
-def train_and_digest(world: World, folder: str, case: dict[str, Any]) -> dict[str, Any]:
+def train_and_digest(world: World, folder: str, stage: int) -> dict[str, Any]:
     torch.manual_seed(0)
-    net = Net()
-    trainer = build(world, Path(folder) / str(abs(hash(str(case)))), net, MemoryData(world), **case)
+    net, form = Net(), Bounded()
+    trainer = build(world, Path(folder) / f"{stage} {world.size}", net, MemoryData(world), form, zero_stage=stage)
     trainer.fit()
     optimizer = trainer.sharded.optimizer
-    state = sum(t.numel() * t.element_size() for tensors in optimizer.states for t in tensors.values())
-    form = trainer.task.groups[0].reparametrization
-    assert isinstance(form, Clamped)
+    held = sum(t.numel() * t.element_size() for s in optimizer.states for t in s.values())
     trainer.store.close()
     trainer.close()
     flat = torch.cat([p.detach().reshape(-1) for p in net.parameters()])
-    largest = max(float(p.detach().abs().max()) for p in net.parameters() if p.ndim > 1)
     assert trainer.evaluation is not None
-    digest = hashlib.sha256(flat.numpy().tobytes()).hexdigest()
-    return {"weights": flat, "digest": digest, "bytes": state, "seen": form.seen, "largest": largest,
-            "images": trainer.evaluation.num_images}  # fmt: skip
+    return {
+        "weights": flat, "digest": hashlib.sha256(flat.numpy().tobytes()).hexdigest(), "bytes": held,
+        "largest": max(float(p.detach().abs().max()) for p in net.parameters() if p.ndim > 1), "calls": form.calls,
+        "images": trainer.evaluation.num_images, "accuracy": trainer.evaluation.accuracy,
+        "hooks": sum(len(p._post_accumulate_grad_hooks or ()) for p in net.parameters()),
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("reference")
-    (result,) = run_distributed(train_and_digest, 1, str(folder), {"zero_stage": 0})
-    return result  # type: ignore[no-any-return]
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """(ranks, stage) -> what each rank ended with, made once."""
+    made: dict[tuple[int, int], list[dict[str, Any]]] = {}
+
+    def get(ranks: int, stage: int) -> list[dict[str, Any]]:
+        if (ranks, stage) not in made:
+            folder = str(tmp_path_factory.mktemp("trained"))
+            made[ranks, stage] = run_distributed(train_and_digest, ranks, folder, stage)
+        return made[ranks, stage]
+
+    return get
+
+
+def by_hand() -> Tensor:
+    """The same training in float64 with torch's optimizers: mean loss over whole batches, joint clipping, the bound."""
+    torch.manual_seed(0)
+    net, data = Net().double(), MemoryData(single())
+    weights = [p for p in net.parameters() if p.ndim > 1]
+    others = [p for p in net.parameters() if p.ndim == 1]
+    optimizers = [torch.optim.SGD(weights, 0.05, 0.9, weight_decay=5e-4), torch.optim.Adam(others, 0.01)]
+    schedule = LearningRate("cosine", 20)
+    for step in range(20):
+        batch = next(data.train(step // 4, step % 4))
+        loss = functional.cross_entropy(net(batch.images.double()), batch.labels)
+        for optimizer, lr in zip(optimizers, (0.05, 0.01), strict=True):
+            optimizer.param_groups[0]["lr"] = lr * schedule.factor(step)
+            optimizer.zero_grad()
+        loss.backward()
+        norm = torch.cat([p.grad.reshape(-1) for p in net.parameters()]).norm()
+        for p in net.parameters():
+            p.grad /= norm.clamp(min=1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        with torch.no_grad():
+            for p in weights:
+                p.clamp_(-0.1, 0.1)
+    return torch.cat([p.detach().reshape(-1) for p in net.parameters()])
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (1, 1), (2, 0), (2, 1), (3, 1), (3, 2)])
+def test_every_stage_and_rank_count_trains_as_torch_does_on_whole_batches(ranks: int, stage: int, trained: Any) -> None:
+    results = trained(ranks, stage)
+    assert len({r["digest"] for r in results}) == 1, "ranks ended with different weights"
+    torch.testing.assert_close(results[0]["weights"].double(), by_hand(), atol=2e-5, rtol=0)
+    assert results[0]["largest"] <= 0.1 + 1e-7, "the constraint was not the last word on the weights"
+    assert results[0]["images"] == 50, "an evaluation image was missed or counted twice"
+    assert results[0]["hooks"] == 0, "hooks were left on the parameters"
+    held = [r["calls"][0][1] for r in results]
+    assert sum(held) == 8 * 27 + 4 * 288 if stage else set(held) == {8 * 27 + 4 * 288}
+    assert [number for number, _ in results[0]["calls"]] == list(range(1, 21))
+
+
+def test_the_bytes_of_the_state_fall_as_one_over_the_ranks(trained: Any) -> None:
+    whole = trained(1, 1)[0]["bytes"]
+    for ranks, stage in ((2, 1), (3, 1), (3, 2)):
+        sizes = [r["bytes"] for r in trained(ranks, stage)]
+        assert sizes == pytest.approx([whole / ranks] * ranks, rel=0.02), (ranks, stage)
+    assert [r["bytes"] for r in trained(2, 0)] == [whole, whole]
 
 
 def test_label_smoothing_spreads_its_share_over_all_classes() -> None:
     torch.manual_seed(0)
     net, images, labels = Net(), torch.randn(5, 3, 8, 8), torch.tensor([0, 3, 1, 2, 2])
-    loss, _ = LossModule(net, 0.3, "fp32", compiled=False)(images, labels)
+    loss, correct = LossModule(net, 0.3, "fp32", compiled=False)(images, labels)
     wanted = functional.one_hot(labels, 4) * 0.7 + 0.3 / 4
     torch.testing.assert_close(loss, -(wanted * net(images).log_softmax(1)).sum(1).mean())
+    assert int(correct) == int((net(images).argmax(1) == labels).sum())
 
 
-@pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (2, 0), (2, 1), (3, 1), (3, 2), (4, 2)])
-def test_every_stage_and_rank_count_trains_the_same_weights(
-    ranks: int, stage: int, reference: dict[str, Any], tmp_path: Path
-) -> None:
-    results = run_distributed(train_and_digest, ranks, str(tmp_path), {"zero_stage": stage})
-    assert len({r["digest"] for r in results}) == 1, "ranks ended with different weights"
-    assert torch.allclose(results[0]["weights"], reference["weights"], atol=1e-5)
-    assert results[0]["largest"] <= 0.1 + 1e-7, "the constraint was not the last word on the weights"
-    assert results[0]["images"] == 50, "an evaluation image was missed or counted twice"
-    starts = [r["seen"][0][0] for r in results]
-    assert len(results[0]["seen"]) == 20
-    assert all(size == (1 if stage == 0 else ranks) for r in results for _, size in r["seen"])
-    assert starts == ([0] * ranks if stage == 0 else sorted(set(starts)))
+class SignalAt(Hook):
+    """SIGUSR1 to this process after a step, or after the evaluation of the last epoch."""
 
+    def __init__(self, step: int, late: bool) -> None:
+        self.step, self.late = step, late
 
-def test_the_bytes_of_the_state_fall_as_one_over_the_ranks(tmp_path: Path) -> None:
-    held = {
-        ranks: [r["bytes"] for r in run_distributed(train_and_digest, ranks, str(tmp_path), {"zero_stage": 1})]
-        for ranks in (1, 2, 4)
-    }
-    print(f"bytes of state per rank: {held}")
-    for ranks, sizes in held.items():
-        assert max(sizes) <= 1.02 * min(sizes)
-        assert sizes[0] == pytest.approx(held[1][0] / ranks, rel=0.02)
+    def on_step_end(self, trainer: Trainer) -> None:
+        if trainer.position.step == self.step and not self.late:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        if trainer.position.step == self.step and self.late:
+            os.kill(os.getpid(), signal.SIGUSR1)
 
 
 def stopped(world: World, folder: str, stage: int, kind: str) -> tuple[str, int, bool, int]:
     torch.manual_seed(0)
-    net, data = Net(brittle=kind == "gradient"), MemoryData(world)
-    if kind == "loss" and world.rank == world.size - 1:
+    net, data, last = Net(brittle=kind == "gradient"), MemoryData(world), world.rank == world.size - 1
+    if kind == "loss" and last:
         data.poison_at = (1, 2)
-    trainer = build(world, Path(folder), net, data, zero_stage=stage)
-    if kind == "signal" and world.rank == world.size - 1:
-        trainer.task.hooks[0].on_step_end = lambda t: os.kill(os.getpid(), signal.SIGUSR1)  # type: ignore[method-assign]
+    trainer = build(world, Path(folder), net, data, Bounded(), zero_stage=stage)
+    if "signal" in kind and last:
+        hook = SignalAt(20, True) if kind == "late signal" else SignalAt(1, False)
+        object.__setattr__(trainer.task, "hooks", (hook,))
     before: list[Tensor] = []
-    step, optimizer = trainer._decide, trainer.sharded.optimizer
-
-    def held() -> list[Tensor]:
-        return [*net.parameters(), *(t for state in optimizer.states for t in state.values())]
+    states: list[State] = []
+    decide = trainer._decide
 
     def remember(*args: Any) -> Any:
-        before[:] = [t.detach().clone() for t in held()]
-        return step(*args)
+        before[:] = [p.detach().clone() for p in net.parameters()]
+        states[:] = [{n: t.clone() for n, t in s.items()} for s in trainer.sharded.optimizer.states]
+        return decide(*args)
 
     trainer._decide = remember  # type: ignore[method-assign]
     with pytest.raises(RunStopped) as caught:
         trainer.fit()
-    same = all(torch.equal(a, b) for a, b in zip(before, held(), strict=True))
+    same = all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+    for old, new in zip(states, trainer.sharded.optimizer.states, strict=True):
+        same = same and all(torch.equal(old[n], new[n]) for n in old)
     trainer.store.wait()
     saved = trainer.store.latest()
     trainer.store.close()
@@ -177,10 +229,11 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_update(stage
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_gradient_that_is_not_finite_stops_before_the_update(stage: int, tmp_path: Path) -> None:
-    (text, code, same, _), *_ = run_distributed(stopped, 2, str(tmp_path), stage, "gradient")
-    assert code == EXIT_NON_FINITE
-    assert "gradient of step 0 " in text
-    assert same
+    for text, code, same, saved in run_distributed(stopped, 2, str(tmp_path), stage, "gradient"):
+        assert code == EXIT_NON_FINITE
+        assert "gradient of step 0 " in text
+        assert same, "the state moved on a step with a non-finite gradient"
+        assert saved == -1
 
 
 def test_a_signal_to_one_rank_saves_at_the_next_step_boundary_and_stops_all(tmp_path: Path) -> None:
@@ -189,55 +242,105 @@ def test_a_signal_to_one_rank_saves_at_the_next_step_boundary_and_stops_all(tmp_
         assert saved == 2, text
 
 
-class Normed(nn.Module):
-    """A network with batch norm, under a noisy mask in a search."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.bn, self.fc = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8 * 36, 4)
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.fc(self.bn(self.conv(images)).relu().flatten(1))
-        return logits
+def test_a_signal_during_the_last_evaluation_stops_after_the_end_of_the_phase_was_saved(tmp_path: Path) -> None:
+    for text, code, _, saved in run_distributed(stopped, 2, str(tmp_path), 1, "late signal"):
+        assert code == EXIT_INTERRUPTED
+        assert saved == 20, text
 
 
-class Halved(Plain):
-    """Evaluated with a hundredth of the weights that are trained: batch norm's statistics do not fit."""
-
-    differs_in_evaluation = True
-
-    def evaluation_weights(self, state: State, part: Slice) -> Tensor:
-        return state["weight"] / 100
+SEARCH = configured(
+    CONFIG, model={"name": "digits_resnet"}, train={"epochs": 1, "eval_every": 9}, finetune={"epochs": 0},
+    checkpoint={"every_steps": 0, "asynchronous": False},
+)  # fmt: skip
 
 
-def evaluated(world: World, folder: str, stage: int) -> tuple[bool, float, bool]:
+class Evaluating(Hook):
+    """Evaluates in the middle of a search; keeps what the evaluation saw and whether training saw none of it."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
+        self.seen: dict[str, Any] = {}
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        if trainer.position.step != 3:
+            return
+        before = self.state()
+        with trainer.evaluation_weights():
+            assert not any(m.training for m in self.net.modules())
+            self.seen["evaluated"] = self.state()
+        self.seen["mode"] = all(m.training for m in self.net.modules())
+        score = trainer.evaluate()
+        self.seen |= {"before": before, "after": self.state(), "loss": score.loss}
+
+    def state(self) -> dict[str, Tensor]:
+        return {n: t.clone() for n, t in self.net.state_dict().items()}
+
+
+def evaluating(world: World, folder: str) -> dict[str, Any]:
+    run, saved = memory_run(world, Path(folder), SEARCH)
+    hook = Evaluating(run.net)
+    run.hooks = (hook,)
+    run.execute(saved)
+    run.close()
+    return {**hook.seen, "net": copy.deepcopy(run.net)}
+
+
+def statistics_of(net: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The mean over the parts of an epoch's first batches of their own statistics, under the given weights."""
+    net.load_state_dict(dict(weights))
+    net.double().train()
+    for layer in batch_norms(net).values():
+        layer.momentum = 1.0
+    data = MemoryData(single(), parts=Parts(4, 0, 4))
+    assert data.steps_per_epoch <= EVALUATION_BATCHES
+    found: list[dict[str, Tensor]] = []
+    with torch.no_grad():
+        for batch in data.train(0):
+            for images in batch.images.chunk(4):
+                net(images.double())
+                found.append({n: b.clone() for n, b in statistics(net).items()})
+    return {n: torch.stack([f[n] for f in found]).mean(0) for n in found[0]}
+
+
+def test_a_search_is_evaluated_with_batch_norm_that_fits_the_mask_and_goes_on_as_if_it_was_not(tmp_path: Path) -> None:
+    first, second = run_distributed(evaluating, 2, str(tmp_path))
+    names = list(statistics(first["net"]))
+    assert names
+    evaluated, before = first["evaluated"], first["before"]
+    for name, tensor in before.items():
+        assert torch.equal(first["after"][name], tensor), f"{name} is not what it was"
+    assert first["mode"]
+    wanted = statistics_of(first["net"], evaluated)
+    for name in names:
+        assert torch.equal(evaluated[name], second["evaluated"][name])
+        torch.testing.assert_close(evaluated[name].double(), wanted[name], rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(evaluated[names[-1]], before[names[-1]], rtol=0.1), "the training statistics would do"
+    pruned = [n for n, t in evaluated.items() if n.endswith("conv1.weight") and bool((t == 0).any())]
+    assert pruned, "it is not the masked network that is evaluated"
+    assert first["loss"] == second["loss"]
+
+
+def old_layout(world: World, folder: str) -> tuple[str, bool]:
+    """What is said of a checkpoint with an older version's tensors and meta."""
     torch.manual_seed(0)
-    net = Normed()
-    groups = [ParameterGroup("all", dict(net.named_parameters()), Halved({"weight": Sgd()}), 0.05)]
-    data = MemoryData(world)
-    phase, replicas = Phase("train", 0, 3, data.steps_per_epoch), share(world, 2)
-    data.parts = replicas.parts
-    store = CheckpointStore(Path(folder) / "checkpoints", world)
-    reporter = Reporter(MetricWriter(Path(folder), world, None), Progress(world, 12), world)
-    task = Task(phase, net, groups, LearningRate("constant", 12))
-    config = TrainConfig(zero_stage=stage, log_every=1)
-    trainer = Trainer(task, data, config, CheckpointConfig(every_minutes=0), world, replicas, store, reporter, {})
-    trainer.fit()
-    before = {n: t.clone() for n, t in net.state_dict().items()}
-    with trainer.evaluation_weights():
-        assert not net.training
-        ratio = float((net.conv.weight / before["conv.weight"]).mean())
-        variances = (net.bn.running_var / before["bn.running_var"]).median()
-    same = all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
+    net = Net()
+    store = CheckpointStore(Path(folder) / "checkpoints", world, asynchronous=False)
+    store.save(4, {"weight/conv.weight": torch.zeros(216)}, {"phase": "train", "updates": {"weight": 4}, "hooks": {}})
+    saved = store.latest()
     store.close()
-    return same and net.training, ratio, bool(variances < 1e-3)
+    assert isinstance(saved, Saved)
+    trainer = build(world, Path(folder), net, MemoryData(world), Bounded())
+    before = [p.detach().clone() for p in net.parameters()]
+    with pytest.raises(InputError) as caught:
+        trainer.resume(saved)
+    same = all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+    trainer.store.close()
+    return str(caught.value), same
 
 
-@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 1)])
-def test_evaluation_has_its_own_weights_and_batch_norm_that_fits_them_and_leaves_no_trace(
-    ranks: int, stage: int, tmp_path: Path
-) -> None:
-    for same, ratio, fits in run_distributed(evaluated, ranks, str(tmp_path), stage):
+def test_a_checkpoint_of_the_older_layout_is_refused_in_one_line_that_says_what_to_do(tmp_path: Path) -> None:
+    for text, same in run_distributed(old_layout, 2, str(tmp_path)):
+        assert text.startswith("the run's checkpoints were written by an older version")
+        assert "--restart" in text
+        assert "\n" not in text
         assert same
-        assert ratio == pytest.approx(0.01)
-        assert fits, "the running statistics of the weights that are trained were used"
