@@ -21,7 +21,8 @@ BETWEEN_STEPS = "between steps: data, reports"
 class ProfileSteps(Hook):
     """Writes folder/PHASE-rankR.*.pt.trace.json, once per phase, on every rank; a shorter phase gives no trace.
 
-    Ranges in it: "forward" (engine.loss), "optimizer" and "projection" (engine.sharding.optimizer), BETWEEN_STEPS.
+    Ranges in it: "forward" (engine.loss), "chain rule", "optimizer", "constraint" and "parameters"
+    (engine.sharding.optimizer), BETWEEN_STEPS.
     """
 
     def __init__(self, folder: Path) -> None:

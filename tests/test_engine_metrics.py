@@ -17,7 +17,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ghostmask.engine.metrics import NUM_BUCKETS, MetricWriter
+from ghostmask.engine.metrics import NUM_BUCKETS, Counts, MetricWriter
 from ghostmask.engine.world import World, single
 
 
@@ -154,6 +154,17 @@ def test_a_histogram_equals_numpys(tmp_path: Path) -> None:
     np.testing.assert_allclose(found.bucket_limit, edges[1:], atol=1e-12)
     np.testing.assert_allclose(found.bucket, counts, atol=1)  # a value on an edge may fall to either side
     assert sum(found.bucket) == 20_000
+
+
+def test_a_distribution_that_was_counted_already_is_written_as_it_is(tmp_path: Path) -> None:
+    writer = MetricWriter(tmp_path, single(), None)
+    writer.histogram(7, "counted", Counts([0.25, 0.5, 0.75, 1.0], [3, 0, 1, 4], 5.5, 4.25))
+    writer.close()
+    (event,) = _events(tmp_path).Histograms("counted")
+    found = event.histogram_value
+    assert (event.step, found.num, found.sum, found.sum_squares) == (7, 8, 5.5, 4.25)
+    assert (list(found.bucket_limit), list(found.bucket)) == ([0.25, 0.5, 0.75, 1.0], [3, 0, 1, 4])
+    assert (found.min, found.max) == (0.0, 1.0)
 
 
 def test_histograms_of_constants_are_one_bucket_and_of_nothing_are_left_out(tmp_path: Path) -> None:

@@ -258,6 +258,25 @@ def test_eval_puts_the_delivered_weights_into_the_network_and_train_brings_the_o
     assert same(values(net), values(undisturbed))
 
 
+class Halved(Plain):
+    """Its own state while training, half of it when delivered."""
+
+    differs_in_evaluation = True
+
+    def evaluation_weights(self, state: State, part: Slice) -> Tensor:
+        return state["weight"] / 2
+
+
+def test_parameters_that_are_their_own_state_survive_an_evaluation_with_others() -> None:
+    net = network()
+    optimizer = ShardedOptimizer(groups(net, Halved({"weight": Sgd()})))
+    before = values(net)
+    optimizer.eval()
+    assert all(torch.equal(p, before[n] / 2) for n, p in net.named_parameters() if p.ndim > 1)
+    optimizer.train()
+    assert same(values(net), before)
+
+
 def test_a_saved_state_dict_goes_on_bit_for_bit() -> None:
     given, whole = batches(8), network()
     trained(whole, ShardedOptimizer(groups(whole), clip=0.5, sampling=Sampling(3)), given)
@@ -351,12 +370,14 @@ def test_an_update_with_a_gradient_that_is_not_finite_changes_no_state_and_says_
     optimizer = ShardedOptimizer(groups(net), clip=clip, sampling=Sampling(3))
     trained(net, optimizer, given[:2])
     assert float(optimizer.finite) == 1.0
+    form = optimizer.groups[0].reparametrization
     state = copy.deepcopy(optimizer.state_dict()["state"])
     loss_of(net, given[2]).backward()
     (*_, bias) = net.parameters()
     bias.grad[1] = bad  # of the other group: the norm is joint
     optimizer.step()
     assert float(optimizer.finite) == 0.0
+    assert (optimizer.updates, form.constrained) == (2, [1, 2])
     assert all(same(optimizer.state_dict()["state"][g], s) for g, s in state.items())
 
 

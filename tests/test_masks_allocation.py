@@ -7,11 +7,8 @@ import math
 import pytest
 import torch
 
-from ghostmask.engine.sharding.slices import Slice
-from ghostmask.engine.world import single
 from ghostmask.masks.methods.random_mask import random_mask
 from ghostmask.masks.scoring.allocation import layer_counts
-from ghostmask.masks.scoring.largest import Budget, largest
 from ghostmask.masks.scoring.topk import kept_count
 
 SHAPES = [(64, 3, 7, 7), (64, 64, 1, 1), (128, 64, 3, 3), (512, 512, 3, 3), (10, 512)]
@@ -52,15 +49,6 @@ def test_a_minimum_per_layer_holds_and_the_rest_is_shared() -> None:
     assert sum(counts) == kept_count(1e-4, sum(SIZES))
     with pytest.raises(ValueError, match=r"^5 layers need 500 weights, of 245"):
         layer_counts(SHAPES, 1e-4, "erk", min_per_layer=100)
-
-
-def test_the_largest_scores_leave_each_layer_its_minimum() -> None:
-    scores = {"a": torch.arange(10.0), "b": torch.arange(100.0) + 100, "c": torch.tensor([5.0, 3.0])}
-    part = Slice.even(scores, single())
-    masks = list(part.gathered(largest(part, part.cut(scores), Budget(0.1, min_per_layer=3))).values())
-    assert [int(mask.sum()) for mask in masks] == [3, 6, 2]
-    assert masks[0].nonzero().flatten().tolist() == [7, 8, 9]
-    assert masks[1].nonzero().flatten().tolist() == [94, 95, 96, 97, 98, 99]
 
 
 def test_a_random_mask_is_a_function_of_seed_and_name_and_evenly_spread() -> None:

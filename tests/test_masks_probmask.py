@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from contextlib import redirect_stderr
@@ -26,7 +27,7 @@ from ghostmask.engine.sharding.optimizer import Sampling, ShardedOptimizer
 from ghostmask.engine.sharding.placement import ParameterGroup
 from ghostmask.engine.sharding.reparametrization import Draw, Plain
 from ghostmask.engine.sharding.rules import Sgd
-from ghostmask.engine.sharding.slices import Slice
+from ghostmask.engine.sharding.slices import Layout, Slice
 from ghostmask.engine.spawn import run_distributed
 from ghostmask.engine.trainer import Trainer
 from ghostmask.engine.world import World, single
@@ -35,7 +36,7 @@ from ghostmask.launcher.settings import settings_of
 from ghostmask.masks.masked import PRUNABLE
 from ghostmask.masks.method import Recipe
 from ghostmask.masks.methods.probmask import ProbMask
-from ghostmask.masks.probability_report import suggested_rate
+from ghostmask.masks.probability_report import layer_histograms, suggested_rate
 from ghostmask.masks.relaxed import LIMITS, RelaxedMask, Search
 from ghostmask.masks.scoring.topk import kept_count
 
@@ -342,6 +343,27 @@ def test_a_search_that_ends_with_few_decided_probabilities_says_so_with_a_rate(
     )
     assert len(re.findall(text, result["said"])) == 1
     assert "warning" not in other["said"]
+
+
+def counted(world: World) -> dict[str, Any]:
+    shapes = {"a": torch.Size((70,)), "b": torch.Size((3, 50)), "c": torch.Size((1,))}
+    generator = torch.Generator().manual_seed(0)
+    whole = {n: torch.rand(shape, generator=generator) for n, shape in shapes.items()}
+    whole["a"][:9], whole["a"][9:20] = 0.0, 1.0
+    part = Slice(Layout(shapes, world.size, 60 if world.size > 1 else 0), world)
+    found = layer_histograms(part.cut(whole), part)
+    for name, c in found.items():
+        edges = [0.0, *c.limits]
+        inside = [int(((whole[name] >= a) & (whole[name] < b)).sum()) for a, b in itertools.pairwise(edges)]
+        inside[-1] += int((whole[name] == 1).sum())
+        assert c.counts == inside, name
+        assert c.total == pytest.approx(float(whole[name].double().sum()), rel=1e-6)
+        assert c.squares == pytest.approx(float(whole[name].double().square().sum()), rel=1e-6)
+    return {n: c.counts for n, c in found.items()}
+
+
+def test_the_probabilities_of_every_layer_are_counted_over_all_ranks() -> None:
+    assert run_distributed(counted, 3) == [counted(single())] * 3
 
 
 def test_the_suggested_rate_rises_as_steps_get_fewer_and_is_higher_than_the_present_one() -> None:

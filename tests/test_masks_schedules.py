@@ -41,6 +41,10 @@ def test_density_is_one_minus_the_sparsity_of_gradual_magnitude_pruning() -> Non
         assert cubic_density(t, 20, 79, target=0.05) == pytest.approx(1 - sparsity, abs=1e-15)
 
 
+def test_density_falls_at_once_where_start_and_end_are_one() -> None:
+    assert [cubic_density(t, 5, 5, target=0.1) for t in (0, 4.9, 5, 6)] == [1.0, 1.0, 0.1, 0.1]
+
+
 def test_temperature_falls_from_one_to_its_end() -> None:
     assert linear_temperature(0, 300) == 1
     assert linear_temperature(150, 300) == pytest.approx(0.97 * 0.5 + 0.03)
@@ -51,7 +55,7 @@ def test_temperature_falls_from_one_to_its_end() -> None:
 
 
 @pytest.mark.parametrize(
-    "call", ["cubic_density(1, 5, 5, 0.1)", "cubic_density(1, 5, 6, 0)", "cubic_density(1, 5, 6, 1.5)"]
+    "call", ["cubic_density(1, 6, 5, 0.1)", "cubic_density(1, 5, 6, 0)", "cubic_density(1, 5, 6, 1.5)"]
 )
 def test_a_wrong_density_schedule_is_refused(call: str) -> None:
     with pytest.raises(ValueError, match="give"):

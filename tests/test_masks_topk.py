@@ -1,4 +1,4 @@
-"""Does the global top-k keep exactly the largest scores, for any ties, signs and sizes?"""
+"""Does the global top-k keep exactly the largest scores, for any ties, signs, sizes and slices?"""
 
 from __future__ import annotations
 
@@ -7,43 +7,33 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from ghostmask.engine.errors import EXIT_NON_FINITE, RunStopped
+from ghostmask.engine.errors import EXIT_NON_FINITE, InputError, RunStopped
+from ghostmask.engine.sharding.slices import Layout, Slice
 from ghostmask.engine.spawn import run_distributed
 from ghostmask.engine.world import World, single
 from ghostmask.masks.kernels.compiled import load_kernels
 from ghostmask.masks.scoring import topk
+from ghostmask.masks.scoring.largest import Budget, empty_layers, largest
 from ghostmask.masks.scoring.topk import kept_count, seeded_order, topk_shard
 
 
-def by_sorting(scores: list[torch.Tensor], kept: int) -> list[torch.Tensor]:
-    """The same masks from a stable sort in float64."""
-    flat = torch.cat([score.reshape(-1) for score in scores]).double().numpy()
-    mask = torch.zeros(len(flat), dtype=torch.bool)
-    mask[torch.from_numpy(np.argsort(-flat, kind="stable")[:kept].copy())] = True
-    return [part.view(score.shape) for part, score in zip(mask.split([s.numel() for s in scores]), scores, strict=True)]
-
-
-def topk_masks(scores: list[torch.Tensor], kept: int) -> list[torch.Tensor]:
-    """The masks of whole tensors on one rank, ties to the first."""
-    wide = any(score.dtype == torch.float64 for score in scores)
-    flat = torch.cat([s.reshape(-1).to(torch.float64 if wide else torch.float32) for s in scores])
-    mask = topk_shard(flat, kept, single())
-    return [part.view(s.shape) for part, s in zip(mask.split([s.numel() for s in scores]), scores, strict=True)]
-
-
-def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+def by_sorting(scores: Tensor, kept: int) -> Tensor:
+    """The same mask from a stable sort in float64: of equal scores the first ones stay."""
+    mask = torch.zeros(len(scores), dtype=torch.bool)
+    mask[torch.from_numpy(np.argsort(-scores.double().numpy(), kind="stable")[:kept].copy())] = True
+    return mask
 
 
 KINDS = {
-    "normal": lambda shape, g: torch.randn(shape, generator=g),
-    "coarse": lambda shape, g: torch.randint(-3, 4, shape, generator=g).float(),
-    "two values": lambda shape, g: torch.randint(0, 2, shape, generator=g).float(),
-    "constant": lambda shape, g: torch.full(shape, 0.3),
-    "neighbours": lambda shape, g: (torch.randint(0, 9, shape, generator=g) + 0x3F000000).int().view(torch.float32),
-    "wide": lambda shape, g: torch.randn(shape, generator=g) * 10 ** (60 * torch.rand(shape, generator=g) - 30),
-    "tiny": lambda shape, g: torch.randn(shape, generator=g) * 1e-44,
+    "normal": lambda n, g: torch.randn(n, generator=g),
+    "coarse": lambda n, g: torch.randint(-3, 4, (n,), generator=g).float(),
+    "two values": lambda n, g: torch.randint(0, 2, (n,), generator=g).float(),
+    "constant": lambda n, g: torch.full((n,), 0.3),
+    "neighbours": lambda n, g: (torch.randint(0, 9, (n,), generator=g) + 0x3F000000).int().view(torch.float32),
+    "wide": lambda n, g: torch.randn(n, generator=g) * 10 ** (60 * torch.rand(n, generator=g) - 30),
+    "tiny": lambda n, g: torch.randn(n, generator=g) * 1e-44,
 }
 
 
@@ -63,88 +53,67 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 @pytest.mark.parametrize("kind", KINDS)
 def test_masks_equal_those_of_a_stable_sort(kind: str, path: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    shapes = [(7, 5, 3, 3), (1,), (64,), (10, 17), (0, 3)]
     for trial in range(6):
-        scores = [KINDS[kind](shape, generator) for shape in shapes]
-        total = sum(score.numel() for score in scores)
-        kept = [0, 1, total, total - 1, total // 20, total // 2][trial]
-        masks = topk_masks(scores, kept)
-        assert sum(int(mask.sum()) for mask in masks) == kept
-        assert equal(masks, by_sorting(scores, kept))
+        scores = KINDS[kind](550, generator)
+        kept = [0, 1, 550, 549, 27, 275][trial]
+        mask = topk_shard(scores, kept, single())
+        assert int(mask.sum()) == kept
+        assert torch.equal(mask, by_sorting(scores, kept))
 
 
-def shard_masks(world: World, cases: list[tuple[list[torch.Tensor], int, list[int]]]) -> list[torch.Tensor]:
+def shard_masks(world: World, cases: list[tuple[Tensor, int, list[int]]]) -> list[Tensor]:
     """This rank's part of the mask of each case: (scores, kept, where the ranks' shards begin)."""
-    flat = [torch.cat([s.reshape(-1) for s in scores]) for scores, _, _ in cases]
-    return [topk_shard(f.tensor_split(cuts)[world.rank], k, world) for f, (_, k, cuts) in zip(flat, cases, strict=True)]
+    return [topk_shard(f.tensor_split(cuts)[world.rank], k, world) for f, k, cuts in cases]
 
 
 def test_shards_of_three_ranks_give_the_mask_of_one_rank_bit_for_bit() -> None:
     generator = torch.Generator().manual_seed(2)
     cases = []
     for draw in KINDS.values():
-        scores = [draw(shape, generator) for shape in [(7, 5, 3, 3), (1,), (64,), (10, 17)]]
+        scores = draw(550, generator)
         for kept, cuts in ((1, [3, 400]), (275, [0, 130]), (549, [200, 550])):
-            cases.append(([s.double() for s in scores] if kept == 275 else scores, kept, cuts))
+            cases.append((scores.double() if kept == 275 else scores, kept, cuts))
     ranks = run_distributed(shard_masks, 3, cases)
     for number, (scores, kept, _) in enumerate(cases):
-        expected = torch.cat([mask.reshape(-1) for mask in by_sorting(scores, kept)])
-        assert torch.equal(torch.cat([rank[number] for rank in ranks]), expected)
+        assert torch.equal(torch.cat([rank[number] for rank in ranks]), by_sorting(scores, kept))
 
 
 def test_float64_scores_are_told_apart_where_float32_could_not(path: str) -> None:
     steps = torch.arange(500, dtype=torch.float64)[torch.randperm(500, generator=torch.Generator().manual_seed(3))]
-    scores = [1.0 + steps * 1e-14, 1e200 * steps, -1e-200 * steps, -steps]
+    scores = torch.cat([1.0 + steps * 1e-14, 1e200 * steps, -1e-200 * steps, -steps])
     for kept in (1, 250, 700, 1200, 1600, 1999):
-        assert equal(topk_masks(scores, kept), by_sorting(scores, kept))
-
-
-def test_ties_go_to_the_first_tensor_and_the_first_position() -> None:
-    masks = topk_masks([torch.tensor([1.0, 2.0]), torch.tensor([[2.0, 1.0], [1.0, 0.0]])], 4)
-    assert masks[0].tolist() == [True, True]
-    assert masks[1].tolist() == [[True, True], [False, False]]
+        assert torch.equal(topk_shard(scores, kept, single()), by_sorting(scores, kept))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_both_zeros_tie_and_infinities_are_scores(dtype: torch.dtype, path: str) -> None:
-    scores = [torch.tensor([-0.0, 0.0, -1.0, float("inf"), float("-inf")], dtype=dtype)]
-    assert topk_masks(scores, 2)[0].tolist() == [True, False, False, True, False]
-    assert topk_masks(scores, 4)[0].tolist() == [True, True, True, True, False]
+    scores = torch.tensor([-0.0, 0.0, -1.0, float("inf"), float("-inf")], dtype=dtype)
+    assert topk_shard(scores, 2, single()).tolist() == [True, False, False, True, False]
+    assert topk_shard(scores, 4, single()).tolist() == [True, True, True, True, False]
 
 
-def tied_masks(world: World, cuts: list[int]) -> torch.Tensor:
-    """This rank's part of 50 of 200 equal scores, told apart by a hash of their index."""
-    indices = torch.arange(200).tensor_split(cuts)[world.rank]
-    return topk_shard(torch.ones(len(indices)), 50, world, lambda tied: seeded_order(indices[tied], 7))
+def test_of_equal_scores_those_that_come_last_in_the_given_order_stay(path: str) -> None:
+    scores = torch.tensor([3.0, 1.0, 1.0, 1.0, 0.0, 1.0])
+    order = torch.tensor([9.0, 0.3, 0.1, 0.4, 9.0, 0.2], dtype=torch.float64)
+    assert topk_shard(scores, 3, single(), lambda tied: order[tied]).tolist() == [True, True, False, True, False, False]
 
 
-def test_equal_scores_are_told_apart_by_a_seeded_hash_however_they_are_cut() -> None:
-    whole = tied_masks(single(), [200])
-    assert int(whole.sum()) == 50
-    assert 5 <= int(whole[:100].sum()) <= 45, "the first were preferred"
-    for cuts in ([3, 120], [0, 199]):
-        assert torch.equal(torch.cat(run_distributed(tied_masks, 3, cuts)), whole)
-    other = topk_shard(torch.ones(200), 50, single(), lambda tied: seeded_order(tied, 8))
-    assert not torch.equal(other, whole), "the seed has no say"
-
-
-def test_a_hash_of_an_index_is_a_number_of_its_own() -> None:
-    order = seeded_order(torch.arange(1_000_000), 0)
-    assert len(order.unique()) == 1_000_000
-    assert float(order.min()) >= 0
-    assert float(order.max()) < 2**52
-
-
-def test_a_nan_score_stops_the_run() -> None:
-    with pytest.raises(RunStopped, match="1 of 3 scores are nan") as stopped:
-        topk_shard(torch.tensor([1.0, float("nan"), 2.0]), 2, single())
+def bad(world: World) -> str:
+    scores = torch.tensor([1.0, float("nan"), 2.0]) if world.rank else torch.ones(4)
+    with pytest.raises(RunStopped, match="1 of 7 scores are nan") as stopped:
+        topk_shard(scores, 2, world)
     assert stopped.value.exit_code == EXIT_NON_FINITE
+    return str(stopped.value)
+
+
+def test_a_nan_score_on_one_rank_stops_all() -> None:
+    assert len(set(run_distributed(bad, 2))) == 1
 
 
 @pytest.mark.parametrize("kept", [-1, 5])
 def test_a_count_out_of_range_is_refused(kept: int) -> None:
     with pytest.raises(ValueError, match=r"\[0, 4\]"):
-        topk_masks([torch.ones(4)], kept)
+        topk_shard(torch.ones(4), kept, single())
 
 
 def test_counting_is_compiled_here() -> None:
@@ -158,3 +127,112 @@ def test_kept_count_rounds_and_keeps_at_least_one_weight() -> None:
     assert kept_count(1e-9, 100) == 1
     with pytest.raises(ValueError, match=r"\(0, 1\]"):
         kept_count(0.0, 100)
+
+
+def test_the_order_of_ties_is_a_hash_of_index_and_seed() -> None:
+    indices = torch.cat([torch.arange(200_000), torch.tensor([2**31 - 1, 2**31, 2**40])])
+    first, second = seeded_order(indices, 1), seeded_order(indices, 2)
+    assert first.dtype == torch.float64
+    assert float(first.min()) >= 0
+    assert float(first.max()) < 2**52
+    assert len(first.unique()) == len(indices)
+    assert torch.equal(first[77:99], seeded_order(indices[77:99], 1))
+    for a, b in ((first, second), (first[:-1], first[1:]), (first, indices.double())):
+        assert abs(float(torch.corrcoef(torch.stack([a[:200_000], b[:200_000]]))[0, 1])) < 0.01
+    halves = (first[:200_000].long() >> torch.arange(52).unsqueeze(1)) & 1
+    assert float((halves.double().mean(1) - 0.5).abs().max()) < 0.006, "a bit of the hash is not even"
+
+
+SHAPES = {"a": torch.Size((10,)), "b": torch.Size((7, 5, 3)), "c": torch.Size((2,)), "d": torch.Size((40, 11))}
+TOTAL = sum(s.numel() for s in SHAPES.values())
+
+
+def scores_of(kind: str) -> dict[str, Tensor]:
+    flat = KINDS[kind](TOTAL, torch.Generator().manual_seed(5))
+    parts = flat.split([s.numel() for s in SHAPES.values()])
+    return {name: part.view(SHAPES[name]) for name, part in zip(SHAPES, parts, strict=True)}
+
+
+BUDGETS = [
+    Budget(0.1), Budget(0.37, seed=3), Budget(0.2, "layerwise", seed=1), Budget(0.1, min_per_layer=3, seed=2),
+    Budget(1.0), Budget(1e-9), Budget(0.5, min_per_layer=60),
+]  # fmt: skip
+CUTS = [(0, 1), (50, 1), (1, 8)]
+
+
+def largest_of(world: World) -> list[dict[str, Tensor]]:
+    found = []
+    for elements, align in CUTS[:1] if world.size == 1 else CUTS:
+        part = Slice(Layout(SHAPES, world.size, elements, align), world)
+        for kind in ("normal", "coarse", "constant"):
+            scores = part.cut(scores_of(kind))
+            for budget in BUDGETS:
+                mask = largest(part, scores, budget)
+                assert mask.shape == scores.shape
+                found.append(part.gathered(mask))
+            among = part.indices() % 2 == 0
+            found += [part.gathered(largest(part, scores, budget, among=among)) for budget in BUDGETS[:2]]
+    return found
+
+
+def test_the_largest_are_the_same_weights_however_they_lie_in_slices() -> None:
+    alone = largest_of(single())
+    for ranks in (1, 3):
+        for rank in run_distributed(largest_of, ranks):
+            for start in range(0, len(rank), len(alone)):
+                for number, (mask, wanted) in enumerate(zip(rank[start:], alone, strict=False)):
+                    assert all(torch.equal(mask[n], wanted[n]) for n in SHAPES), number
+
+
+@pytest.mark.parametrize("kind", ["normal", "coarse", "constant"])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_exactly_as_many_stay_as_the_budget_says_and_they_are_the_largest(kind: str, budget: Budget) -> None:
+    part = Slice(Layout(SHAPES, 1), single())
+    scores = scores_of(kind)
+    masks = part.gathered(largest(part, part.cut(scores), budget))
+    counts = {n: int(m.sum()) for n, m in masks.items()}
+    if budget.constraint == "layerwise":
+        assert counts == {n: kept_count(budget.density, s.numel()) for n, s in SHAPES.items()}
+        pools = [(scores[n][masks[n]], scores[n][~masks[n]]) for n in SHAPES]
+    else:
+        assert sum(counts.values()) == kept_count(budget.density, TOTAL)
+        least = {n: min(budget.min_per_layer, s.numel()) for n, s in SHAPES.items()}
+        assert all(counts[n] >= least[n] for n in SHAPES)
+        # A layer at its minimum may have kept smaller scores than another one lost.
+        free = [n for n in SHAPES if counts[n] > least[n]]
+        pools = [
+            (torch.cat([scores[n][masks[n]] for n in free]), torch.cat([scores[n][~masks[n]] for n in SHAPES]))
+        ] if free else []  # fmt: skip
+        pools += [(scores[n][masks[n]], scores[n][~masks[n]]) for n in SHAPES]
+    for kept, lost in pools:
+        assert not len(lost) or not len(kept) or float(kept.min()) >= float(lost.max())
+
+
+def test_ties_go_by_the_seed_and_not_by_the_layer() -> None:
+    part = Slice(Layout({"first": torch.Size((5000,)), "last": torch.Size((5000,))}, 1), single())
+    masks = [part.gathered(largest(part, torch.ones(10_000), Budget(0.3, seed=seed))) for seed in (0, 0, 1)]
+    for found in masks:
+        assert abs(int(found["first"].sum()) - 1500) < 5 * (5000 * 0.3 * 0.7) ** 0.5
+    assert torch.equal(masks[0]["first"], masks[1]["first"])
+    both = int((masks[0]["first"] & masks[2]["first"]).sum())
+    assert both < 600, "another seed chose the same weights"
+
+
+def test_only_those_among_compete() -> None:
+    part = Slice(Layout(SHAPES, 1), single())
+    scores = part.cut(scores_of("normal"))
+    among = part.indices() % 3 == 0
+    mask = largest(part, scores, Budget(0.2), among=among)
+    assert not bool((mask & ~among).any())
+    assert torch.equal(mask, by_sorting(torch.where(among, scores, float("-inf")), kept_count(0.2, TOTAL)))
+
+
+def test_a_minimum_above_the_budget_is_refused_and_empty_layers_are_found() -> None:
+    part = Slice(Layout(SHAPES, 1), single())
+    with pytest.raises(
+        InputError, match=r"^mask\.min_per_layer = 50: 4 layers need 112 weights, mask\.density = 0\.1 "
+    ):
+        largest(part, torch.ones(TOTAL), Budget(0.1, min_per_layer=50))
+    scores = part.cut({n: torch.full(s, float(i)) for i, (n, s) in enumerate(SHAPES.items())})
+    assert empty_layers(part.gathered(largest(part, scores, Budget(0.1)))) == ["a", "b", "c"]
+    assert empty_layers(part.gathered(largest(part, scores, Budget(0.1, min_per_layer=1)))) == []

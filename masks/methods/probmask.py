@@ -40,7 +40,7 @@ class Settings(Ranked, Scheduled):
 
     lr: float = 6e-3
     """Peak learning rate of Adam on the probabilities."""
-    samples: int = 1
+    samples: int = 2
     """Noise samples I that every part of the batch is computed with, over which the loss is averaged (eq. 3-5)."""
     noises: int = 1
     """Noise groups S: the parts of the batch share S samples of the noise per step. 1 = the probabilities are sharded
