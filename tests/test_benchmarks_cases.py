@@ -23,10 +23,10 @@ from ghostmask.masks.kernels.projection import project_
 
 ROOT = Path(__file__).resolve().parents[1]
 CASES = {
-    "mask": {"mask_operator", "mask_operator_memory", "mask_operator_floor"},
+    "mask": {"mask_operator", "mask_operator_memory", "mask_operator_floor", "mask_operator_slice"},
     "projection": {
         "projection", "projection_start", "projection_floor", "projection_collectives", "projection_error",
-        "projection_model", "projection_model_check",
+        "projection_model", "projection_model_check", "projection_slice",
     },
     "step": {"probmask_step_overhead", "probmask_step_added", "step_images_per_s", "dense_images_per_s", "step_where"},
     "loader": {"loader_imagenet", "loader_imagenet_jpeg", "loader_cifar"},

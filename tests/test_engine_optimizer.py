@@ -3,199 +3,20 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
+from gated import Gated, Reference, batches, groups, loss_of, network, trained
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn import functional
 
-from ghostmask.engine.sharding.optimizer import NORM_CHUNK, Sampling, ShardedOptimizer, squared_norm
+from ghostmask.engine.sharding.optimizer import Sampling, ShardedOptimizer
 from ghostmask.engine.sharding.placement import ParameterGroup
 from ghostmask.engine.sharding.reparametrization import Draw, Plain, Reparametrization, State
-from ghostmask.engine.sharding.rules import LANES, Adam, Scale, Sgd, UpdateRule
+from ghostmask.engine.sharding.rules import Adam, Sgd
 from ghostmask.engine.sharding.slices import Slice
 from ghostmask.engine.world import single
-
-RULES: list[tuple[UpdateRule, type[torch.optim.Optimizer], dict[str, Any]]] = [
-    (Sgd(0.9, 5e-4), torch.optim.SGD, {"momentum": 0.9, "weight_decay": 5e-4}),
-    (Sgd(0.9, 5e-4, nesterov=True), torch.optim.SGD, {"momentum": 0.9, "weight_decay": 5e-4, "nesterov": True}),
-    (Sgd(0.0), torch.optim.SGD, {}),
-    (Adam(), torch.optim.Adam, {}),
-    (Adam((0.8, 0.95), 1e-6, 1e-2), torch.optim.Adam, {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 1e-2}),
-]
-AS_IT_IS = Scale(torch.ones(()), torch.zeros(()))
-
-
-def updated(rule: UpdateRule, start: Tensor, gradients: list[Tensor], scale: Scale = AS_IT_IS) -> tuple[Tensor, ...]:
-    """(value, buffers ...) after an update with each gradient, at rates 0.01, 0.02, ..."""
-    value, buffers = start.clone(), [torch.zeros_like(start) for _ in rule.buffers]
-    for number, gradient in enumerate(gradients):
-        rule.update(value, gradient.clone(), buffers, 0.01 * (number + 1), number, scale)
-    return value, *buffers
-
-
-@pytest.mark.parametrize(("rule", "reference", "settings"), RULES)
-@pytest.mark.parametrize("divisor", [1.0, 2.5])
-def test_a_rule_moves_a_value_as_torchs_optimizer_does(
-    rule: UpdateRule, reference: type[torch.optim.Optimizer], settings: dict[str, Any], divisor: float
-) -> None:
-    generator = torch.Generator().manual_seed(0)
-    start, *gradients = torch.randn(7, 3 * LANES + 5, generator=generator).unbind()
-    value, *_ = updated(rule, start, gradients, Scale(torch.tensor(divisor), torch.zeros(())))
-    expected = start.double().requires_grad_()
-    optimizer = reference([expected], lr=1.0, **settings)
-    for number, gradient in enumerate(gradients):
-        optimizer.param_groups[0]["lr"] = 0.01 * (number + 1)
-        expected.grad = gradient.double() / divisor
-        optimizer.step()
-    torch.testing.assert_close(value.double(), expected.detach(), atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("rule", [rule for rule, *_ in RULES])
-def test_a_skipped_update_changes_no_bit(rule: UpdateRule) -> None:
-    generator = torch.Generator().manual_seed(1)
-    value, gradient, *buffers = torch.randn(2 + len(rule.buffers), LANES + 7, generator=generator).unbind()
-    before = [t.clone() for t in (value, *buffers)]
-    gradient[3] = float("nan")
-    rule.update(value, gradient, buffers, 0.1, 4, Scale(torch.ones(()), torch.ones(())))
-    assert all(torch.equal(a, b) for a, b in zip(before, (value, *buffers), strict=True))
-
-
-@pytest.mark.parametrize("rule", [rule for rule, *_ in RULES])
-def test_an_element_moves_by_the_same_bits_wherever_a_slice_begins_and_ends(rule: UpdateRule) -> None:
-    numel = 5 * LANES + 13
-    start, *gradients = torch.randn(5, numel, generator=torch.Generator().manual_seed(2)).unbind()
-    whole = updated(rule, start, gradients)
-    cuts = [0, 1, 2, 9, 40, LANES, LANES + 1, 2 * LANES + 33, 4 * LANES, numel]
-    for low, high in [*itertools.pairwise(cuts), (3, numel), (0, numel - 1), (17, 17 + 2 * LANES), (5, 5)]:
-        piece = updated(rule, start[low:high], [g[low:high] for g in gradients])
-        assert all(torch.equal(w[low:high], p) for w, p in zip(whole, piece, strict=True)), (low, high)
-
-
-def test_a_norm_is_a_float64_sum_that_does_not_depend_on_chunks() -> None:
-    vector = torch.full((2 * NORM_CHUNK + 3,), 2.0**-12)
-    vector[0] = 2.0**14
-    assert float(squared_norm(vector)) == 2.0**28 + (2 * NORM_CHUNK + 2) * 2.0**-24
-    assert float(squared_norm(torch.zeros(0))) == 0.0
-
-
-class Gated(Reparametrization):
-    """theta = w |w| sigmoid(gate) + noise g, whose state has an untrained tensor too."""
-
-    noisy = True
-    differs_in_evaluation = True
-
-    def __init__(self, rules: Mapping[str, UpdateRule], rates: Mapping[str, float] | None = None) -> None:
-        super().__init__(rules, rates)
-        self.updates, self.constrained = 0, list[int]()
-
-    def start(self, weight: Tensor, part: Slice) -> State:
-        return {"weight": weight, "gate": torch.full_like(weight, 0.5), "ones": torch.ones_like(weight)}
-
-    def schedule(self, updates: int) -> None:
-        self.updates = updates
-
-    def noise(self, numel: int, draw: Draw) -> Tensor:
-        key = 1000 * draw.seed + 10 * draw.step + draw.sample
-        return 0.1 * torch.randn(numel, generator=torch.Generator().manual_seed(key))
-
-    def weights(self, state: State, part: Slice, draw: Draw) -> Tensor:
-        w, gate = state["weight"], state["gate"]
-        return w * w.abs() * gate.sigmoid() * state["ones"] + self.noise(len(w), draw) * gate
-
-    def evaluation_weights(self, state: State, part: Slice) -> Tensor:
-        return state["weight"] * state["weight"].abs() * state["gate"].sigmoid()
-
-    def constrain(self, state: State, part: Slice, updates: int) -> None:
-        self.constrained.append(updates)
-        state["gate"].clamp_(-0.55, 0.55)
-
-
-def network() -> nn.Module:
-    torch.manual_seed(4)
-    return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 3))
-
-
-def batches(count: int) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(5)
-    return [
-        (torch.randn(8, 6, generator=generator), torch.randint(0, 3, (8,), generator=generator)) for _ in range(count)
-    ]
-
-
-def groups(net: nn.Module, form: Reparametrization | None = None) -> list[ParameterGroup]:
-    gated = form or Gated({"weight": Sgd(0.9, 1e-3), "gate": Adam()}, {"gate": 0.3})
-    weights = {n: p for n, p in net.named_parameters() if p.ndim > 1}
-    others = {n: p for n, p in net.named_parameters() if p.ndim == 1}
-    plain = Plain({"weight": Adam()})
-    return [ParameterGroup("gated", weights, gated, 0.1), ParameterGroup("other", others, plain, 0.02)]
-
-
-def loss_of(net: nn.Module, batch: tuple[Tensor, Tensor], double: bool = True) -> Tensor:
-    """In float64, so that what is left of the comparison is the optimizer's rounding."""
-    images, labels = batch
-    if not double:
-        return functional.cross_entropy(net(images), labels)
-    parameters = {n: p.double() for n, p in net.named_parameters()}
-    return functional.cross_entropy(functional_call(net, parameters, (images.double(),)), labels)
-
-
-def trained(net: nn.Module, optimizer: ShardedOptimizer, given: list[tuple[Tensor, Tensor]]) -> None:
-    """The plain loop of any PyTorch user."""
-    for batch in given:
-        for _ in optimizer.sampling.samples:
-            optimizer.zero_grad()
-            loss_of(net, batch).backward()
-            optimizer.step()
-
-
-class Reference:
-    """The same training in float64, by autograd through the whole network and torch's optimizers."""
-
-    def __init__(self, net: nn.Module, seed: int, samples: tuple[int, ...], clip: float) -> None:
-        self.net, self.seed, self.samples, self.clip = net, seed, samples, clip
-        values = {n: p.detach().double() for n, p in net.named_parameters()}
-        self.weights = {n: v.clone().requires_grad_() for n, v in values.items() if v.ndim > 1}
-        self.gates = {n: torch.full_like(v, 0.5).requires_grad_() for n, v in self.weights.items()}
-        self.others = {n: v.clone().requires_grad_() for n, v in values.items() if v.ndim == 1}
-        self.optimizers = [
-            torch.optim.SGD(self.weights.values(), 0.1, 0.9, weight_decay=1e-3),
-            torch.optim.Adam(self.gates.values(), 0.03),
-            torch.optim.Adam(self.others.values(), 0.02),
-        ]
-        self.divisors: list[float] = []
-
-    def parameters(self, step: int, sample: int) -> dict[str, Tensor]:
-        numels = [w.numel() for w in self.weights.values()]
-        noise = Gated({}).noise(sum(numels), Draw(self.seed, step, sample)).double().split(numels)
-        made = {
-            n: w * w.abs() * g.sigmoid() + e.view_as(w) * g
-            for (n, w), g, e in zip(self.weights.items(), self.gates.values(), noise, strict=True)
-        }
-        return {**made, **self.others}
-
-    def step(self, batch: tuple[Tensor, Tensor], number: int) -> None:
-        images, labels = batch
-        loss = torch.stack([
-            functional.cross_entropy(functional_call(self.net, self.parameters(number, s), (images.double(),)), labels)
-            for s in self.samples
-        ]).mean()  # fmt: skip
-        every = [p for o in self.optimizers for p in o.param_groups[0]["params"]]
-        for p, g in zip(every, torch.autograd.grad(loss, every), strict=True):
-            p.grad = g
-        norm = float(torch.cat([p.grad.reshape(-1) for p in every]).norm())
-        self.divisors.append(max(1.0, norm / self.clip) if self.clip else 1.0)
-        for p in every:
-            p.grad /= self.divisors[-1]
-        for optimizer in self.optimizers:
-            optimizer.step()
-        with torch.no_grad():
-            for gate in self.gates.values():
-                gate.clamp_(-0.55, 0.55)
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.2])

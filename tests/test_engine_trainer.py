@@ -15,6 +15,7 @@ import torch
 from memory_data import MemoryData
 from memory_run import CONFIG, configured, memory_run
 from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemReader
 from torch.nn import functional
 
 from ghostmask.engine.batchnorm import batch_norms, statistics
@@ -37,17 +38,20 @@ from ghostmask.engine.sharding.slices import Slice
 from ghostmask.engine.spawn import run_distributed
 from ghostmask.engine.trainer import EVALUATION_BATCHES, Task, Trainer
 from ghostmask.engine.world import World, single
+from ghostmask.masks.prunable import prunable_weights
+from ghostmask.models.build import build_model
 
+PRUNABLE = 8 * 27 + 7 * 5 + 4 * 288
 PARTS = 6
 """Parts of the batch of 24 images: 1, 2 and 3 ranks can share them."""
 
 
 class Net(nn.Module):
-    """No batch norm; `brittle` has an infinite gradient and a finite value at 0."""
+    """No batch norm; `spare` gets no gradient; `brittle` has an infinite gradient and a finite value at 0."""
 
     def __init__(self, brittle: bool = False) -> None:
         super().__init__()
-        self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8 * 36, 4)
+        self.conv, self.spare, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(5, 7), nn.Linear(8 * 36, 4)
         self.brittle = brittle
 
     def forward(self, images: Tensor) -> Tensor:
@@ -132,6 +136,8 @@ def by_hand() -> Tensor:
             optimizer.param_groups[0]["lr"] = lr * schedule.factor(step)
             optimizer.zero_grad()
         loss.backward()
+        for p in net.spare.parameters():
+            p.grad = torch.zeros_like(p)  # torch would leave it alone; ours is decayed like all others
         norm = torch.cat([p.grad.reshape(-1) for p in net.parameters()]).norm()
         for p in net.parameters():
             p.grad /= norm.clamp(min=1.0)
@@ -152,7 +158,7 @@ def test_every_stage_and_rank_count_trains_as_torch_does_on_whole_batches(ranks:
     assert results[0]["images"] == 50, "an evaluation image was missed or counted twice"
     assert results[0]["hooks"] == 0, "hooks were left on the parameters"
     held = [r["calls"][0][1] for r in results]
-    assert sum(held) == 8 * 27 + 4 * 288 if stage else set(held) == {8 * 27 + 4 * 288}
+    assert sum(held) == PRUNABLE if stage else set(held) == {PRUNABLE}
     assert [number for number, _ in results[0]["calls"]] == list(range(1, 21))
 
 
@@ -318,6 +324,30 @@ def test_a_search_is_evaluated_with_batch_norm_that_fits_the_mask_and_goes_on_as
     pruned = [n for n, t in evaluated.items() if n.endswith("conv1.weight") and bool((t == 0).any())]
     assert pruned, "it is not the masked network that is evaluated"
     assert first["loss"] == second["loss"]
+
+
+def names_saved(world: World, folder: str, stage: int) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of everything in the checkpoint at the end of a search's first epoch."""
+    run, saved = memory_run(world, Path(folder), configured(SEARCH, train={"zero_stage": stage}))
+    run.execute(saved)
+    run.close()
+    (path,) = (Path(folder) / "checkpoints").glob("step-*4")
+    return {n: tuple(m.size) for n, m in FileSystemReader(path).read_metadata().state_dict_metadata.items()}
+
+
+def test_a_checkpoint_holds_the_state_by_name_and_the_statistics_of_every_part_for_any_ranks(tmp_path: Path) -> None:
+    alone = run_distributed(names_saved, 1, str(tmp_path / "1"), 1)[0]
+    assert run_distributed(names_saved, 2, str(tmp_path / "2"), 2)[0] == alone
+    assert run_distributed(names_saved, 2, str(tmp_path / "0"), 0)[0] == alone
+    net = build_model(SEARCH.model, 4, MemoryData.image_shape, seed=3)
+    prunable, weights = prunable_weights(net), dict(net.named_parameters())
+    kinds = ("weight", "weight.momentum", "probability", "probability.exp_avg", "probability.exp_avg_sq")
+    wanted = {f"prunable.{kind}/{n}": (w.numel(),) for n, w in prunable.items() for kind in kinds}
+    others = {n: w for n, w in weights.items() if n not in prunable}
+    wanted |= {f"other.{kind}/{n}": (w.numel(),) for n, w in others.items() for kind in kinds[:2]}
+    wanted |= {f"part/{n}": (4 * b.numel(),) for n, b in statistics(net).items()}
+    wanted |= {f"buffer/{n}.num_batches_tracked": () for n in batch_norms(net)}
+    assert alone == wanted
 
 
 def old_layout(world: World, folder: str) -> tuple[str, bool]:

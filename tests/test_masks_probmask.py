@@ -39,12 +39,14 @@ from ghostmask.masks.methods.probmask import ProbMask
 from ghostmask.masks.probability_report import layer_histograms, suggested_rate
 from ghostmask.masks.relaxed import LIMITS, RelaxedMask, Search
 from ghostmask.masks.scoring.topk import kept_count
+from ghostmask.models.build import build_model
 
 SEARCH = configured(
     CONFIG, train={"epochs": 4}, finetune={"epochs": 0}, mask={"samples": 1},
     checkpoint={"every_steps": 0, "every_epochs": 9, "asynchronous": False},
 )  # fmt: skip
 """16 steps of search of a network without batch norm."""
+CANDIDATES = 4
 
 
 class Small(nn.Module):
@@ -250,7 +252,7 @@ def searched(world: World, folder: str, config: Any) -> dict[str, Any]:
         "s": part.gathered(state["probability"]), "w": part.gathered(state["weight"]), "sums": watch.sums,
         "masks": {n: m.clone() for n, m in run.masks().items()}, "types": watch.types, "said": said.getvalue(),
         "net": {n: p.detach().clone() for n, p in run.net.named_parameters()}, "start": start,
-        "share": form.limit_share,
+        "candidates": [part.gathered(form.sampled(state, part, i)) for i in range(CANDIDATES)],
     }  # fmt: skip
     run.close()
     return result
@@ -445,10 +447,23 @@ def test_sampled_final_masks_are_equal_on_all_ranks_and_near_the_density(final: 
     assert not torch.equal(mask, top), "it was not sampled"
 
 
-def test_best_of_takes_the_most_accurate_candidate_and_sample_the_first(tmp_path: Path) -> None:
-    forms = [configured(SEARCH, mask=m) for m in ({"final": "sample"}, {"final": "best_of", "candidates": 1})]
-    masks = [flat(run_distributed(searched, 1, str(tmp_path / str(i)), c)[0]["masks"]) for i, c in enumerate(forms)]
-    assert torch.equal(*masks)
+def accuracy(weights: dict[str, Tensor], masks: dict[str, Tensor]) -> float:
+    """Of conv4 under a mask, on the training images."""
+    net, data = build_model(SEARCH.model, 4, MemoryData.image_shape, seed=3), MemoryData(single())
+    batch = [torch.cat(parts) for parts in zip(*data.train(0), strict=True)]
+    logits = functional_call(net, {n: torch.where(masks[n], w, 0.0) for n, w in weights.items()}, (batch[0],))
+    return float((logits.argmax(1) == batch[1]).double().mean())
+
+
+def test_sample_takes_the_first_candidate_and_best_of_the_most_accurate(tmp_path: Path) -> None:
+    sparse = configured(SEARCH, mask={"density": 0.03, "final": "best_of", "candidates": CANDIDATES})
+    (best,) = run_distributed(searched, 1, str(tmp_path / "best"), sparse)
+    found = [accuracy(best["w"], candidate) for candidate in best["candidates"]]
+    assert len(set(found)) > 1, "there was nothing to choose"
+    chosen = [torch.equal(flat(best["masks"]), flat(candidate)) for candidate in best["candidates"]]
+    assert chosen.index(True) == found.index(max(found))
+    (first,) = run_distributed(searched, 1, str(tmp_path / "sample"), configured(SEARCH, mask={"final": "sample"}))
+    assert torch.equal(flat(first["masks"]), flat(first["candidates"][0]))
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -37,7 +37,7 @@ class Settings(Ranked):
 
 def trained(world: World, folder: str, package: str, config: RunConfig) -> Outcome:
     sys.path.insert(0, package)
-    METHODS["dnw"] = "their_masks.dnw:Dnw"
+    METHODS["dnw"] = "shown_masks.dnw:Dnw"
     return complete(world, folder, config)
 
 
@@ -46,12 +46,12 @@ def test_the_method_shown_trains_the_same_masks_on_one_rank_and_on_two(
 ) -> None:
     text = (Path(__file__).resolve().parents[1] / "CONTRIBUTING.md").read_text()
     (shown,) = re.findall(r"```python\n(class TopK.*?)```", text, flags=re.S)
-    package = tmp_path / "their_masks"
+    package = tmp_path / "shown_masks"
     package.mkdir()
     (package / "__init__.py").touch()
     (package / "dnw.py").write_text(HEAD + shown)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(METHODS, "dnw", "their_masks.dnw:Dnw")
+    monkeypatch.setitem(METHODS, "dnw", "shown_masks.dnw:Dnw")
     config = configured(CONFIG, mask={"method": "dnw", "constraint": "layerwise"})
     outcomes = [
         run_distributed(trained, ranks, str(tmp_path / f"on{ranks}"), str(tmp_path), config)[0] for ranks in (1, 2)

@@ -41,7 +41,7 @@ class Brackets:
     def narrow(self, tables: Tensor, shift: int) -> None:
         """Go down, in place, to the bin of the next round that holds the threshold: the lowest one if f(0) is below.
 
-        tables: int64 (budgets, 2, bins + 1), of all ranks; see `masks.projection_passes.Breakpoints.table`.
+        tables: int64 (budgets, 2, bins + 1), of all ranks; see `masks.kernels.projection_passes.Breakpoints.table`.
         """
         kernels = kernels_on(tables.device, "ghostmask.masks.kernels.projection")
         if kernels:

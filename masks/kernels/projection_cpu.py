@@ -123,7 +123,7 @@ def select(z, first, end, low, width, out, count):  # type: ignore[no-untyped-de
 
 
 def narrow(tables: Tensor, shift: int, *brackets: Tensor) -> None:
-    """See `masks.projection_bracket.Brackets.narrow`; brackets: its fields."""
+    """See `masks.kernels.projection_bracket.Brackets.narrow`; brackets: its fields."""
     _narrow(tables.numpy(), shift, *(field.numpy() for field in brackets))
 
 
@@ -147,7 +147,7 @@ def _narrow(tables, shift, budget, base, slope, value, lowest):  # type: ignore[
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def subtract_and_clamp(z, first, end, threshold, first_index):  # type: ignore[no-untyped-def]
-    """z[first:end] = clamp(z - threshold, 0, 1), rounded to float32 by the dither of masks.projection_passes."""
+    """z[first:end] = clamp(z - threshold, 0, 1), rounded to float32 by the dither of `subtract_and_clamp_`."""
     part, start = z[first:end], (np.uint64(first_index) + np.uint64(first)) * GOLDEN
     for i in range(len(part)):
         y = np.float64(min(part[i], LARGEST)) - threshold
