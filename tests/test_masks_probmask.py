@@ -15,6 +15,7 @@ import pytest
 import torch
 from memory_data import MemoryData
 from memory_run import CONFIG, configured, memory_run
+from test_masks_algorithm import Small
 from torch import Tensor
 from torch.func import functional_call
 
