@@ -242,7 +242,6 @@ def fed(outcomes: list[Outcome]) -> dict[int, list[int]]:
 LATER = {
     # method or preset: (mask, tost, step of the kill, ranks that go on)
     "probmask in fine-tuning": ({"noises": 2}, {}, 11, 4),
-    "probmask with samples": ({"samples": 2}, {}, 6, 4),
     "magnitude in fine-tuning": ({"method": "magnitude"}, {}, 11, 1),
     "lth in its third round": ({"method": "lth"}, {}, 20, 4),
     "probmask among ghosts": ({"noises": 1}, TOST, 6, 1),

@@ -15,7 +15,6 @@ import pytest
 import torch
 from memory_data import MemoryData
 from memory_run import CONFIG, configured, memory_run
-from test_masks_algorithm import Small
 from torch import Tensor
 from torch.func import functional_call
 
@@ -49,7 +48,8 @@ def relaxed(epochs: int, **settings: Any) -> tuple[RelaxedMask, int]:
     """The reparametrization of a search of `epochs` epochs of 5 steps."""
     cls = settings_of("probmask")
     recipe = Recipe(OptimConfig(lr=0.1), FinetuneConfig(), epochs, seed=0)
-    method = ProbMask(cls(**settings), Small(), recipe, single())
+    net = build_model(SEARCH.model, 4, MemoryData.image_shape, seed=3)
+    method = ProbMask(cls(**settings), net, recipe, single())
     form = method.reparametrization(plan(method, 5)[0])
     assert isinstance(form, RelaxedMask)
     return form, 5 * epochs
