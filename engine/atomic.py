@@ -18,14 +18,15 @@ def replacing(path: Path) -> Iterator[Path]:
     writing = path.with_name(f".{path.name}.writing")
     try:
         yield writing
-        _sync(writing)
+        sync(writing)
         writing.replace(path)
-        _sync(path.parent)  # the rename itself is on disk only when the folder is
+        sync(path.parent)  # the rename itself is on disk only when the folder is
     finally:
         writing.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Return when a file's content, or a folder's names, are on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -101,8 +101,8 @@ class TrainConfig:
     epochs: int = 300
     """Epochs of the main phase (search for ProbMask); fine-tuning comes on top (finetune.epochs)."""
     zero_stage: int = may_change(1)
-    """DeepSpeed ZeRO stage: 0 replicates, 1 shards dense weights, probabilities and optimizer state, 2 gradients
-    too."""
+    """DeepSpeed ZeRO stage: 0 replicates; 1 shards dense weights, probabilities, optimizer state and what stays of the
+    gradients; 2 the same (gradients of several parts are added up before they are sent, at every stage)."""
     precision: str = "fp32"
     """fp32; tf32 (products on GPUs rounded to TF32); bf16 (autocast; with train.zero_stage 1 or 2 the weights that the
     network sees and their gradients travel as bf16; dense weights, probabilities and optimizer state stay float32)."""

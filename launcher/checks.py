@@ -44,11 +44,13 @@ def check_config(config: RunConfig, world_size: int) -> None:
 
 def check_finder(config: RunConfig) -> None:
     """Raise InputError unless the method finds its mask without training."""
+    from ghostmask.masks.method import Finder  # imports torch
+
     method = config.mask.method
-    finders = [name for name in METHODS if _method(name).finds]
+    finders = {name: found for name in METHODS if issubclass(found := _method(name), Finder)}
     fix = f"finds its mask by training: use ghostmask train; find-mask knows {', '.join(finders)}"
     require(method in finders, "mask.method", method, fix)
-    _method(method).check_find(config.mask)
+    finders[method].check_find(config.mask)
 
 
 def _method(name: str) -> type[MaskMethod]:

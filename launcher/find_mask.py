@@ -12,7 +12,7 @@ from ghostmask.launcher.run import build_method, open_data, settle
 from ghostmask.launcher.settings import to_dict
 from ghostmask.masks.mask_file import write_masks
 from ghostmask.masks.masked import density_of
-from ghostmask.masks.method import check_agreement
+from ghostmask.masks.method import Finder, check_agreement
 from ghostmask.masks.report import mask_lines
 
 
@@ -26,6 +26,7 @@ def find_mask(config: RunConfig, out: Path) -> int:
         config = settle(config, world)
         data = open_data(config, world, share(world, config.train.replicas).parts)
         method = build_method(config, world, data)
+        assert isinstance(method, Finder)  # launcher.checks.check_finder
         method.prepare()
         masks = method.find(data)
         check_agreement(masks, world)

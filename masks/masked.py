@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import torch
@@ -16,12 +17,12 @@ PRUNABLE = "prunable"
 """The parameter group of the weights that a mask is laid on."""
 
 
-class Masked(Reparametrization):
+class Masked(Reparametrization, ABC):
     """Weights w (state "weight") of which a mask says which stay; delivered as w where it is True and 0 elsewhere."""
 
+    @abstractmethod
     def mask(self, state: State, part: Slice) -> Tensor:
         """(n,) bool: the mask with which the network would be delivered now. Collective."""
-        raise NotImplementedError(f"{type(self).__name__} says no mask")
 
     def evaluation_weights(self, state: State, part: Slice) -> Tensor:
         return torch.where(self.mask(state, part), state["weight"], 0.0)

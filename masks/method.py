@@ -35,6 +35,7 @@ from ghostmask.engine.sharding.rules import Sgd
 from ghostmask.engine.world import World
 from ghostmask.masks.masked import PRUNABLE, present_masks
 from ghostmask.masks.prunable import prunable_weights
+from ghostmask.masks.report import DensityReport
 from ghostmask.masks.settings import MaskSettings
 
 if TYPE_CHECKING:
@@ -87,8 +88,6 @@ class MaskMethod(ABC):
     """All settings of `mask` that the method reads."""
     searches: ClassVar[bool] = False
     """Whether it finds its mask while the main phase trains."""
-    finds: ClassVar[bool] = False
-    """Whether it finds its mask without training: `ghostmask find-mask`."""
     finetunes: ClassVar[bool] = False
     """Whether a fine-tuning phase follows after the mask is found."""
     every_phase_has_a_result: ClassVar[bool] = False
@@ -108,10 +107,6 @@ class MaskMethod(ABC):
     def check(cls, settings: Any, run: Any) -> None:
         """Raise InputError where the method's settings do not fit the rest of a run (launcher.config.RunConfig)."""
 
-    @classmethod  # noqa: B027
-    def check_find(cls, settings: Any) -> None:
-        """Raise InputError where `ghostmask find-mask` would have nothing to find the mask from."""
-
     def phases(self) -> tuple[tuple[str, int], ...]:
         """The phases in order, with their epochs; 0 epochs = only begin() and leave()."""
         return (("train", self.recipe.epochs),)
@@ -122,7 +117,7 @@ class MaskMethod(ABC):
 
     def hooks(self, phase: Phase, form: Reparametrization) -> Sequence[Hook]:
         """What reports on the method, or acts for it, while `phase` trains."""
-        return ()
+        return (DensityReport(),)
 
     def enter(self, phase: Phase) -> Setup:
         """What `phase` trains: the prunable weights through their reparametrization, everything else as it is."""
@@ -168,10 +163,17 @@ class MaskMethod(ABC):
         """Weight name -> bool tensor of its shape, equal on every rank; empty for a dense network."""
         return self.found
 
+
+class Finder(MaskMethod):
+    """A method that finds its mask without training: `ghostmask find-mask` knows it too."""
+
+    @classmethod
+    def check_find(cls, settings: Any) -> None:
+        """Raise InputError where `ghostmask find-mask` would have nothing to find the mask from."""
+
+    @abstractmethod
     def find(self, data: DataPipeline) -> dict[str, Tensor]:
-        """Collective: the masks of a method that `finds`, equal on every rank; the network, as `prepare` left it, stays
-        exactly as it is."""
-        raise NotImplementedError(f"{type(self).__name__} finds its mask by training")
+        """Collective: the masks, equal on every rank; the network, as `prepare` left it, stays exactly as it is."""
 
 
 def check_agreement(masks: Mapping[str, Tensor], world: World) -> None:

@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 
 from torch import Tensor
 
 from ghostmask.engine.data import DataPipeline
-from ghostmask.engine.hooks import Hook
 from ghostmask.engine.position import Phase
 from ghostmask.engine.sharding.reparametrization import Reparametrization
 from ghostmask.engine.sharding.slices import Slice
 from ghostmask.masks.masked import FixedMask
-from ghostmask.masks.method import MaskMethod, Start, check_agreement
-from ghostmask.masks.report import DensityReport, mask_lines
+from ghostmask.masks.method import Finder, Start, check_agreement
+from ghostmask.masks.report import mask_lines
 from ghostmask.masks.scoring.largest import Budget, largest
 from ghostmask.masks.trained import load_trained
 
 
-class OneShot(MaskMethod):
+class OneShot(Finder):
     """Phase "train" under masks that `find` gives before its first step; a method is its `find`.
 
     The weights are the initialisation, or with mask.path a trained network's, and train for train.epochs.
     """
-
-    finds = True
-
-    @abstractmethod
-    def find(self, data: DataPipeline) -> dict[str, Tensor]:
-        """Collective: the masks, equal on every rank. The network is left exactly as it is."""
 
     def prepare(self) -> None:
         if self.settings.path:
@@ -43,9 +35,6 @@ class OneShot(MaskMethod):
 
     def reparametrization(self, phase: Phase) -> Reparametrization:
         return FixedMask(self.rule(), self.found or None)
-
-    def hooks(self, phase: Phase, form: Reparametrization) -> Sequence[Hook]:
-        return (DensityReport(),)
 
     def part(self) -> Slice:
         """This rank's share of the prunable weights."""

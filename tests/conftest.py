@@ -1,4 +1,4 @@
-"""Which environment do all tests share? One thread per process, cheap tests first, `shared_folder`."""
+"""Which environment do all tests share? One thread per process, cheap tests first, a folder for each, `shared_folder`."""
 
 from __future__ import annotations
 
@@ -27,6 +27,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _rank(item: pytest.Item) -> int:
     name = item.path.stem.removeprefix("test_")
     return next((i for i, package in enumerate(ORDER) if name.startswith(package)), len(ORDER))
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test works in its own empty folder: runs and data that lie in the checkout decide nothing."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -39,7 +39,7 @@ class FakeZero:
     def __init__(self, groups: Sequence[ParameterGroup], world: World) -> None:
         self.groups, self.world = groups, world
         self.slices = [Slice(Layout(g.shapes, world.size, align=2), world) for g in groups]
-        self.reducer = BucketReducer(world, range(world.size), several=False, send_each=False)
+        self.reducer = BucketReducer(world, range(world.size), several=False)
         self.parts = []
         for group, part in zip(groups, self.slices, strict=True):
             (bucket,) = part.layout.buckets

@@ -212,16 +212,16 @@ def expected(total: int, without: set[tuple[int, int]], step: int = 0) -> list[T
     return buckets
 
 
-def reduced(world: World, microbatches: int, send_each: bool, without: set[tuple[int, int]]) -> list[list[Tensor]]:
+def reduced(world: World, microbatches: int, without: set[tuple[int, int]]) -> list[list[Tensor]]:
     """This rank's part of every bucket after each of two steps, whose gradients come in another order on each rank."""
-    reducer = BucketReducer(world, range(world.size), several=microbatches > 1, send_each=send_each)
+    reducer = BucketReducer(world, range(world.size), several=microbatches > 1)
     for numels in BUCKETS:
         reducer.add_bucket(numels, -(-sum(numels) // world.size), torch.float32)
     reducer.set_leaving([2, 0, 1])
     results = []
     for step in range(2):
         for number in range(microbatches):
-            sending = send_each or number == microbatches - 1
+            sending = number == microbatches - 1
             found = list(gradients(100 * step + world.rank * microbatches + number, without).items())
             turn = (world.rank + number) % len(found)
             for (bucket, position), gradient in found[turn:] + found[:turn]:
@@ -232,7 +232,7 @@ def reduced(world: World, microbatches: int, send_each: bool, without: set[tuple
     return results
 
 
-Case = tuple[int, bool, set[tuple[int, int]]]
+Case = tuple[int, set[tuple[int, int]]]
 SOME = {(0, 1), (1, 0)}
 """A parameter of a bucket, and the only parameter of another, that get no gradient."""
 
@@ -244,7 +244,7 @@ def all_reduced(world: World, cases: list[Case]) -> list[list[list[Tensor]]]:
 def check(ranks: int, cases: list[Case], *, exact: bool) -> None:
     """Run the cases and compare what the ranks hold, put together, with the sum over all parts."""
     everyone = run_distributed(all_reduced, ranks, cases) if ranks > 1 else [all_reduced(single(), cases)]
-    for number, (microbatches, _, without) in enumerate(cases):
+    for number, (microbatches, without) in enumerate(cases):
         for step in range(2):
             for bucket, wanted in enumerate(expected(ranks * microbatches, without, step)):
                 found = torch.cat([rank[number][step][bucket] for rank in everyone])
@@ -256,23 +256,23 @@ def check(ranks: int, cases: list[Case], *, exact: bool) -> None:
 
 
 def test_one_rank_adds_its_microbatches_in_the_trees_order() -> None:
-    check(1, [(count, False, without) for count in (1, 2, 3, 4, 5) for without in (set(), SOME)], exact=True)
+    check(1, [(count, without) for count in (1, 2, 3, 4, 5) for without in (set(), SOME)], exact=True)
 
 
 @pytest.mark.parametrize(("ranks", "microbatches"), [(2, (1, 2, 4)), (4, (1, 2))])
 def test_ranks_whose_gradients_come_in_another_order_get_their_parts_of_the_trees_sum(
     ranks: int, microbatches: tuple[int, ...]
 ) -> None:
-    check(ranks, [(count, False, without) for count in microbatches for without in (set(), SOME)], exact=True)
+    check(ranks, [(count, without) for count in microbatches for without in (set(), SOME)], exact=True)
 
 
-def test_sending_every_microbatch_or_other_numbers_of_them_give_the_same_sums_to_rounding() -> None:
-    check(2, [(3, False, set()), (5, False, SOME), (1, True, SOME), (2, True, set()), (5, True, SOME)], exact=False)
+def test_numbers_of_microbatches_that_are_no_power_of_two_give_the_same_sums_to_rounding() -> None:
+    check(2, [(3, set()), (5, SOME)], exact=False)
 
 
 def halved(world: World, microbatches: int) -> tuple[Tensor, torch.dtype]:
     """A bucket that travels as bfloat16: its result, and the type of the buffer it was summed in."""
-    reducer = BucketReducer(world, range(world.size), several=microbatches > 1, send_each=False)
+    reducer = BucketReducer(world, range(world.size), several=microbatches > 1)
     reducer.add_bucket([600], 600 // world.size, torch.bfloat16)
     reducer.set_leaving([0])
     rows = parts_of(5, world.size * microbatches, 600)
@@ -304,7 +304,7 @@ def elements_sent(world: World, microbatches: int) -> int:
         return real(output, given, **settings)
 
     dist.all_to_all_single = counting
-    reduced(world, microbatches, False, set())
+    reduced(world, microbatches, set())
     return sent
 
 

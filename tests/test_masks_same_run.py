@@ -38,19 +38,18 @@ CASES: dict[str, dict[str, Any]] = {
     "probmask tost": {"mask": {"noises": 2}, "tost": TOST},
 }
 OTHERS = {
-    "probmask": [(2, 1), (4, 0)],
-    "probmask two noises": [(2, 1), (4, 2)],
+    "probmask": [(2, 2), (4, 0)],
+    "probmask two noises": [(2, 1), (4, 2), (4, 0)],
     "probmask four noises": [(2, 0), (4, 1)],
     "gmp": [(2, 0), (4, 2)],
-    "magnitude": [(2, 1)],
+    "magnitude": [(2, 2)],
     "lth": [(4, 1)],
     "snip": [(2, 0), (4, 1)],
     "file": [(4, 0)],
     "tost": [(2, 1), (4, 2)],
     "probmask tost": [(4, 1)],
 }
-"""(ranks, ZeRO stage) that are held against 1 rank at stage 1. At stage 2 several parts of one rank are sent one by
-one, and so added up in another order: for these see the last test."""
+"""(ranks, ZeRO stage) that are held against 1 rank at stage 1."""
 
 
 def config_of(name: str, folder: Path) -> RunConfig:
@@ -81,16 +80,6 @@ def test_a_run_is_the_same_run_on_any_number_of_ranks(name: str, tmp_path: Path)
         assert found == pytest.approx(wanted, abs=1e-6), (ranks, stage)
         assert different(outcome, alone) == [], (ranks, stage)
         assert outcome.digest == alone.digest
-
-
-def test_at_stage_2_a_rank_with_several_parts_agrees_to_rounding(tmp_path: Path) -> None:
-    config = config_of("gmp", tmp_path)
-    alone, wanted = run(config, tmp_path / "alone", 1, 2)
-    outcome, found = run(config, tmp_path / "two", 2, 2)
-    assert found == pytest.approx(wanted, abs=1e-5)
-    for name, tensor in alone.weights.items():
-        moved = int((~torch.isclose(outcome.weights[name].double(), tensor.double(), atol=1e-4)).sum())
-        assert moved <= 0.001 * tensor.numel(), name  # a weight that is pruned here and not there
 
 
 def different(a: Outcome, b: Outcome) -> list[str]:

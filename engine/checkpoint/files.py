@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ghostmask.engine.atomic import sync
 from ghostmask.engine.errors import InputError
 
 META = "meta.json"
@@ -159,16 +160,16 @@ def publish(writing: Path, step: int, meta: str, files: dict[str, FileSum]) -> P
     files = {**files, META: file_sum(writing / META), DCP_METADATA: file_sum(writing / DCP_METADATA)}
     manifest = {"format": FORMAT, "files": files, "seal": _seal(files)}
     _write_synced(writing / MANIFEST, json.dumps(manifest, indent=1).encode())
-    _sync_folder(writing)
+    sync(writing)
     revisions = [_order(path.name)[1] for path in checkpoints(folder) if step_of(path) == step]
     name = f"step-{step:08d}" + (f".{max(revisions) + 1}" if revisions else "")
     # All that needs space on the disk happens before the rename: after it, only renames are left.
     pointer = folder / f".{POINTER}-new"
     _write_synced(pointer, f"{name}\n".encode())
     writing.rename(folder / name)
-    _sync_folder(folder)
+    sync(folder)
     pointer.replace(folder / POINTER)
-    _sync_folder(folder)
+    sync(folder)
     return folder / name
 
 
@@ -205,18 +206,8 @@ def _looks_whole(path: Path) -> bool:
 
 
 def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    path.write_bytes(data)
+    sync(path)
 
 
 def _seal(files: dict[str, FileSum]) -> str:

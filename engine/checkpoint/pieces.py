@@ -79,4 +79,4 @@ class FragmentTensor(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Never computes: whoever calls an operator on a fragment mistook it for the whole tensor."""
-        raise NotImplementedError(f"{func} on a fragment of a checkpoint")
+        raise TypeError(f"{func} on a fragment of a checkpoint")

@@ -49,15 +49,12 @@ class _Filling:
 class BucketReducer:
     """The gradients of some parameters in buckets, of which this rank gets its part of the sum over `world`.
 
-    several: the gradients of several microbatches are added up, in float32: before they are sent, or with send_each
-    after it (then no more than the slices and some buffers are held, but every microbatch is sent).
+    several: the gradients of several microbatches are added up, in float32, before they are sent.
     """
 
-    def __init__(self, world: World, order: Sequence[int], *, several: bool, send_each: bool) -> None:
+    def __init__(self, world: World, order: Sequence[int], *, several: bool) -> None:
         """order: the ranks in the order of the parts that they compute."""
         self.world, self.order, self.several = world, order, several
-        # One rank sends nothing: its sums are made in the buckets themselves.
-        self.send_each = send_each and world.size > 1
         self._buckets: list[_Filling] = []
         self._leaving: list[int] = []
         self._next = 0
@@ -177,11 +174,11 @@ class BucketReducer:
         arrived, b.exchange = b.exchange.wait(), None
         self._flying.remove(number)
         self._give_back(b.sums.pop()[1])
-        b.result = arrived if b.result is None else b.result.add_(arrived)
+        b.result = arrived
 
     def _buffer(self, b: _Filling) -> Tensor:
         # Sums of several microbatches are made in float32, whatever type they travel in.
-        dtype = torch.float32 if self.several and not self.send_each else b.dtype
+        dtype = torch.float32 if self.several else b.dtype
         numel, used = b.share * self.world.size, sum(b.numels)
         spare = self._spare.setdefault(dtype, [])
         fitting = [i for i, t in enumerate(spare) if t.numel() == numel]

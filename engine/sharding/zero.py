@@ -64,7 +64,7 @@ class SlicedZero(DeepSpeedZeroOptimizer):  # type: ignore[misc]  # DeepSpeed has
         self.sharded.step()
 
     def _sending(self) -> bool:
-        return self.reducer.send_each or bool(self.is_gradient_accumulation_boundary())
+        return bool(self.is_gradient_accumulation_boundary())
 
 
 class ZeroPlacement:
@@ -135,7 +135,7 @@ class ReplicatedPlacement(WholePlacement):
     def __init__(self, groups: Sequence[ParameterGroup], world: World, order: Sequence[int], *, several: bool) -> None:
         super().__init__(groups)
         self._world = world
-        self._reducer = BucketReducer(world, order, several=several, send_each=False)
+        self._reducer = BucketReducer(world, order, several=several)
         self._hooks: list[Any] = []
         for number, group in enumerate(groups):
             parameters = list(group.parameters.values())
@@ -264,13 +264,12 @@ def initialize(
     zero = engine.optimizer
     zero.__class__ = SlicedZero
     zero.sharded, zero.optimizer = optimizer, optimizer
-    places = order or range(world.size)
-    zero.reducer = BucketReducer(world, places, several=microsteps > 1, send_each=microsteps > 1 and stage == 2)
+    zero.reducer = BucketReducer(world, order or range(world.size), several=microsteps > 1)
+    shares = iter(zero.partition_size)
     for layout, group in zip(layouts, groups, strict=True):
         for names in bucketed(list(group.parameters), layout):
             members = [group.parameters[n] for n in names]
-            share = zero.partition_size[len(zero.reducer._buckets)]
-            zero.reducer.add_bucket([p.numel() for p in members], share, members[0].dtype)
+            zero.reducer.add_bucket([p.numel() for p in members], next(shares), members[0].dtype)
     zero.reducer.set_leaving(_leaving_order(module, zero.bit16_groups))
     optimizer.place(ZeroPlacement(zero, groups, layouts, world, originals))
     return engine

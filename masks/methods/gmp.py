@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ghostmask.engine.config import require_number
-from ghostmask.engine.hooks import Hook
 from ghostmask.engine.position import Phase
 from ghostmask.engine.sharding.reparametrization import Reparametrization, State
 from ghostmask.engine.sharding.rules import UpdateRule
 from ghostmask.engine.sharding.slices import Slice
 from ghostmask.masks.masked import FixedMask
 from ghostmask.masks.method import MaskMethod
-from ghostmask.masks.report import DensityReport
 from ghostmask.masks.schedules import cubic_density
 from ghostmask.masks.scoring.largest import Budget, largest
 from ghostmask.masks.settings import Ranked, Scheduled
@@ -42,9 +39,6 @@ class GradualMagnitude(MaskMethod):
         s, total = self.settings, phase.epochs * phase.steps_per_epoch
         budget = Budget(s.density, s.constraint, seed=self.recipe.seed)
         return Shrinking(self.rule(), budget, s.start_fraction * total, s.end_fraction * total, s.update_every)
-
-    def hooks(self, phase: Phase, form: Reparametrization) -> Sequence[Hook]:
-        return (DensityReport(),)
 
 
 class Shrinking(FixedMask):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +9,12 @@ from torch import Tensor
 
 from ghostmask.engine.config import require
 from ghostmask.engine.data import DataPipeline
-from ghostmask.engine.hooks import Hook
 from ghostmask.engine.position import Phase
 from ghostmask.engine.sharding.reparametrization import Plain, Reparametrization
 from ghostmask.engine.sharding.slices import Slice
 from ghostmask.masks.masked import FixedMask
-from ghostmask.masks.method import FINETUNE, MaskMethod, Start
-from ghostmask.masks.report import DensityReport, mask_lines
+from ghostmask.masks.method import FINETUNE, Finder, Start
+from ghostmask.masks.report import mask_lines
 from ghostmask.masks.scoring.largest import Budget, largest
 from ghostmask.masks.settings import FromTrained, Protecting
 from ghostmask.masks.trained import check_without_main_phase, load_trained
@@ -27,14 +25,13 @@ class Settings(Protecting, FromTrained):
     """magnitude: with mask.path, the network found there is pruned and the dense training left out."""
 
 
-class Magnitude(MaskMethod):
+class Magnitude(Finder):
     """One-shot magnitude pruning (PBW, Han et al. 2015): phase "train" (dense), then "finetune" under the mask.
 
     With mask.path the dense training is left out and the network found there is pruned instead.
     """
 
     Settings = Settings
-    finds = True
     finetunes = True
 
     @classmethod
@@ -66,9 +63,6 @@ class Magnitude(MaskMethod):
         if phase.name != FINETUNE:
             return Plain({"weight": self.rule()})
         return FixedMask(self.rule(), self.found or None)
-
-    def hooks(self, phase: Phase, form: Reparametrization) -> Sequence[Hook]:
-        return (DensityReport(),)
 
     def find(self, data: DataPipeline) -> dict[str, Tensor]:
         s, part = self.settings, Slice.even(self.weights, self.world)

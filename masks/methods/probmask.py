@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from ghostmask.engine.batchnorm import batch_statistics
 from ghostmask.engine.config import require, require_number
@@ -23,7 +22,7 @@ from ghostmask.masks.masked import PRUNABLE, FixedMask
 from ghostmask.masks.method import FINETUNE, MaskMethod, Setup, check_agreement
 from ghostmask.masks.probability_report import ProbabilityReport
 from ghostmask.masks.relaxed import RelaxedMask, Search
-from ghostmask.masks.report import DensityReport, mask_lines
+from ghostmask.masks.report import mask_lines
 from ghostmask.masks.settings import Ranked, Scheduled, require_name
 
 if TYPE_CHECKING:
@@ -122,7 +121,7 @@ class ProbMask(MaskMethod):
         return Setup(setup.model, setup.groups, setup.hooks, 1 if phase.name == FINETUNE else self.settings.samples)
 
     def hooks(self, phase: Phase, form: Reparametrization) -> Sequence[Hook]:
-        return (ProbabilityReport(form),) if isinstance(form, RelaxedMask) else (DensityReport(),)
+        return (ProbabilityReport(form),) if isinstance(form, RelaxedMask) else super().hooks(phase, form)
 
     def leave(self, trainer: Trainer) -> None:
         if trainer.phase.name == "search":
@@ -159,6 +158,3 @@ class ProbMask(MaskMethod):
             accuracy = score(trainer.model, some, self.world, trainer.config.precision).accuracy
         optimizer.train()
         return accuracy
-
-    def masks(self) -> Mapping[str, Tensor]:
-        return self.found
