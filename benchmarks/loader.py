@@ -112,7 +112,7 @@ def _cifar_row(paths: dict[str, Path], pixels: NDArray[np.uint8], kind: str, ben
     size, images = 16 if bench.quick else 256, _Pixels(pixels, None)
     source = Source("pixels", 10, 32, MEAN, STD, PAD_CROP_FLIP, lambda _: images, lambda: "pixels", files=False)
     config = DataConfig(dataset="cifar10", batch_size=size, num_workers=WORKERS)
-    ours = BetonPipeline(config, source, paths, 10, seed=0, world=bench.world, parts=Parts())
+    ours = BetonPipeline(config, source, paths, 10, dict.fromkeys(paths, ""), seed=0, world=bench.world, parts=Parts())
     transform = v2.Compose(
         [
             v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), v2.PILToTensor(),

@@ -59,6 +59,7 @@ class OneBatch:
             (3, work.side, work.side),
         )
         self.num_train, self.num_eval = STEPS_PER_EPOCH * work.batch_size, work.batch_size
+        self.identity: dict[str, int | str] = {"batch size": work.batch_size}
         first, end = self.parts.first, self.parts.first + self.parts.count
         pieces = [self._part(number, world.device) for number in range(first, end)]
         images, labels = (torch.cat(tensors) for tensors in zip(*pieces, strict=True))

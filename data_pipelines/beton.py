@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ghostmask.engine.errors import InputError
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the way .beton files are written changes: older ones are then written anew."""
 READ_WHOLE_BYTES = 1 << 30
 """Files up to this size are checked byte for byte (0.1 s for CIFAR), larger ones at both ends, with FFCV's tables."""
@@ -29,6 +29,8 @@ class Manifest:
     num_bytes: int
     crc32: int
     """Of the whole file, or of both ends of a large one."""
+    content: str
+    """Of the images and labels in their order, before they are encoded: equal wherever and however they are written."""
     format: int = FORMAT
 
 
@@ -67,11 +69,13 @@ def peek_manifest(beton: Path) -> Manifest | None:
         return None
 
 
-def publish(partial: Path, beton: Path, fingerprint: str, num_images: int, num_classes: int) -> None:
+def publish(partial: Path, beton: Path, *, fingerprint: str, num_images: int, num_classes: int, content: str) -> None:
     """Give a completely written file its name, and the manifest that makes it valid; both survive a power cut."""
     with open(partial, "rb") as file:
         os.fsync(file.fileno())
-    manifest = Manifest(fingerprint, num_images, num_classes, partial.stat().st_size, checksum(partial))
+    manifest = Manifest(
+        fingerprint, num_images, num_classes, partial.stat().st_size, checksum(partial), content
+    )  # fmt: skip
     # Without its manifest a .beton is not valid, so at no point is an old manifest seen beside a new file.
     manifest_path(beton).unlink(missing_ok=True)
     os.replace(partial, beton)

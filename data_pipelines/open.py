@@ -103,7 +103,8 @@ def open_dataset(config: DataConfig, seed: int, world: World, parts: Parts) -> D
     with torch_threads_kept():  # importing FFCV takes seconds: only what needs it does
         from ghostmask.data_pipelines.pipeline import BetonPipeline
 
-    return BetonPipeline(config, source, paths, num_classes, seed=seed, world=world, parts=parts)
+    contents = {split: manifest.content for split, manifest in manifests.items()}
+    return BetonPipeline(config, source, paths, num_classes, contents, seed=seed, world=world, parts=parts)
 
 
 def _source(config: DataConfig) -> Source:
@@ -155,14 +156,17 @@ def _write(source: Source, split: str, path: Path, progress: bool) -> None:
     num_workers = len(os.sched_getaffinity(0)) if source.augmentation.resized_crop else 1
     partial = path.with_name(f".{path.stem}.partial")
     try:
-        write_images(
+        content = write_images(
             images,
             partial,
             jpeg_fraction=source.jpeg_fraction,
             num_workers=num_workers,
             name=path.name if progress else None,
         )
-        publish(partial, path, fingerprint, len(images), source.num_classes)
+        publish(
+            partial, path, fingerprint=fingerprint, num_images=len(images), num_classes=source.num_classes,
+            content=content,
+        )  # fmt: skip
     finally:
         partial.unlink(missing_ok=True)
 

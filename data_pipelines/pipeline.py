@@ -28,10 +28,10 @@ class BetonPipeline:
     """Training and evaluation batches of one rank. See engine.data.DataPipeline for the promises it keeps."""
 
     def __init__(
-        self, config: DataConfig, source: Source, paths: dict[str, Path], num_classes: int, *, seed: int, world: World,
-        parts: Parts,
+        self, config: DataConfig, source: Source, paths: dict[str, Path], num_classes: int, contents: dict[str, str], *,
+        seed: int, world: World, parts: Parts,
     ) -> None:  # fmt: skip
-        """paths: of splits train and eval; config.batch_size is a multiple of parts.total."""
+        """paths, contents (see beton.Manifest): of splits train and eval; config.batch_size is a multiple of parts.total."""
         self.parts = parts
         self.num_classes = num_classes
         self.image_shape = (3, source.image_size, source.image_size)
@@ -54,6 +54,11 @@ class BetonPipeline:
         }
         self.num_train, self.num_eval = len(self._loaders["train"]), len(self._loaders["eval"])
         self.steps_per_epoch = self.num_train // config.batch_size
+        self.identity: dict[str, int | str] = {
+            "training images": self.num_train, "evaluation images": self.num_eval, "classes": num_classes,
+            "batch size": config.batch_size, "steps per epoch": self.steps_per_epoch,
+            "training content": contents["train"], "evaluation content": contents["eval"],
+        }  # fmt: skip
 
     def train(self, epoch: int, first_step: int = 0) -> Generator[Batch]:
         """Batches first_step, first_step + 1, ... of epoch: this rank's parts of each, one part after the other."""

@@ -7,6 +7,7 @@ which images become JPEG from an unseeded generator, and cannot be silenced.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import multiprocessing as mp
 import os
 import queue
@@ -33,17 +34,16 @@ DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of prctl(2)."""
 
 
-def write_images(
-    images: Images, path: Path, *, jpeg_fraction: float | None, num_workers: int, name: str | None
-) -> None:
-    """Write fields image and label of all images to path; name: of the progress bar, None = no bar.
+def write_images(images: Images, path: Path, *, jpeg_fraction: float | None, num_workers: int, name: str | None) -> str:
+    """Write fields image and label of all images to path, and return the digest of their content (64 bits, in hex);
+    name: of the progress bar, None = no bar.
 
     jpeg_fraction None: images of one size, all raw. Which of others become JPEG (quality 90) depends on their index
     alone. Raises InputError for an unreadable image or a full disk.
     """
     fields = {"image": RGBImageField(write_mode="raw"), "label": IntField()}
     writer = _Writer(str(path), fields, page_size=_page_bytes(images, jpeg_fraction is None), num_workers=num_workers)
-    writer.write(images, jpeg_fraction, tqdm(total=len(images), desc=name, unit="img", disable=name is None))
+    return writer.write(images, jpeg_fraction, tqdm(total=len(images), desc=name, unit="img", disable=name is None))
 
 
 def _page_bytes(images: Images, one_size: bool) -> int:
@@ -55,8 +55,8 @@ def _page_bytes(images: Images, one_size: bool) -> int:
 
 
 class _Writer(DatasetWriter):  # type: ignore[misc]  # FFCV has no types
-    def write(self, images: Images, jpeg_fraction: float | None, bar: Any) -> None:
-        """FFCV's _write_common with the workers watched."""
+    def write(self, images: Images, jpeg_fraction: float | None, bar: Any) -> str:
+        """FFCV's _write_common with the workers watched; returns the content's digest."""
         self.num_samples = len(images)
         self.prepare()
         context = mp.get_context("fork")  # the allocator holds locks made for it; images need not be picklable
@@ -78,8 +78,9 @@ class _Writer(DatasetWriter):  # type: ignore[misc]  # FFCV has no types
         try:
             for worker in workers:
                 worker.start()
-            allocated = _watch(workers, done, allocations, errors, bar)
-            self.finalize(allocated)
+            shares = _watch(workers, done, allocations, errors, bar)
+            self.finalize([allocation for allocated, _ in shares for allocation in allocated])
+            return f"{sum(digest for _, digest in shares) % 2**64:016x}"
         finally:
             bar.close()
             for worker in workers:
@@ -90,19 +91,19 @@ class _Writer(DatasetWriter):  # type: ignore[misc]  # FFCV has no types
             self.metadata_sm.unlink()
 
 
-def _watch(workers: list[Any], done: Any, allocations: Any, errors: Any, bar: Any) -> list[Any]:
-    """All workers' allocations, once each has handed in its own. Raises InputError when one fails."""
-    lists: list[list[Any]] = []
-    while len(lists) < len(workers):
+def _watch(workers: list[Any], done: Any, allocations: Any, errors: Any, bar: Any) -> list[tuple[list[Any], int]]:
+    """All workers' allocations and digests, once each has handed in its own. Raises InputError when one fails."""
+    shares: list[tuple[list[Any], int]] = []
+    while len(shares) < len(workers):
         try:
-            lists.append(allocations.get(timeout=POLL_S))
+            shares.append(allocations.get(timeout=POLL_S))
         except queue.Empty:
             dead = [w.exitcode for w in workers if w.exitcode not in (None, 0)]
             if dead:
                 raise InputError(_reason(errors, dead[0])) from None
         if done.value > bar.n:
             bar.update(done.value - bar.n)
-    return [allocation for one in lists for allocation in one]
+    return shares
 
 
 def _reason(errors: Any, exit_code: int) -> str:
@@ -122,16 +123,18 @@ def _write_share(
         metadata = np.frombuffer(writer.metadata_sm.buf, dtype=writer.metadata_type)
         as_jpeg = order.sample_words(0, 0, np.arange(len(images)), order.STORAGE) < (jpeg_fraction or 0.0) * 2.0**64
         field = writer.fields["image"]
+        digest = 0
         with allocator:
             while (chunk := work.get()) is not None:
                 for index in chunk:
                     image, label = images[index]
+                    digest += _digest(index, image, label)
                     # A raw image larger than FFCV's page could not be stored at all.
                     field.write_mode = "jpg" if as_jpeg[index] or image.nbytes > writer.page_size else "raw"
                     handle_sample((image, label), index, metadata.dtype.names, metadata, allocator, writer.fields)
                 with done.get_lock():
                     done.value += len(chunk)
-        allocations.put(allocator.allocations)
+        allocations.put((allocator.allocations, digest))
     except InputError as error:
         errors.put(str(error))
         raise SystemExit(1) from error
@@ -141,6 +144,12 @@ def _write_share(
     except Exception as error:
         errors.put(f"data: writing {writer.fname} failed: {traceback.format_exc()}")
         raise SystemExit(1) from error
+
+
+def _digest(index: int, image: np.ndarray[Any, Any], label: int) -> int:
+    """64 bits of one sample: of all of them the sum counts, which no order of the workers changes."""
+    head = f"{index} {label} {image.shape}".encode()
+    return int.from_bytes(hashlib.blake2b(head + image.tobytes(), digest_size=8).digest(), "little")
 
 
 def _die_with(parent: int) -> None:

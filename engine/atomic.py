@@ -1,21 +1,24 @@
-"""How is one file replaced so that a kill at any moment leaves the old content or the new one, never half of it?"""
+"""How is one file replaced so that a kill at any moment leaves the old content or the new one, never half of it; and
+how is it read, whatever lies under its name?"""
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, mark: str = "") -> Iterator[Path]:
     """A hidden path beside `path` to write to; on leaving it is synced to disk and renamed to `path`.
 
     After an exception `path` is as before and the hidden file is gone; after a kill the next call overwrites it.
-    One process at a time may replace a path.
+    One process at a time may replace a path with the same mark.
     """
-    writing = path.with_name(f".{path.name}.writing")
+    writing = path.with_name(f".{path.name}{mark}.writing")
     try:
         yield writing
         sync(writing)
@@ -26,9 +29,35 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Return when a file's content, or a folder's names, are on disk."""
+    """Return when a file's content, or a folder's names, are on disk, as far as the file system can promise that."""
     handle = os.open(path, os.O_RDONLY)
     try:
+        sync_handle(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_handle(handle: int) -> None:
+    """`sync` of an open file."""
+    try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of file systems that cannot sync this kind of file
+            raise
+
+
+def read_small(path: Path, largest: int = 1 << 26) -> bytes:
+    """The content of a file of at most `largest` bytes. Raises OSError for a larger one, and for what is no file (a
+    folder, a pipe, a device), which it does not wait for."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or device"
+            raise OSError(errno.EINVAL, f"is {kind}, not a file", str(path))
+        if status.st_size > largest:
+            raise OSError(errno.EFBIG, f"has {status.st_size:,} bytes, more than {largest:,}", str(path))
+        with os.fdopen(os.dup(handle), "rb") as file:
+            return file.read(largest)
     finally:
         os.close(handle)

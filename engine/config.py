@@ -155,8 +155,12 @@ class CheckpointConfig:
     """Newest checkpoints that are kept."""
     asynchronous: bool = may_change(True)
     """Write in the background while training goes on."""
+    takeover_s: float = may_change(60.0)
+    """Seconds that this run's process may be silent (stopped, or cut off from the disk) before another one may take the
+    run folder over. One of the same machine that has ended is noticed at once."""
 
     def __post_init__(self) -> None:
+        require_number("checkpoint.takeover_s", self.takeover_s, 1)
         require_number("checkpoint.every_steps", self.every_steps, 0)
         require_number("checkpoint.every_minutes", self.every_minutes, 0)
         require_number("checkpoint.every_epochs", self.every_epochs, 1)

@@ -49,6 +49,9 @@ class DataPipeline(Protocol):
     """Global batch: samples that all ranks together see per optimizer step."""
     steps_per_epoch: int
     """num_train // batch_size: the last incomplete global batch is left out."""
+    identity: dict[str, int | str]
+    """What these data are, by name of a property: equal for the same images in the same order, wherever they lie. Kept
+    in checkpoints. "steps per epoch", "batch size" and "classes" are among the names."""
 
     def train(self, epoch: int, first_step: int = 0) -> Generator[Batch, None, None]:
         """Batches first_step, first_step + 1, ... of epoch: this rank's parts of each, one part after the other.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -22,8 +23,17 @@ EXIT_INPUT = 2
 """Wrong input; nothing was started."""
 EXIT_NON_FINITE = 3
 """A loss or gradient was not finite; stopped before the optimizer step."""
+EXIT_NOT_SAVED = 4
+"""The run went to its end, but the disk did not take the last checkpoints, or the export."""
+EXIT_NOT_OWNER = 5
+"""Another process took the run's folder over while this one was stopped or cut off; it wrote nothing more."""
 EXIT_INTERRUPTED = 75
 """SIGTERM or SIGUSR1 arrived: a checkpoint was saved; run the same command again to go on (EX_TEMPFAIL)."""
+
+
+def to_stderr(text: str) -> None:
+    """Print a warning."""
+    print(f"ghostmask: warning: {text}", file=sys.stderr, flush=True)
 
 
 def bad_value(field: str, value: object, fix: str) -> InputError:

@@ -293,13 +293,15 @@ class Trainer:
         """
         minutes = (perf_counter() - self._saved_at) / 60
         due = self.saving.every_minutes > 0 and minutes >= self.saving.every_minutes and self.world.is_main
-        wishes = self._flag(signals.requested != 0, due)
+        wishes = self._flag(signals.requested != 0, due, self.store.lost)
         bad = (~torch.isfinite(totals[:1])).float()
         finite = torch.nan_to_num(totals, nan=0.0, posinf=0.0, neginf=0.0)
         return Readback(self.world.all_reduce(torch.cat([finite, bad, wishes])))
 
     def _decide(self, votes: Readback) -> tuple[bool, bool, float, float]:
-        loss, correct, bad, asked, due = votes.values()
+        loss, correct, bad, asked, due, lost = votes.values()
+        if lost:
+            self.store.check_owner()
         if bad:
             raise self._not_finite("loss")
         every = self.saving.every_steps

@@ -17,6 +17,7 @@ from ghostmask.launcher.checks import check_config, check_finder
 from ghostmask.launcher.environment import prepare_environment
 from ghostmask.launcher.examples import EXAMPLES
 from ghostmask.launcher.folder import read_run, resumed
+from ghostmask.launcher.source import find_source
 
 CONFIG_HELP = "YAML file, or the name of a shipped config (ghostmask show configs)"
 SETTINGS_HELP = "settings that go before the file's, such as mask.density=0.05 optim.milestones=[90,135]"
@@ -55,13 +56,21 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--restart", action="store_true", help="start over, even where the run folder holds a checkpoint"
     )
+    train.add_argument(
+        "--from", dest="source", metavar="RUN[@STEP]", help="start a new run from a checkpoint of another one"
+    )
+    train.add_argument(
+        "--new-data", action="store_true", help="go on although the data are others than the run was trained on"
+    )
     evaluate = _add(commands, "evaluate", "print the accuracy and density of a run's network", _evaluate)
     evaluate.add_argument("run", metavar="RUN", help=RUN_HELP)
     evaluate.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     export = _add(commands, "export", "write a run's network as a plain state dict", _export)
     export.add_argument("run", metavar="RUN", help=RUN_HELP)
+    export.add_argument("--out", metavar="FOLDER", type=Path, help="where to write it (default: RUN/export)")
     hessian = _add(commands, "hessian", "print the Hessian's largest eigenvalues at a run's checkpoints", _hessian)
     hessian.add_argument("run", metavar="RUN", help=RUN_HELP)
+    hessian.add_argument("--out", metavar="FOLDER", type=Path, help="where to write it (default: RUN/hessian)")
     hessian.add_argument("--top", metavar="K", type=_count, default=5, help="how many eigenvalues (default: 5)")
     hessian.add_argument(
         "--batches", metavar="N", type=_count, default=4, help="training batches the loss is taken on (default: 4)"
@@ -153,13 +162,16 @@ def _add_topics(parser: _Parser) -> None:
 
 def _train(arguments: Namespace) -> int:
     config = settings.load_config(arguments.config, arguments.overrides)
+    if arguments.restart and arguments.source:
+        raise InputError("--restart: starts the run over from its seed, --from from a checkpoint; leave one out")
+    source = find_source(arguments.source) if arguments.source else None
     check_config(resumed(config, restart=arguments.restart), int(os.environ.get("WORLD_SIZE", "1")))
     locate.check_writable(settings.run_folder(config), "run", config.run)
     prepare_environment(config.train.device)
     _check_network(config.model.name)
     from ghostmask.launcher.train import train
 
-    return train(config, restart=arguments.restart)
+    return train(config, restart=arguments.restart, source=source, new_data=arguments.new_data)
 
 
 def _evaluate(arguments: Namespace) -> int:
@@ -172,18 +184,20 @@ def _evaluate(arguments: Namespace) -> int:
 
 def _export(arguments: Namespace) -> int:
     run = locate.find_run(arguments.run)
+    out = _output(arguments.out, run / "export")
     prepare_environment(_device_of(run))
     from ghostmask.launcher.export_run import export_run
 
-    return export_run(run)
+    return export_run(run, out)
 
 
 def _hessian(arguments: Namespace) -> int:
     run = locate.find_run(arguments.run)
+    out = _output(arguments.out, run / "hessian")
     prepare_environment(_device_of(run))
     from ghostmask.launcher.hessian import hessian
 
-    return hessian(run, top=arguments.top, batches=arguments.batches)
+    return hessian(run, out, top=arguments.top, batches=arguments.batches)
 
 
 def _find_mask(arguments: Namespace) -> int:
@@ -268,6 +282,13 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r}: give a whole number of at least 1")
     return int(text)
+
+
+def _output(asked: Path | None, usual: Path) -> Path:
+    """Where a command that reads a run writes what it finds: a run's folder may be read-only."""
+    out = asked or usual
+    locate.check_writable(out, "--out", str(out))
+    return out
 
 
 def _device_of(run: Path) -> str:

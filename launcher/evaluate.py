@@ -40,7 +40,7 @@ def evaluate(run: Path, *, as_json: bool = False) -> int:
         summary = _summary(config, net, data.image_shape, accuracy)
         data.close()
         if world.is_main:
-            print(json.dumps(summary) if as_json else closing_table(summary, run, 0.0), flush=True)
+            print(json.dumps(summary) if as_json else closing_table(summary, run, file.parent, 0.0), flush=True)
         world.barrier()
     return 0
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from ghostmask.engine.atomic import read_small
 from ghostmask.engine.errors import InputError
 from ghostmask.launcher.config import RunConfig
-from ghostmask.launcher.settings import GONE, differences, load_config, run_folder
+from ghostmask.launcher.settings import GONE, differences, from_dict, load_config, run_folder
 from ghostmask.launcher.yaml_text import read_yaml
+
+if TYPE_CHECKING:
+    from ghostmask.engine.checkpoint.store import Saved
+
+META = "meta.json"
 
 
 def read_run(folder: Path) -> RunConfig:
@@ -20,7 +29,7 @@ def read_run(folder: Path) -> RunConfig:
         old = _gone(file)
         if old:
             raise older(folder, f"{old} in its config.yaml") from None
-        fix = "restore it, give another run=NAME, or start over with ghostmask train --restart"
+        fix = "restore it, or delete it (the checkpoints hold it too), or give another run=NAME"
         raise InputError(f"run = {str(folder)!r}: its configuration cannot be read ({error}); {fix}") from None
 
 
@@ -28,36 +37,74 @@ def resumed(config: RunConfig, *, restart: bool = False) -> RunConfig:
     """`config`, with the parts of a batch that the run in its folder is cut into where it says nothing of them.
 
     Where there is nothing to go on with, and with restart, `config` as it is. Raises InputError where the run was
-    started with other settings.
+    started with other settings. A first look: `check_saved` is the one that trusts checksums.
     """
     folder = run_folder(config)
-    if restart or not (folder / "config.yaml").exists() or not any((folder / "checkpoints").glob("step-*")):
+    if restart or not any((folder / "checkpoints").glob("step-*")):
         return config
-    before = read_run(folder)
+    before = read_run(folder) if (folder / "config.yaml").exists() else _newest_config(folder)
+    if before is None:
+        return config
     if not config.train.replicas:
         config = replace(config, train=replace(config.train, replicas=before.train.replicas))
     changes = differences(before, config)
     if changes:
         raise InputError(
-            f"run = {str(folder)!r}: the run folder holds another configuration ({'; '.join(changes)}); "
-            "give another run=NAME, or --restart to start over"
+            f"run = {str(folder)!r}: the run folder holds another configuration ({'; '.join(changes)}); give another "
+            f"run=NAME, --restart to start over, or --from {folder} with another run=NAME to go on from it"
         )
     return config
 
 
+def check_saved(folder: Path, saved: Saved, config: RunConfig) -> None:
+    """Raise InputError unless `saved`, a checkpoint of the run in `folder`, is one of this configuration: the
+    checkpoint is sealed, config.yaml is not."""
+    changes = differences(sealed_config(folder, saved.meta), config)
+    if changes:
+        raise InputError(
+            f"run = {str(folder)!r}: {saved.path.name} was made with another configuration than config.yaml says now "
+            f"({'; '.join(changes)}); delete config.yaml to have it written from the checkpoint, or give another "
+            "run=NAME"
+        )
+
+
+def data_changes(saved: Saved, identity: Mapping[str, int | str]) -> list[str]:
+    """What differs between the data that a checkpoint was made with and those there are now, in words."""
+    before: dict[str, Any] = saved.meta.get("data", {})
+    return [f"{name}: {before.get(name)} before, {value} now" for name, value in identity.items() if before.get(name)
+            != value]  # fmt: skip
+
+
+def sealed_config(folder: Path, meta: Mapping[str, Any]) -> RunConfig:
+    """The configuration that a checkpoint's meta holds. Raises InputError where this version does not know it."""
+    try:
+        return from_dict(meta["config"])
+    except (InputError, KeyError, TypeError) as error:
+        raise older(folder, f"its checkpoints hold other settings: {error}") from None
+
+
 def older(folder: Path, sign: str) -> InputError:
     """The error for a run that this version cannot go on with; sign: what shows it."""
-    fix = "give another run=NAME, or start over with ghostmask train --restart"
     return InputError(
         f"run = {str(folder)!r}: was made by an older version of ghostmask ({sign}), whose checkpoints this one does "
-        f"not read; {fix}"
+        "not read; give another run=NAME, or move the folder away"
     )
+
+
+def _newest_config(folder: Path) -> RunConfig | None:
+    """The configuration in the newest checkpoint's meta.json; None where that cannot be read."""
+    for path in sorted((folder / "checkpoints").glob(f"step-*/{META}"), reverse=True):
+        try:
+            return from_dict(json.loads(read_small(path))["config"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
 
 
 def _gone(file: Path) -> str:
     """The first setting of older versions that stands in a config file, with its value; "" where none does."""
     try:
-        values = read_yaml(file.read_text(encoding="utf-8"), str(file))
+        values = read_yaml(read_small(file).decode(), str(file))
     except (InputError, OSError, UnicodeDecodeError):
         return ""
     for name in GONE:

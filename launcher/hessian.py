@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.func import functional_call
 
-from ghostmask.engine.checkpoint.store import CheckpointStore, Saved
+from ghostmask.engine.checkpoint.store import CheckpointError, CheckpointStore, Saved
 from ghostmask.engine.curvature import Curvature, Spectrum, top_eigenvalues
 from ghostmask.engine.data import Batch, DataPipeline
 from ghostmask.engine.errors import InputError
@@ -21,29 +21,29 @@ from ghostmask.engine.world import World, connect, rank_from_environment
 from ghostmask.launcher.checks import check_config
 from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.folder import read_run
+from ghostmask.launcher.open_run import reading_store, still_there
 from ghostmask.launcher.run import Run, Shares, build_method, open_data, plan, settle
 from ghostmask.masks.masked import present_masks
 
-FOLDER = "hessian"
-"""Below the run's folder: not its own metrics.jsonl, whose lines a resume drops by their step."""
 
-
-def hessian(run: Path, *, top: int, batches: int) -> int:
-    """Print and write the `top` largest eigenvalues at every checkpoint that the run folder holds."""
+def hessian(run: Path, out: Path, *, top: int, batches: int) -> int:
+    """Print, and write to the folder `out`, the `top` largest eigenvalues at every checkpoint that the run holds."""
     config = read_run(run)
     check_config(config, rank_from_environment()[1])
     with connect(config.train.device) as world:
         config = settle(config, world)
         shares = Shares.of(config, world)
         data = open_data(config, world, shares.plain.parts)
-        measure(run, config, world, data, shares, top=top, num_batches=batches)
+        measure(run, out, config, world, data, shares, top=top, num_batches=batches)
     return 0
 
 
 def measure(
-    folder: Path, config: RunConfig, world: World, data: DataPipeline, shares: Shares, *, top: int, num_batches: int
-) -> list[tuple[int, Spectrum]]:
-    """Collective: (step, spectrum) of each intact checkpoint, oldest first; written to folder/hessian on rank 0.
+    folder: Path, out: Path, config: RunConfig, world: World, data: DataPipeline, shares: Shares, *, top: int,
+    num_batches: int,
+) -> list[tuple[int, Spectrum]]:  # fmt: skip
+    """Collective: (step, spectrum) of each intact checkpoint, oldest first; written to the folder `out` on rank 0. One
+    that the run retires meanwhile is left out.
 
     The loss: plain cross-entropy over the first num_batches training batches of epoch 0, with batch norm in evaluation
     mode, so that it is one function on any number of ranks. The point: the network as it trains at the checkpoint,
@@ -51,20 +51,25 @@ def measure(
     that fits them). The subspace: all weights that
     the mask keeps and all other parameters of the plain network. Raises InputError where there is no checkpoint.
     """
-    store = CheckpointStore(folder / "checkpoints", world)
+    store = reading_store(folder, world)
     saves = store.every()
     if not saves:
         store.close()
         raise InputError(f"RUN = {str(folder)!r}: it holds no checkpoint; train it, with checkpoint.keep for more")
     with closing(data.train(0)) as loaded:
         batches = [Batch(b.images.clone(), b.labels.clone()) for b in islice(loaded, num_batches)]
-    reporter = Reporter(MetricWriter(folder / FOLDER, world, None), Progress(world, saves[-1].step), world)
+    reporter = Reporter(MetricWriter(out, world, None), Progress(world, saves[-1].step), world)
     if world.is_main:
         steps = ", ".join(str(s.step) for s in saves)
         print(f"{len(saves)} checkpoints are left of this run (checkpoint.keep = {config.checkpoint.keep}): {steps}")
     spectra = []
     for saved in saves:
-        spectrum = _at(saved, config, world, data, shares, store, reporter, batches, top)
+        try:
+            spectrum = _at(saved, config, world, data, shares, store, reporter, batches, top)
+        except CheckpointError:
+            if still_there(saved, world):
+                raise
+            continue
         spectra.append((saved.step, spectrum))
         _write(saved, spectrum, reporter, world, data.steps_per_epoch)
     store.close()

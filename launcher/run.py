@@ -28,6 +28,8 @@ from ghostmask.engine.sharding.replicas import Replicas, share
 from ghostmask.engine.trainer import Task, Trainer
 from ghostmask.engine.world import World
 from ghostmask.launcher.config import RunConfig
+from ghostmask.launcher.open_run import OpenRun
+from ghostmask.launcher.record import versions
 from ghostmask.launcher.settings import to_dict
 from ghostmask.launcher.tweaks import with_tweaks
 from ghostmask.masks.masked import present_masks
@@ -51,6 +53,8 @@ class Run:
     reporter: Reporter
     hooks: tuple[Hook, ...] = ()
     """More hooks for every phase, after the method's own."""
+    opened: OpenRun | None = None
+    """The folder that it owns; None for a run that is only looked at."""
 
     def execute(self, saved: Saved | None, *, train: bool = True) -> None:
         """Collective: go through the phases from `saved` on (None: from the start); without `train`, only settle the
@@ -76,6 +80,16 @@ class Run:
             self.method.leave(trainer)
             trainer.close()
 
+    def check_place(self, saved: Saved, what: str) -> None:
+        """Raise InputError unless `saved` lies in a phase of this run; what: the argument that named it."""
+        phase = next((p for p in self.phases if p.name == saved.meta["phase"]), None)
+        if phase is None or not phase.first_step <= saved.step <= phase.end_step:
+            here = ", ".join(f"{p.name}: steps {p.first_step} to {p.end_step}" for p in self.phases)
+            raise InputError(
+                f"{what}: step {saved.step} of phase {saved.meta['phase']} does not exist in this run ({here}); give "
+                "settings with which it does"
+            )
+
     def masks(self) -> dict[str, Tensor]:
         """Weight name -> bool tensor, equal on every rank; empty for a dense run."""
         return dict(self.method.masks())
@@ -98,6 +112,8 @@ class Run:
         self.store.close()
         self.reporter.close()
         self.data.close()
+        if self.opened is not None:
+            self.opened.release()
 
     def trainer(self, phase: Phase, step: int) -> Trainer:
         """Collective: the trainer of a phase that starts, or goes on, at `step` of the run."""
@@ -107,7 +123,7 @@ class Run:
             (*setup.hooks, *self.hooks), setup.passes, self.config.tost.label_smoothing, self.config.optim.clip,
             self.config.seed,
         )  # fmt: skip
-        meta = {"config": to_dict(self.config), "torch": torch.__version__}
+        meta = {"config": to_dict(self.config), "data": dict(self.data.identity), "versions": versions()}
         noisy = any(group.reparametrization.noisy for group in setup.groups)
         return Trainer(
             task, self.data, self.config.train, self.config.checkpoint, self.world,
@@ -157,15 +173,30 @@ def build_method(config: RunConfig, world: World, data: DataPipeline) -> MaskMet
 
 
 def assemble(
-    config: RunConfig, folder: Path, data: DataPipeline, method: MaskMethod, store: CheckpointStore, saved: Saved |
-    None,
-    shares: Shares,
+    config: RunConfig, folder: Path, data: DataPipeline, method: MaskMethod, opened: OpenRun, shares: Shares
 ) -> Run:  # fmt: skip
-    """The run in `folder`, whose writers go on after `saved`; nothing is trained yet."""
-    phases = plan(method, data.steps_per_epoch)
-    writer = MetricWriter(folder, method.world, saved.step if saved else None)
-    reporter = Reporter(writer, Progress(method.world, phases[-1].end_step), method.world)
+    """The run in `folder`, whose writers go on after the checkpoint there; nothing is trained yet."""
+    step = opened.saved.step if opened.saved else None
+    writer = MetricWriter(folder, method.world, step, opened.holds)
     hooks = (ProfileSteps(folder / "profile"),) if config.train.profile else ()
+    return replace(_run(config, data, method, opened.store, shares, writer, hooks), opened=opened)
+
+
+def assemble_to_read(
+    config: RunConfig, data: DataPipeline, method: MaskMethod, store: CheckpointStore, shares: Shares, numbers: Path |
+    None = None,
+) -> Run:  # fmt: skip
+    """A run to be looked at: it writes no metrics, or those of the look to the folder `numbers`."""
+    return _run(config, data, method, store, shares, MetricWriter(numbers, method.world, None), ())
+
+
+def _run(
+    config: RunConfig, data: DataPipeline, method: MaskMethod, store: CheckpointStore, shares: Shares, writer:
+    MetricWriter,
+    hooks: tuple[Hook, ...],
+) -> Run:  # fmt: skip
+    phases = plan(method, data.steps_per_epoch)
+    reporter = Reporter(writer, Progress(method.world, phases[-1].end_step), method.world)
     return Run(config, method.world, shares, data, method.net, method, phases, store, reporter, hooks)
 
 

@@ -7,18 +7,19 @@ from pathlib import Path
 from typing import Any
 
 
-def closing_table(summary: Mapping[str, Any], folder: Path, images_per_s: float) -> str:
-    """Two columns to print. summary: as launcher.export writes it; images_per_s: mean while training, 0 if none."""
+def closing_table(summary: Mapping[str, Any], folder: Path, export: Path, images_per_s: float) -> str:
+    """Two columns to print. summary: as launcher.export writes it to `export`; folder: of the run; images_per_s: mean
+    while training, 0 if nothing was trained."""
     rows = [
         ("dense parameters (prunable)", f"{summary['prunable']:,}"),
         ("weights kept", f"{summary['kept']:,}"),
         ("density", f"{summary['density']:.4%}"),
         ("test accuracy", f"{summary['accuracy']:.2%}"),
         ("FLOPs, sparse / dense", f"{summary['flops_sparse']:,} / {summary['flops_dense']:,}"),
-        ("images/s while training", f"{images_per_s:,.0f}" if images_per_s else "nothing was left to train"),
+        *([("images/s while training", f"{images_per_s:,.0f}")] if images_per_s else []),
         ("TensorBoard", f"tensorboard --logdir {folder / 'tensorboard'}"),
         ("checkpoint", str(folder / "checkpoints")),
-        ("exported model", str(folder / "export" / "model.safetensors")),
+        ("exported model", str(export / "model.safetensors")),
     ]
     width = max(len(name) for name, _ in rows)
     line = "-" * (width + 2 + max(len(value) for _, value in rows))

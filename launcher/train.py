@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ghostmask.engine.atomic import replacing
-from ghostmask.engine.checkpoint.store import CheckpointError, CheckpointStore, Saved
-from ghostmask.engine.errors import InputError
+from ghostmask.engine.agree import on_main
+from ghostmask.engine.errors import EXIT_NOT_SAVED, RunStopped, to_stderr
 from ghostmask.engine.evaluation import Score, score
-from ghostmask.engine.world import World, connect, rank_from_environment
+from ghostmask.engine.world import connect, rank_from_environment
 from ghostmask.launcher.checks import check_config
 from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.export import write_export
-from ghostmask.launcher.folder import older, resumed
+from ghostmask.launcher.folder import resumed
+from ghostmask.launcher.open_run import OpenRun, open_owned
 from ghostmask.launcher.run import Run, Shares, assemble, build_method, open_data, settle
-from ghostmask.launcher.settings import run_folder, to_dict, to_yaml
+from ghostmask.launcher.settings import run_folder, to_dict
+from ghostmask.launcher.source import Source
 from ghostmask.launcher.summary import closing_table
 
-WRITTEN = ("checkpoints", "tensorboard", "profile", "export", "hessian", "metrics.jsonl", "config.yaml")
-"""What a run writes into its folder, and so what --restart removes."""
+EXPORT_TRIES = 5
+"""Of an export to a disk that takes nothing, with 1, 2, 4 and 8 s between them."""
 
 
-def train(config: RunConfig, *, restart: bool = False) -> int:
-    """Train `config` in its run folder, from the newest intact checkpoint there if there is one; returns exit code 0.
+def train(
+    config: RunConfig, *, restart: bool = False, source: Source | None = None, new_data: bool = False
+) -> int:  # fmt: skip
+    """Train `config` in its run folder, from the newest intact checkpoint there if there is one; returns the exit code,
+    0, or EXIT_NOT_SAVED where the last checkpoints could not be saved.
 
-    restart: remove what is in the folder first. Raises InputError when the folder's configuration differs, and
-    RunStopped when the run ends early (docs/operations.md lists the exit codes).
+    restart: remove what the run before wrote first. source: the checkpoint of another run that a new one starts from.
+    new_data: go on although the data changed. Raises InputError when the folder has an owner, or holds another
+    configuration, and RunStopped when the run ends early (docs/operations.md lists the exit codes).
     """
     folder, (_, size, _) = run_folder(config), rank_from_environment()
     config = resumed(config, restart=restart)
@@ -39,27 +44,68 @@ def train(config: RunConfig, *, restart: bool = False) -> int:
         shares = Shares.of(config, world)
         data = open_data(config, world, shares.plain.parts)
         method = build_method(config, world, data)
-        saved, store = open_folder(folder, config, world, restart=restart)
-        with assemble(config, folder, data, method, store, saved, shares).closing() as run:
-            if saved is not None and world.is_main:
-                run.reporter.progress.message(f"resuming {folder} at step {saved.step}, phase {saved.meta['phase']}")
-            run.execute(saved)
-            finish(run, folder)
+        opened = open_owned(folder, config, world, data, restart=restart, source=source, new_data=new_data)
+        try:
+            with assemble(config, folder, data, method, opened, shares).closing() as run:
+                return _train(run, opened, source)
+        finally:
+            opened.release()
+
+
+def _train(run: Run, opened: OpenRun, source: Source | None) -> int:
+    saved = opened.saved
+    if saved is not None:
+        run.check_place(saved, f"--from {source}" if source else f"run = {str(opened.folder)!r}")
+        if run.world.is_main:
+            run.reporter.progress.message(f"resuming {opened.folder} at step {saved.step}, phase {saved.meta['phase']}")
+    run.execute(saved)
+    finish(run, opened.folder / "export", opened.folder)
+    opened.store.wait()
+    if opened.store.failures:
+        if run.world.is_main:
+            to_stderr(
+                f"the last {opened.store.failures} saves FAILED: the network is exported, but {opened.store.folder} "
+                "does not hold the end of the run; free the disk, and run the same command again to have it"
+            )
+        return EXIT_NOT_SAVED
     return 0
 
 
-def finish(run: Run, folder: Path) -> None:
-    """Collective: evaluate the masked network, export it and print the closing table."""
+def finish(run: Run, out: Path, folder: Path, mark: str = "") -> None:
+    """Collective: evaluate the masked network, export it to `out` and print the closing table of the run in `folder`.
+
+    mark: of the files while they are written (see engine.atomic). Raises RunStopped where the disk takes no export.
+    """
     masks = run.masks()
     result = evaluate_masked(run)
-    if run.world.is_main:
-        shape = run.data.image_shape
-        summary = write_export(
-            folder / "export", run.net, masks, accuracy=result.accuracy, image_shape=shape, config=to_dict(run.config)
-        )
+    run.store.check_owner()
+    details: dict[str, Any] = {
+        "accuracy": result.accuracy, "image_shape": run.data.image_shape, "config": to_dict(run.config),
+    }  # fmt: skip
+
+    def export() -> None:
+        summary = _persistently(lambda: write_export(out, run.net, masks, mark=mark, **details), out)
         run.reporter.progress.close()
-        print(closing_table(summary, folder, run.reporter.mean_images_per_s), flush=True)
-    run.world.barrier()
+        print(closing_table(summary, folder, out, run.reporter.mean_images_per_s), flush=True)
+
+    on_main(run.world, export)
+
+
+def _persistently(write: Any, out: Path) -> Any:
+    """write(), again after a while where the disk takes nothing. Raises RunStopped where it never does."""
+    for wait_s in [2.0**n for n in range(EXPORT_TRIES - 1)] + [0.0]:
+        try:
+            return write()
+        except OSError as error:
+            reason = error.strerror or str(error)
+            if wait_s:
+                to_stderr(f"{out} cannot be written ({reason}); trying again in {wait_s:.0f} s")
+                time.sleep(wait_s)
+    raise RunStopped(
+        f"the export could not be written to {out} ({reason}); what is trained is in the checkpoints: free the disk, "
+        "and run the same command again, or: ghostmask export RUN --out FOLDER",
+        EXIT_NOT_SAVED,
+    )
 
 
 @torch.no_grad()
@@ -69,41 +115,3 @@ def evaluate_masked(run: Run) -> Score:
         run.net.get_parameter(name).masked_fill_(~mask, 0.0)
     run.net.eval()
     return score(run.net, run.data.evaluate(), run.world, run.config.train.precision)
-
-
-def open_folder(
-    folder: Path, config: RunConfig, world: World, *, restart: bool = False
-) -> tuple[Saved | None, CheckpointStore]:
-    """Collective: the newest intact checkpoint of the run folder (None for a new run) and its store."""
-    if restart and world.is_main:
-        _remove_written(folder)
-    world.barrier()
-    saving = config.checkpoint
-    store = CheckpointStore(folder / "checkpoints", world, saving.keep, saving.asynchronous, warn=_warn)
-    try:
-        saved = store.latest()
-        if saved is not None and not isinstance(saved.meta.get("updates"), int):
-            raise older(folder, f"{saved.path.name} keeps other tensors")
-    except InputError as error:
-        store.close()
-        fix = "; run with --restart to start over (this removes the run's files)"
-        raise InputError(f"{error}{fix if isinstance(error, CheckpointError) else ''}") from None
-    if world.is_main:  # nothing is touched before the checkpoints are known to be good
-        folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / "config.yaml") as writing:
-            writing.write_text(to_yaml(config), encoding="utf-8")
-    world.barrier()
-    return saved, store
-
-
-def _remove_written(folder: Path) -> None:
-    for name in WRITTEN:
-        path = folder / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def _warn(text: str) -> None:
-    print(f"ghostmask: warning: {text}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Which environment do all tests share? One thread per process, cheap tests first, a folder for each, `shared_folder`."""
+"""Which environment do all tests share? One thread per process, cheap tests first, a folder for each, shared data."""
 
 from __future__ import annotations
 

@@ -25,6 +25,10 @@ class MemoryData:
         self.parts = parts or Parts(world.size, world.rank, 1)
         self.world, self.num_train, self.num_eval, self.batch_size = world, num_train, num_eval, batch_size
         self.num_classes, self.steps_per_epoch = 4, num_train // batch_size
+        self.identity: dict[str, int | str] = {
+            "training images": num_train, "batch size": batch_size, "steps per epoch": self.steps_per_epoch,
+            "classes": 4,
+        }  # fmt: skip
         generator = torch.Generator().manual_seed(7)
         patterns = torch.randn(self.num_classes, *self.image_shape, generator=generator)
         total = num_train + num_eval

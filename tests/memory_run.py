@@ -14,12 +14,12 @@ from typing import Any
 from memory_data import MemoryData
 from torch import Tensor
 
-from ghostmask.engine.checkpoint.store import CheckpointStore
 from ghostmask.engine.config import CheckpointConfig, FinetuneConfig, OptimConfig, TrainConfig
 from ghostmask.engine.hooks import Hook
 from ghostmask.engine.trainer import Trainer
 from ghostmask.engine.world import World
 from ghostmask.launcher.config import RunConfig
+from ghostmask.launcher.open_run import open_owned
 from ghostmask.launcher.run import Run, Shares, assemble, build_method
 from ghostmask.launcher.settings import settings_of
 from ghostmask.models.config import ModelConfig
@@ -59,14 +59,12 @@ def configured(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
 
 def memory_run(world: World, folder: Path, config: RunConfig, data: MemoryData | None = None) -> tuple[Run, Any]:
     """The run in `folder`, new or resumed, and the checkpoint it goes on from (None for a new one)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    saving = config.checkpoint
-    store = CheckpointStore(folder / "checkpoints", world, saving.keep, saving.asynchronous)
-    saved = store.latest()
     shares = Shares.of(config, world)
     data = data or MemoryData(world)
     data.parts = shares.plain.parts
-    return assemble(config, folder, data, build_method(config, world, data), store, saved, shares), saved
+    method = build_method(config, world, data)
+    opened = open_owned(folder, config, world, data)
+    return assemble(config, folder, data, method, opened, shares), opened.saved
 
 
 @dataclass(frozen=True)

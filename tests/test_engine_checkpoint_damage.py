@@ -53,7 +53,7 @@ def load(folder: Path, numel: int = NUMEL) -> tuple[int | None, list[str]]:
     store.load(saved, read)
     assert torch.equal(read["s"], torch.arange(numel) + saved.step)
     assert read["w"].unique().tolist() == [saved.step]
-    assert saved.meta == {"step": saved.step}
+    assert saved.meta == {"step": saved.step, "run": ""}
     return saved.step, said
 
 
@@ -75,7 +75,7 @@ def garbage(path: Path) -> None:
     path.write_bytes(b"\xff{}[")
 
 
-FILES = ["__0_0.distcp", ".metadata", "meta.json", "manifest.json"]
+FILES = ["__0_0.distcp", "index.json", "meta.json", "manifest.json"]
 
 
 @pytest.mark.parametrize("file", FILES)

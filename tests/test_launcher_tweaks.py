@@ -57,7 +57,7 @@ def inspect(world: World, folder: str, config: Any) -> dict[str, Any]:
     run.hooks = (watch,)
     run.execute(saved)
     plain = type(watch).names_of(run.net)
-    finish(run, Path(folder))
+    finish(run, Path(folder), Path(folder))
     images = data.images[data.num_train :]
     exported = build_model(ModelConfig("digits_resnet"), 4, data.image_shape, seed=99)
     exported.load_state_dict(load_export(Path(folder) / "export" / "model.safetensors"), strict=True)

@@ -19,7 +19,12 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from ghostmask.engine.atomic import read_small, sync
 from ghostmask.engine.checkpoint.files import CheckpointError, FileSum, file_sum
+from ghostmask.engine.checkpoint.index import INDEX, from_json, to_json
+
+LARGEST_INDEX = 1 << 30
+"""Bytes; ResNet-50 with ProbMask on 1,024 ranks has an index of about 5 MB."""
 
 
 class PlanError(CheckpointError):
@@ -27,7 +32,7 @@ class PlanError(CheckpointError):
 
 
 def write(path: Path, state: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> dict[str, FileSum]:
-    """Collective: write `state` into `path`, synced; returns the files that this rank wrote (rank 0: not .metadata).
+    """Collective: write `state` into `path`, synced; returns the files that this rank wrote (rank 0: not the index).
 
     Every rank raises PlanError (tensors that do not fit together) or CheckpointError (disk), if any rank does.
     """
@@ -45,7 +50,7 @@ def read(path: Path, state: Mapping[str, Tensor], group: dist.ProcessGroup | Non
 
     Every rank raises CheckpointError, and no tensor is changed, if a name is missing or of another shape or dtype.
     """
-    reader = FileSystemReader(path)
+    reader = IndexedReader(path)
     try:
         _expect_single(group)
         load(dict(state), storage_reader=reader, planner=CheckedLoad(), process_group=group, no_dist=group is None)
@@ -53,8 +58,16 @@ def read(path: Path, state: Mapping[str, Tensor], group: dist.ProcessGroup | Non
         raise _plain(error) from None
 
 
+class IndexedReader(FileSystemReader):
+    """Reads the JSON index in the place of DCP's pickle."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """DCP: what the checkpoint holds, and where."""
+        return from_json(read_small(Path(self.path) / INDEX, LARGEST_INDEX))
+
+
 class SummingWriter(FileSystemWriter):
-    """One synced file per rank that has something to write, and the checksum of what then stands in it."""
+    """One synced file per rank that has something to write, the checksum of what then stands in it, and the index."""
 
     def __init__(self, path: Path) -> None:
         # Copy-ahead 0: the staging buffers are on the CPU already, and CUDA streams have no place in this thread.
@@ -75,6 +88,13 @@ class SummingWriter(FileSystemWriter):
             # As text, because exceptions travel to rank 0 pickled, without their causes.
             raise CheckpointError(reason(error)) from None
         return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """DCP, on rank 0: write the index."""
+        metadata.storage_data = {result.index: result.storage_data for rank in results for result in rank}
+        file = Path(self.path) / INDEX
+        file.write_text(to_json(metadata))
+        sync(file)
 
 
 class CheckedSave(DefaultSavePlanner):

@@ -1,9 +1,7 @@
-"""How does a checkpoint folder appear whole or not at all, and how is damage found: names, checksums, renames, lock."""
+"""How does a checkpoint folder appear whole or not at all, and how is damage found: names, checksums, renames."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -12,21 +10,21 @@ import shutil
 import time
 import uuid
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ghostmask.engine.atomic import sync
+from ghostmask.engine.atomic import read_small, sync
+from ghostmask.engine.checkpoint.index import INDEX
 from ghostmask.engine.errors import InputError
 
 META = "meta.json"
 MANIFEST = "manifest.json"
-DCP_METADATA = ".metadata"
 POINTER = "latest"
 """Text file with the name of the newest folder: for people and scripts. Reading trusts folders and checksums only."""
 WRITING = ".writing-"
 DELETING = ".deleting-"
-LOCK = ".lock"
-FORMAT = 1
+FORMAT = 2
 
 _STEP = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 _READ_BYTES = 1 << 22
@@ -48,9 +46,9 @@ class FileSum(NamedTuple):
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint folders in `folder`, newest first, damaged or not; [] where there is no such folder."""
+    """What has a checkpoint's name in `folder`, newest first, damaged or not; [] where there is no such folder."""
     try:
-        names = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
+        names = os.listdir(folder)
     except FileNotFoundError:
         return []
     return [folder / name for name in sorted(filter(_STEP.fullmatch, names), key=_order, reverse=True)]
@@ -74,14 +72,16 @@ def file_sum(path: Path) -> FileSum:
 def read_manifest(path: Path) -> dict[str, FileSum]:
     """Name -> FileSum of the files of checkpoint `path`. Raises Damaged unless manifest and file sizes are right."""
     try:
-        content = json.loads((path / MANIFEST).read_bytes())
+        content = json.loads(read_small(path / MANIFEST))
+        if isinstance(content, dict) and content.get("format") == 1:
+            raise Damaged("it was written by an older version of ghostmask, which kept other tensors")
         files = {str(name): FileSum(int(size), str(digest)) for name, (size, digest) in content["files"].items()}
         sealed = content["format"] == FORMAT and content["seal"] == _seal(files)
     except FileNotFoundError:
         raise Damaged(f"{MANIFEST} is missing") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise Damaged(f"{MANIFEST} is not readable") from None
-    if not sealed or not {DCP_METADATA, META} <= set(files):
+    if not sealed or not {INDEX, META} <= set(files):
         raise Damaged(f"{MANIFEST} is corrupt")
     for name, expected in files.items():
         try:
@@ -118,46 +118,35 @@ def check_digests(path: Path, files: dict[str, FileSum]) -> None:
             raise Damaged(f"{name} fails its checksum")
 
 
-class FolderLock:
-    """At most one process at a time saves into a folder; so whatever is half-written while it is held is a leftover."""
-
-    def __init__(self, folder: Path) -> None:
-        """Take the lock. Raises CheckpointError where another process holds it; released when the process dies."""
-        self._file = (folder / LOCK).open("ab")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
-            raise CheckpointError(f"{folder}: another process is saving into this folder") from None
-        except OSError as error:
-            # Some network file systems have no locks: then nothing guards against two runs in one folder.
-            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                raise
-
-    def release(self) -> None:
-        """Let others save here."""
-        self._file.close()
-
-
 def begin(folder: Path, step: int) -> Path:
-    """A new hidden folder to write the checkpoint of `step` in; removes leftovers of killed runs. Needs the lock."""
-    for entry in list(os.scandir(folder)):
-        if entry.name.startswith((WRITING, DELETING)):
-            shutil.rmtree(entry.path, ignore_errors=True)
+    """A new hidden folder to write the checkpoint of `step` in; removes leftovers of killed runs."""
+    clear_unfinished(folder)
     writing = folder / f"{WRITING}step-{step:08d}-{uuid.uuid4().hex[:8]}"
     writing.mkdir()
     return writing
 
 
+def clear_unfinished(folder: Path) -> None:
+    """Remove what was being written or deleted in `folder`: only its owner may. A process that lost the folder, and
+    still writes there, cannot give its half-written folder a checkpoint's name any more."""
+    try:
+        entries = list(os.scandir(folder))
+    except FileNotFoundError:
+        return
+    for entry in entries:
+        if entry.name.startswith((WRITING, DELETING)):
+            shutil.rmtree(entry.path, ignore_errors=True)
+
+
 def publish(writing: Path, step: int, meta: str, files: dict[str, FileSum]) -> Path:
-    """Turn the hidden folder into the checkpoint of `step`, in one rename. Needs the lock.
+    """Turn the hidden folder into the checkpoint of `step`, in one rename.
 
     files: what the ranks wrote and synced. A second checkpoint of the same step gets a revision number behind its
     name, and so counts as the newer one, at no instant without the first.
     """
     folder = writing.parent
     _write_synced(writing / META, meta.encode())
-    files = {**files, META: file_sum(writing / META), DCP_METADATA: file_sum(writing / DCP_METADATA)}
+    files = {**files, META: file_sum(writing / META), INDEX: file_sum(writing / INDEX)}
     manifest = {"format": FORMAT, "files": files, "seal": _seal(files)}
     _write_synced(writing / MANIFEST, json.dumps(manifest, indent=1).encode())
     sync(writing)
@@ -168,13 +157,14 @@ def publish(writing: Path, step: int, meta: str, files: dict[str, FileSum]) -> P
     _write_synced(pointer, f"{name}\n".encode())
     writing.rename(folder / name)
     sync(folder)
-    pointer.replace(folder / POINTER)
+    with suppress(IsADirectoryError):  # what somebody put there; nothing of ours reads it
+        pointer.replace(folder / POINTER)
     sync(folder)
     return folder / name
 
 
 def retire(newest: Path, keep: int, damaged: Collection[str]) -> None:
-    """Delete what lies behind the last `keep` checkpoints. Needs the lock.
+    """Delete what lies behind the last `keep` checkpoints.
 
     Those named in `damaged`, or whose sizes are wrong, do not count; neither do earlier saves of the same step.
     """
@@ -194,7 +184,10 @@ def _delete(path: Path) -> None:
     """Hide first, then remove: a kill in between leaves nothing that looks like a checkpoint."""
     hidden = path.with_name(f"{DELETING}{path.name}-{uuid.uuid4().hex[:8]}")
     path.rename(hidden)
-    shutil.rmtree(hidden)
+    if hidden.is_dir() and not hidden.is_symlink():
+        shutil.rmtree(hidden)
+    else:
+        hidden.unlink()
 
 
 def _looks_whole(path: Path) -> bool:
