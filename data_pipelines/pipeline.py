@@ -31,7 +31,7 @@ class BetonPipeline:
         self, config: DataConfig, source: Source, paths: dict[str, Path], num_classes: int, contents: dict[str, str], *,
         seed: int, world: World, parts: Parts,
     ) -> None:  # fmt: skip
-        """paths, contents (see beton.Manifest): of splits train and eval; config.batch_size is a multiple of parts.total."""
+        """paths, contents (see beton.Manifest): of train and eval; config.batch_size is a multiple of parts.total."""
         self.parts = parts
         self.num_classes = num_classes
         self.image_shape = (3, source.image_size, source.image_size)

@@ -61,6 +61,8 @@ def open_owned(
     InputError: the folder has an owner, is no run's, or holds a run of other settings or data. Nothing but the lease is
     written before all of that is known.
     """
+    if source is not None and source.folder.resolve() == folder.resolve():
+        raise InputError(f"--from {source}: is the run itself; give the new one another name: run=NAME")
     leases: list[Lease] = []
 
     def take() -> Record:
@@ -87,7 +89,7 @@ def open_owned(
             check_saved(folder, saved, config)
             _check_data(folder, saved, data, world, new_data)
         if source is not None:
-            saved = saved or _start_from(source, folder, config, data, world)
+            saved = saved or _start_from(source, config, data, world)
             _check_source(folder, record, source)
         on_main(world, lambda: _write_once(folder, record, config, saved))
     except InputError:
@@ -145,10 +147,8 @@ def _check_data(folder: Path, saved: Saved, data: DataPipeline, world: World, ac
         to_stderr(f"{what}: going on at step {saved.step} with what is there now, as --new-data says")
 
 
-def _start_from(source: Source, folder: Path, config: RunConfig, data: DataPipeline, world: World) -> Saved:
+def _start_from(source: Source, config: RunConfig, data: DataPipeline, world: World) -> Saved:
     """Collective: the checkpoint of another run that this one starts from."""
-    if source.folder.resolve() == folder.resolve():
-        raise InputError(f"--from {source}: is the run itself; give the new one another name: run=NAME")
     saved, store = open_to_read(source.folder, world)
     if source.step is not None:
         found = {one.step: one for one in store.every()}

@@ -15,10 +15,10 @@ import torch
 from memory_data import MemoryData
 from memory_run import CONFIG, configured, memory_run
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader
 from torch.nn import functional
 
 from ghostmask.engine.batchnorm import batch_norms, statistics
+from ghostmask.engine.checkpoint.dcp import IndexedReader
 from ghostmask.engine.checkpoint.store import CheckpointStore, Saved
 from ghostmask.engine.config import CheckpointConfig, TrainConfig
 from ghostmask.engine.data import Parts
@@ -332,7 +332,7 @@ def names_saved(world: World, folder: str, stage: int) -> dict[str, tuple[int, .
     run.execute(saved)
     run.close()
     (path,) = (Path(folder) / "checkpoints").glob("step-*4")
-    return {n: tuple(m.size) for n, m in FileSystemReader(path).read_metadata().state_dict_metadata.items()}
+    return {n: tuple(m.size) for n, m in IndexedReader(path).read_metadata().state_dict_metadata.items()}
 
 
 def test_a_checkpoint_holds_the_state_by_name_and_the_statistics_of_every_part_for_any_ranks(tmp_path: Path) -> None:

@@ -216,7 +216,7 @@ def exported(world: World, folder: str, config: RunConfig) -> dict[str, Tensor]:
     """The masks that a run ends with; it exports its network on the way."""
     run, _ = memory_run(world, Path(folder), config)
     run.execute(None)
-    finish(run, Path(folder), Path(folder))
+    finish(run, Path(folder) / "export", Path(folder))
     run.close()
     return {name: mask.clone() for name, mask in run.masks().items()}
 

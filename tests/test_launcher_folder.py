@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from memory_data import MemoryData
 
 from ghostmask.engine.checkpoint.store import CheckpointStore
 from ghostmask.engine.errors import InputError
@@ -14,8 +15,10 @@ from ghostmask.engine.world import single
 from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.folder import read_run, resumed
 from ghostmask.launcher.main import main
+from ghostmask.launcher.open_run import open_owned
+from ghostmask.launcher.record import new_record, write_record
 from ghostmask.launcher.settings import from_dict, load_config, to_yaml
-from ghostmask.launcher.train import open_folder, train
+from ghostmask.launcher.train import train
 
 OLD = """\
 run: digits_probmask
@@ -103,8 +106,8 @@ def test_a_run_of_an_older_version_is_left_alone_and_named_in_one_line(
     assert out == ""
     assert err == (
         f"ghostmask: error: run = '{folder}': was made by an older version of ghostmask (train.accumulation in its "
-        "config.yaml), whose checkpoints this one does not read; give another run=NAME, or start over with ghostmask "
-        "train --restart\n"
+        "config.yaml), whose checkpoints this one does not read; give another run=NAME, or move the "
+        "folder away\n"
     )
     assert content(folder) == before
     assert resumed(run, restart=True) == run
@@ -131,15 +134,19 @@ def test_a_configuration_that_cannot_be_read_is_not_called_old(text: str, run: R
 
 def test_checkpoints_of_an_older_version_change_nothing_in_their_folder(tmp_path: Path) -> None:
     config = from_dict({"run": str(tmp_path), "train": {"replicas": 1}})
+    write_record(tmp_path, new_record())
     store = CheckpointStore(tmp_path / "checkpoints", single())
     store.save(4, {"weight": torch.zeros(3)}, {"phase": "search", "updates": {"weight": 4}})
     store.close()
-    before = content(tmp_path)
-    with pytest.raises(InputError, match=r"older version of ghostmask \(step-00000004 keeps other tensors\)") as caught:
-        open_folder(tmp_path, config, single())
+    manifest = tmp_path / "checkpoints" / "step-00000004" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 1'))
+    before = {name: data for name, data in content(tmp_path).items() if ".lease" not in name}
+    with pytest.raises(InputError, match=r"it was written by an older version of ghostmask") as caught:
+        open_owned(tmp_path, config, single(), MemoryData(single()))
     assert "\n" not in str(caught.value)
-    assert content(tmp_path) == before
-    saved, store = open_folder(tmp_path, config, single(), restart=True)
-    store.close()
-    assert saved is None
+    assert {name: data for name, data in content(tmp_path).items() if ".lease" not in name} == before
+    opened = open_owned(tmp_path, config, single(), MemoryData(single()), restart=True)
+    opened.store.close()
+    opened.release()
+    assert opened.saved is None
     assert load_config(str(tmp_path / "config.yaml")) == config

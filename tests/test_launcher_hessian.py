@@ -55,7 +55,7 @@ def spectra(world: World, folder: str, config: RunConfig) -> list[tuple[int, lis
     """(step, eigenvalues) at the checkpoints of a run in memory."""
     shares = Shares.of(config, world)
     data = MemoryData(world, parts=shares.plain.parts)
-    found = measure(Path(folder), config, world, data, shares, top=2, num_batches=1)
+    found = measure(Path(folder), Path(folder) / "hessian", config, world, data, shares, top=2, num_batches=1)
     return [(step, spectrum.eigenvalues) for step, spectrum in found]
 
 

@@ -12,9 +12,9 @@ from memory_data import MemoryData
 from memory_run import CONFIG, complete, configured, memory_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader
 from torch.nn import functional
 
+from ghostmask.engine.checkpoint.dcp import IndexedReader
 from ghostmask.engine.hooks import Hook
 from ghostmask.engine.spawn import run_distributed
 from ghostmask.engine.trainer import Trainer
@@ -57,7 +57,7 @@ def inspect(world: World, folder: str, config: Any) -> dict[str, Any]:
     run.hooks = (watch,)
     run.execute(saved)
     plain = type(watch).names_of(run.net)
-    finish(run, Path(folder), Path(folder))
+    finish(run, Path(folder) / "export", Path(folder))
     images = data.images[data.num_train :]
     exported = build_model(ModelConfig("digits_resnet"), 4, data.image_shape, seed=99)
     exported.load_state_dict(load_export(Path(folder) / "export" / "model.safetensors"), strict=True)
@@ -114,7 +114,7 @@ def test_ghosts_and_soft_activations_are_there_and_then_gone_everywhere(inspecte
     assert [(groups, states) for _, groups, states in seen["ghosts"]] == [(3, 3)] * 8 + [(2, 2)] * 4
     assert [count > 0 for count in seen["soft"]] == [True] * 7 + [False] * 5
     keys = {
-        int(path.name.removeprefix("step-")): list(FileSystemReader(path).read_metadata().state_dict_metadata)
+        int(path.name.removeprefix("step-")): list(IndexedReader(path).read_metadata().state_dict_metadata)
         for path in (folder / "checkpoints").glob("step-*")
     }
     assert {3, 6, 9, 12} <= keys.keys()

@@ -50,6 +50,8 @@ def checkpoints(folder: Path) -> list[Path]:
     try:
         names = os.listdir(folder)
     except FileNotFoundError:
+        if os.path.lexists(folder):
+            raise  # a link to what is not there, such as a disk that is not mounted: not a folder without checkpoints
         return []
     return [folder / name for name in sorted(filter(_STEP.fullmatch, names), key=_order, reverse=True)]
 
