@@ -174,6 +174,9 @@ def _write(source: Source, split: str, path: Path, progress: bool) -> None:
 @contextlib.contextmanager
 def _alone(lock: Path) -> Iterator[None]:
     """One process at a time; a killed holder lets go by itself."""
-    with open(lock, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)  # not "w": that waits for ever for a pipe
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(handle)

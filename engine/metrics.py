@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ghostmask.engine.atomic import replacing, sync_handle
+from ghostmask.engine.appending import Appender
+from ghostmask.engine.atomic import replacing
 from ghostmask.engine.errors import InputError, to_stderr
+from ghostmask.engine.events import EventFile
 from ghostmask.engine.world import World
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 Tag = str | int | float | bool | None
 
 NUM_BUCKETS = 64
-RETRY_S = 60.0
-"""Between two words about a disk that takes nothing, and two new files of TensorBoard."""
 _CHUNK = 1 << 22
 """Values that a histogram counts at a time, so that its index tensor stays at 32 MB."""
 
@@ -48,8 +42,7 @@ class MetricWriter:
     folder/metrics.jsonl: one line per call of `scalars`, complete in the file when the call returns.
     folder/tensorboard: event files, complete after `flush`. Steps are those of `Position.step`.
 
-    A disk that takes nothing stops no run: it is said once in a while, lines wait in memory and are written when it
-    takes them, and TensorBoard goes on in a new file, without what it was given in between.
+    A disk that takes nothing stops no run: that is said once in a while, and what waits is written when it does.
     """
 
     def __init__(
@@ -63,19 +56,17 @@ class MetricWriter:
         drops and hides everything. metrics.jsonl is a new file then: whoever still writes to the old one is not heard.
         Raises InputError where nothing can be written.
         """
-        self._path = folder if world.is_main else None
-        if self._path is None:
+        self._open = folder is not None and world.is_main
+        if folder is None or not self._open:
             return
-        self._holds, self._warn, self._warned_at = holds, warn, -math.inf
-        self._pending = bytearray()
         last_step = -1 if resume_step is None else resume_step
         try:
-            self._path.mkdir(parents=True, exist_ok=True)
-            file = self._path / "metrics.jsonl"
-            _drop_lines_after(file, last_step)
+            (folder / "tensorboard").mkdir(parents=True, exist_ok=True)
+            lines = folder / "metrics.jsonl"
+            _drop_lines_after(lines, last_step)
             # Opened for appending: one write call per line, so that a kill tears the last line at most.
-            self._lines = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-            self._events: SummaryWriter | None = self._new_events(last_step + 1)
+            self._lines = Appender(lines, holds, warn)
+            self._events = EventFile(folder / "tensorboard", last_step + 1, holds, warn)
         except OSError as error:
             raise InputError(
                 f"run = {str(folder)!r}: its metrics cannot be written ({error.strerror or error}); free the disk, or "
@@ -88,31 +79,28 @@ class MetricWriter:
         The line is {"step": step, **tags, **values}, a value that is not finite being null. Raises ValueError for a
         value with the name of a tag.
         """
-        if self._path is None:
+        if not self._open:
             return
         head: dict[str, Tag] = {"step": step, **tags}
         if repeated := head.keys() & values.keys():
             raise ValueError(f"values have the names of tags: {sorted(repeated)}")
         numbers = {name: float(value) for name, value in values.items()}
         line = {name: _finite(value) for name, value in (head | numbers).items()}
-        self._pending += (json.dumps(line, allow_nan=False) + "\n").encode()
-        if self._holds():
-            self._push()
-            for name, number in numbers.items():
-                self._to_events(step, lambda events, n=name, v=number: events.add_scalar(n, v, step))  # type: ignore[misc]
+        self._lines.write((json.dumps(line, allow_nan=False) + "\n").encode())
+        self._lines.push()
+        self._events.scalars(step, numbers)
 
     def histogram(self, step: int, name: str, tensor: Tensor | Counts) -> None:
         """Write the distribution of a tensor's finite values, counted on the tensor's device in NUM_BUCKETS buckets.
 
         A tensor without finite values writes nothing.
         """
-        if self._path is None or not self._holds():
+        if not self._open:
             return
         if isinstance(tensor, Counts):
             c = tensor
             first, last = min(c.limits) - 1.0 / len(c.limits), max(c.limits)
-            numbers = (first, last, sum(c.counts), c.total, c.squares, c.limits, c.counts)
-            self._to_events(step, lambda events: events.add_histogram_raw(name, *numbers, step))
+            self._events.histogram(step, name, first, last, sum(c.counts), c.total, c.squares, c.limits, c.counts)
             return
         values = tensor.detach().flatten()
         values = values[torch.isfinite(values)].float()
@@ -122,62 +110,21 @@ class MetricWriter:
         limits, counts = _buckets(values, low, high)
         total = sum(float(chunk.double().sum()) for chunk in _chunks(values))
         squares = sum(float(chunk.double().square().sum()) for chunk in _chunks(values))
-        counted = (low, high, values.numel(), total, squares, limits.tolist(), counts.tolist())
-        self._to_events(step, lambda events: events.add_histogram_raw(name, *counted, step))
+        numel, bounds = values.numel(), limits.tolist()
+        self._events.histogram(step, name, low, high, numel, total, squares, bounds, counts.tolist())
 
     def flush(self) -> None:
         """Bring everything written so far to disk: call it before a checkpoint of this step is published."""
-        if self._path is None or not self._holds():
-            return
-        self._push()
-        self._to_events(None, lambda events: events.flush())
-        try:
-            sync_handle(self._lines)
-        except OSError as error:
-            self._say("metrics.jsonl", error)
+        if self._open:
+            self._lines.sync()
+            self._events.file.sync()
 
     def close(self) -> None:
         """Flush and close the files; later calls of any method do nothing."""
-        if self._path is None:
-            return
-        self.flush()
-        if self._pending and self._holds():
-            self._warn(f"{self._path / 'metrics.jsonl'}: its last {len(self._pending)} bytes could not be written")
-        self._to_events(None, lambda events: events.close())
-        os.close(self._lines)
-        self._path = None
-
-    def _push(self) -> None:
-        """Append what waits; the rest of a line that was written in part goes first."""
-        try:
-            while self._pending:
-                del self._pending[: os.write(self._lines, self._pending)]
-        except OSError as error:
-            self._say("metrics.jsonl", error)
-
-    def _to_events(self, step: int | None, write: Callable[[SummaryWriter], object]) -> None:
-        """Write to TensorBoard's file, or to a new one where the last could not be written; step: None to write only
-        where there is one."""
-        try:
-            if self._events is None and step is not None:
-                if perf_counter() - self._warned_at < RETRY_S:
-                    return
-                self._events = self._new_events(None)
-            if self._events is not None:
-                write(self._events)
-        except OSError as error:
-            self._events = None  # its thread has ended
-            self._say("tensorboard/", error)
-
-    def _new_events(self, purge_step: int | None) -> SummaryWriter:
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(str(self._path / "tensorboard"), purge_step=purge_step)  # type: ignore[operator]
-
-    def _say(self, what: str, error: OSError) -> None:
-        if perf_counter() - self._warned_at > RETRY_S:
-            self._warned_at = perf_counter()
-            self._warn(f"{self._path}/{what} cannot be written ({error.strerror or error}); training goes on")
+        if self._open:
+            self._lines.close()
+            self._events.file.close()
+            self._open = False
 
 
 def _drop_lines_after(path: Path, last_step: int) -> None:

@@ -7,7 +7,9 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,6 +17,7 @@ from PIL import Image
 from ghostmask.data_pipelines.beton import beton_path, manifest_path, publish, read_manifest
 from ghostmask.data_pipelines.config import DataConfig
 from ghostmask.data_pipelines.open import open_dataset, prepare
+from ghostmask.data_pipelines.write import write_images
 from ghostmask.engine.data import Parts
 from ghostmask.engine.errors import InputError
 from ghostmask.engine.world import single
@@ -164,7 +167,7 @@ def test_a_jpeg_damaged_after_its_check_stops_the_epoch_with_its_index(tmp_path:
     content[start : start + 64] = bytes(64)
     path.write_bytes(content)
     manifest = read_manifest_unchecked(path)
-    publish(_copy(path), path, manifest, 6, 2)
+    publish(_copy(path), path, fingerprint=manifest, num_images=6, num_classes=2, content="")
     pipeline = open_dataset(config, 0, single(), Parts())
     with pytest.raises(InputError, match="is damaged: image 4 cannot be decoded"):
         list(pipeline.evaluate())
@@ -196,3 +199,34 @@ def test_torchs_threads_are_left_alone_by_writing(tmp_path: Path) -> None:
     before = torch.get_num_threads()
     prepare(_config(tmp_path), progress=False)
     assert torch.get_num_threads() == before
+
+
+class FewImages:
+    """Six images of two sizes, and their labels."""
+
+    def __init__(self, labels: list[int]) -> None:
+        draw = np.random.default_rng(0)
+        self.images = [draw.integers(0, 256, (8 + i % 2, 9, 3)).astype(np.uint8) for i in range(6)]
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int, /) -> tuple[np.ndarray[Any, Any], int]:
+        return self.images[index], self.labels[index]
+
+
+def test_what_the_data_are_depends_on_images_labels_and_order_and_not_on_how_they_are_written(tmp_path: Path) -> None:
+    def content(images: Any, jpeg_fraction: float = 0.0, num_workers: int = 1) -> str:
+        path = tmp_path / "x.beton"
+        return write_images(images, path, jpeg_fraction=jpeg_fraction, num_workers=num_workers, name=None)
+
+    same = content(FewImages([0, 1, 0, 1, 0, 1]))
+    assert content(FewImages([0, 1, 0, 1, 0, 1]), jpeg_fraction=1.0, num_workers=3) == same
+    assert content(FewImages([1, 0, 0, 1, 0, 1])) != same
+    swapped = FewImages([0, 1, 0, 1, 0, 1])
+    swapped.images[0], swapped.images[2] = swapped.images[2], swapped.images[0]
+    assert content(swapped) != same
+    one_pixel = FewImages([0, 1, 0, 1, 0, 1])
+    one_pixel.images[5][0, 0, 0] ^= 1
+    assert content(one_pixel) != same

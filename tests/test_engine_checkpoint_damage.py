@@ -6,10 +6,9 @@ import multiprocessing as mp
 import os
 import random
 import signal
-import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -230,18 +229,6 @@ def test_a_rank_killed_while_saving_leaves_an_intact_checkpoint(tmp_path: Path) 
 def test_many_ranks_killed_while_saving_leave_an_intact_checkpoint(tmp_path: Path) -> None:
     for seed in range(3, 43):
         kill_at_random(tmp_path / str(seed), seed)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("mounting a small disk needs root")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def fill_up(world: World, disk: Path) -> list[str]:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ghostmask.engine.errors import InputError
 from ghostmask.engine.metrics import NUM_BUCKETS, Counts, MetricWriter
 from ghostmask.engine.world import World, single
 
@@ -182,3 +183,36 @@ def test_histograms_of_constants_are_one_bucket_and_of_nothing_are_left_out(tmp_
 def _next_second() -> None:
     """TensorBoard orders event files by the second in their names; a real restart takes longer than one."""
     time.sleep(1.0 - time.time() % 1.0 + 0.01)
+
+
+def test_a_full_disk_is_said_once_in_a_while_and_no_line_is_lost(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ghostmask.engine.appending.REPEAT_S", 3600.0)
+    said: list[str] = []
+    writer = MetricWriter(small_disk, single(), None, warn=said.append)
+    writer.scalars(1, {"loss": 1.0})
+    (small_disk / "ballast").write_bytes(bytes(4096 * (os.statvfs(small_disk).f_bavail)))
+    for step in range(2, 400):  # the last page of the file takes some of them, one in part
+        writer.scalars(step, {"loss": 1.0})
+    writer.flush()
+    (word,) = [text for text in said if text.startswith(f"{small_disk}/metrics.jsonl cannot be written")]
+    assert word.endswith("(No space left on device); training goes on, and so do tries")
+    assert len(said) == 2, "the other for TensorBoard's file"
+    (small_disk / "ballast").unlink()
+    writer.scalars(400, {"loss": 1.0})
+    lines = [json.loads(line) for line in (small_disk / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 401))
+    writer.scalars(401, {"loss": 1.0})
+    writer.close()
+    assert len(said) == 2
+    events = EventAccumulator(str(small_disk / "tensorboard"), {"scalars": 0})
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 402))
+
+
+def test_a_start_on_a_full_disk_is_one_line(small_disk: Path) -> None:
+    (small_disk / "ballast").write_bytes(bytes(4096 * (os.statvfs(small_disk).f_bavail)))
+    with pytest.raises(InputError, match=r"its metrics cannot be written \(No space left on device\)") as caught:
+        MetricWriter(small_disk / "run", single(), None)
+    assert "\n" not in str(caught.value)

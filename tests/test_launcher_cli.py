@@ -30,10 +30,10 @@ GHOSTMASK = str(Path(sysconfig.get_path("scripts")) / "ghostmask")
 
 COMMAND_LINE = {
     "ghostmask": ["-h --help", "--version"],
-    "ghostmask train": ["CONFIG", "[key=value ...]", "-h --help", "--restart"],
+    "ghostmask train": ["CONFIG", "[key=value ...]", "-h --help", "--restart", "--from", "--new-data"],
     "ghostmask evaluate": ["RUN", "-h --help", "--json"],
-    "ghostmask export": ["RUN", "-h --help"],
-    "ghostmask hessian": ["RUN", "-h --help", "--top", "--batches"],
+    "ghostmask export": ["RUN", "-h --help", "--out"],
+    "ghostmask hessian": ["RUN", "-h --help", "--out", "--top", "--batches"],
     "ghostmask find-mask": ["CONFIG", "[key=value ...]", "-h --help", "--out"],
     "ghostmask prepare": ["CONFIG", "[key=value ...]", "-h --help"],
     "ghostmask bench": ["BENCHMARK", "-h --help", "--json", "--device", "--quick", "--strict"],
