@@ -17,6 +17,7 @@ from ghostmask.engine.world import World
 from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.folder import check_saved, data_changes, sealed_config
 from ghostmask.launcher.record import (
+    FILE,
     Record,
     check_folder,
     new_record,
@@ -189,6 +190,8 @@ def _write_once(folder: Path, record: Record, config: RunConfig, saved: Saved | 
         if changed:
             words = ", ".join(f"{name} {new} (before: {saved.meta['versions'][name]})" for name, new in changed.items())
             to_stderr(f"{saved.path.name} was made with other software: now {words}; the result may differ in its bits")
+        if not (folder / FILE).exists():
+            write_record(folder, record)
         if (folder / "config.yaml").exists():
             return
         _say(f"{folder / 'config.yaml'} was not there; it is written again, from {saved.path.name}")

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ghostmask.engine.atomic import read_small, replacing
+from ghostmask.engine.checkpoint.files import META, Damaged, check_digests, checkpoints, read_manifest
 from ghostmask.engine.errors import InputError
 
 FILE = "run.json"
@@ -44,11 +45,12 @@ def new_record(started_from: str = "") -> Record:
 
 
 def read_record(folder: Path) -> Record | None:
-    """The record of the run in `folder`, None where there is none. Raises InputError for one that cannot be read."""
+    """The record of the run in `folder`, from a sealed checkpoint where run.json is lost; None where there is none.
+    Raises InputError for one that cannot be read."""
     try:
         return Record(**json.loads(read_small(folder / FILE)))
     except (FileNotFoundError, NotADirectoryError):
-        return None
+        return _sealed_record(folder)
     except (OSError, ValueError, TypeError) as error:
         raise InputError(
             f"run = {str(folder)!r}: its {FILE} cannot be read ({error}); restore it, or give another run=NAME"
@@ -63,8 +65,11 @@ def write_record(folder: Path, record: Record) -> None:
 
 def check_folder(folder: Path) -> None:
     """Raise InputError where `folder` holds files under a run's names that no run wrote, as far as one can know."""
-    if read_record(folder) is not None:
-        return
+    try:
+        if read_record(folder) is not None:
+            return
+    except OSError as error:
+        raise InputError(f"run = {str(folder)!r}: cannot be read ({error.strerror}: {error.filename})") from None
     found = [name for name in ("config.yaml", "metrics.jsonl", "checkpoints", "export") if (folder / name).exists()]
     if found:
         raise InputError(
@@ -93,6 +98,19 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "unknown"
     return found
+
+
+def _sealed_record(folder: Path) -> Record | None:
+    """What the newest checkpoint with an unbroken seal says of the run."""
+    for path in checkpoints(folder / "checkpoints"):
+        try:
+            check_digests(path, {META: read_manifest(path)[META]})
+            meta = json.loads(read_small(path / META))
+        except (OSError, ValueError, Damaged):
+            continue
+        if meta.get("run"):
+            return Record(meta["run"], "", meta.get("versions", {}))
+    return None
 
 
 def _remove(path: Path) -> None:

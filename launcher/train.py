@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ghostmask.launcher.settings import run_folder, to_dict
 from ghostmask.launcher.source import Source
 from ghostmask.launcher.summary import closing_table
 
+NO_USE_TO_TRY_AGAIN = (errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG)
 EXPORT_TRIES = 5
 """Of an export to a disk that takes nothing, with 1, 2, 4 and 8 s between them."""
 
@@ -98,6 +100,8 @@ def _persistently(write: Any, out: Path) -> Any:
             return write()
         except OSError as error:
             reason = error.strerror or str(error)
+            if error.errno in NO_USE_TO_TRY_AGAIN:
+                break
             if wait_s:
                 to_stderr(f"{out} cannot be written ({reason}); trying again in {wait_s:.0f} s")
                 time.sleep(wait_s)
