@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ghostmask.data_pipelines.registry import DATASETS
-from ghostmask.engine.config import may_change, require, require_number
+from ghostmask.engine.config import may_change, path_field, require, require_number
 from ghostmask.engine.errors import unknown_name
 
 
@@ -15,7 +15,7 @@ class DataConfig:
 
     dataset: str = "cifar10"
     """One of `ghostmask show datasets`."""
-    root: str = may_change("data")
+    root: str = path_field("data", changes=True)
     """Folder with the source images (or where to download them); .beton files are written to ROOT/beton."""
     batch_size: int = 256
     """Global batch: images of all ranks together per optimizer step."""
@@ -39,12 +39,12 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.dataset not in DATASETS:
             raise unknown_name("data.dataset", self.dataset, DATASETS)
-        require_number("data.batch_size", self.batch_size, 1)
-        require_number("data.num_workers", self.num_workers, 1)
-        require_number("data.image_size", self.image_size, 0)
-        require_number("data.max_resolution", self.max_resolution, 16)
+        require_number("data.batch_size", self.batch_size, 1, 2**24)
+        require_number("data.num_workers", self.num_workers, 1, 65_536)
+        require_number("data.image_size", self.image_size, 0, 4096)
+        require_number("data.max_resolution", self.max_resolution, 16, 65_535)
         require_number("data.jpeg_fraction", self.jpeg_fraction, 0, 1)
-        require_number("data.num_train", self.num_train, 1)
-        require_number("data.num_eval", self.num_eval, 1)
-        require_number("data.num_classes", self.num_classes, 2)
+        require_number("data.num_train", self.num_train, 1, 1e8)
+        require_number("data.num_eval", self.num_eval, 1, 1e8)
+        require_number("data.num_classes", self.num_classes, 2, 25_000)
         require(bool(self.root), "data.root", self.root, "give a folder")

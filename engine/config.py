@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +11,8 @@ from ghostmask.engine.position import Duration
 SCHEDULES = ("cosine", "step", "constant")
 PRECISIONS = ("fp32", "tf32", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
+LARGEST = 1e9
+"""No number of a configuration is above it unless its own check says so (a seed)."""
 
 
 def may_change(default: Any) -> Any:
@@ -25,12 +26,21 @@ def require(ok: bool, name: str, value: object, fix: str) -> None:
         raise bad_value(name, value, fix)
 
 
-def require_number(name: str, value: float, low: float, high: float = math.inf, *, above: bool = False) -> None:
-    """Raise unless low <= value <= high (low < value with `above`); nan and inf never pass."""
-    ok = math.isfinite(value) and (value > low if above else value >= low) and value <= high
-    if high < math.inf:
+def require_number(name: str, value: float, low: float, high: float = LARGEST, *, above: bool = False) -> None:
+    """Raise unless low <= value <= high (low < value with `above`); nan and inf never pass.
+
+    Give `high` where less than LARGEST would already fill the memory, start too many threads or never end.
+    """
+    ok = (value > low if above else value >= low) and value <= high
+    if high < LARGEST or value > high:
         require(ok, name, value, f"give a number in {'(' if above else '['}{low:g}, {high:g}]")
     require(ok, name, value, f"give a number {'above' if above else 'of at least'} {low:g}")
+
+
+def path_field(default: str, *, changes: bool = False) -> Any:
+    """A field that holds a path: ~ is the home folder in it, and what no file can be called is refused. changes: as
+    may_change."""
+    return field(default=default, metadata={"path": True, "may_change": changes})
 
 
 @dataclass(frozen=True)
@@ -88,7 +98,7 @@ class FinetuneConfig:
     """cosine, or constant."""
 
     def __post_init__(self) -> None:
-        require_number("finetune.epochs", self.epochs, 0)
+        require_number("finetune.epochs", self.epochs, 0, 1e6)
         require_number("finetune.lr", self.lr, 0, above=True)
         if self.schedule not in ("cosine", "constant"):
             raise unknown_name("finetune.schedule", self.schedule, ("cosine", "constant"))
@@ -125,7 +135,7 @@ class TrainConfig:
     """Epochs between evaluations; the last epoch of a phase is always evaluated."""
 
     def __post_init__(self) -> None:
-        require_number("train.epochs", self.epochs, 0)
+        require_number("train.epochs", self.epochs, 0, 1e6)
         if self.zero_stage == 3:
             raise bad_value(
                 "train.zero_stage", 3, "stage 3 shards the forward pass too, which masks do not support; use 0, 1 or 2"
@@ -135,8 +145,8 @@ class TrainConfig:
             raise unknown_name("train.precision", self.precision, PRECISIONS)
         if self.device not in DEVICES:
             raise unknown_name("train.device", self.device, DEVICES)
-        require_number("train.replicas", self.replicas, 0)
-        require_number("train.threads", self.threads, 0)
+        require_number("train.replicas", self.replicas, 0, 65_536)
+        require_number("train.threads", self.threads, 0, 1024)
         require_number("train.log_every", self.log_every, 1)
         require_number("train.eval_every", self.eval_every, 1)
 

@@ -6,9 +6,20 @@ import difflib
 import sys
 from collections.abc import Iterable
 
+LONGEST = 900
+"""Characters of an error; of a longer one the middle is left out."""
+LONGEST_VALUE = 200
+"""Characters of a value in an error."""
+
 
 class InputError(ValueError):
-    """Wrong input of the user: the command line prints it as one line and exits with code 2, without a traceback."""
+    """Wrong input of the user: the command line prints it as one line and exits with code 2, without a traceback.
+
+    What the user typed, or a file holds, may stand in its message as it is: `printable` goes over it.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(cut(printable(message), LONGEST))
 
 
 class RunStopped(Exception):
@@ -20,7 +31,7 @@ class RunStopped(Exception):
 
 
 EXIT_INPUT = 2
-"""Wrong input; nothing was started."""
+"""Wrong input, said in one line; what was there before stays as it was."""
 EXIT_NON_FINITE = 3
 """A loss or gradient was not finite; stopped before the optimizer step."""
 EXIT_NOT_SAVED = 4
@@ -36,9 +47,25 @@ def to_stderr(text: str) -> None:
     print(f"ghostmask: warning: {text}", file=sys.stderr, flush=True)
 
 
+def printable(text: str) -> str:
+    """One line in which all that a terminal does not show as it is (escape sequences, no-break spaces, bytes that are
+    not UTF-8) is written as Python escapes it."""
+    line = " ".join(text.splitlines())
+    if line.isprintable():
+        return line
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
+def cut(text: str, longest: int) -> str:
+    """`text` without its middle where it is longer than that."""
+    if len(text) <= longest:
+        return text
+    return f"{text[: longest * 2 // 3]} ... {text[len(text) - longest // 3 + 5 :]}"
+
+
 def bad_value(field: str, value: object, fix: str) -> InputError:
     """The error for field = value, e.g. bad_value("mask.density", 1.5, "give a number in (0, 1]")."""
-    return InputError(f"{field} = {value!r}: {fix}")
+    return InputError(f"{field} = {cut(repr(value), LONGEST_VALUE)}: {fix}")
 
 
 def unknown_name(field: str, value: object, known: Iterable[str]) -> InputError:
@@ -46,4 +73,5 @@ def unknown_name(field: str, value: object, known: Iterable[str]) -> InputError:
     names = sorted(known)
     near = difflib.get_close_matches(str(value), names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return InputError(f"{field} = {value!r} is not known: {hint}known: {', '.join(names)}")
+    shown = cut(repr(value), LONGEST_VALUE)
+    return InputError(f"{field} = {shown} is not known: {hint}known: {', '.join(names)}")

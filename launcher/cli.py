@@ -17,10 +17,12 @@ from ghostmask.launcher.checks import check_config, check_finder
 from ghostmask.launcher.environment import prepare_environment
 from ghostmask.launcher.examples import EXAMPLES
 from ghostmask.launcher.folder import read_run, resumed
+from ghostmask.launcher.process import open_standard_streams, require_working_directory
 from ghostmask.launcher.source import find_source
 
 CONFIG_HELP = "YAML file, or the name of a shipped config (ghostmask show configs)"
 SETTINGS_HELP = "settings that go before the file's, such as mask.density=0.05 optim.milestones=[90,135]"
+OUT_HELP = "the file to write (default: mask.safetensors in the run folder)"
 RUN_HELP = "a run's name (folder runs/NAME) or its folder"
 
 
@@ -29,6 +31,8 @@ def run_command(argv: Sequence[str]) -> int:
 
     Raises InputError for wrong arguments and settings before torch is imported.
     """
+    open_standard_streams()
+    require_working_directory()
     parser = build_parser()
     try:
         arguments, rest = parser.parse_known_args(argv)
@@ -77,7 +81,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     find = _add(commands, "find-mask", "find a mask before training and write it to a file", _find_mask)
     _add_settings(find)
-    find.add_argument("--out", metavar="FILE", help="the file to write (default: mask.safetensors in the run folder)")
+    find.add_argument(
+        "--out",
+        metavar="FILE",
+        type=_path("--out"),
+        help="the file to write (default: mask.safetensors in the run folder)",
+    )
     prepare = _add(commands, "prepare", "download a config's dataset and write its .beton files", _prepare)
     _add_settings(prepare)
     _add_bench(_add(commands, "bench", "time one part of the system against textbook code", _bench))
@@ -121,7 +130,7 @@ def _add_settings(parser: _Parser) -> None:
 def _add_bench(parser: _Parser) -> None:
     names = list(BENCHMARKS)
     parser.add_argument("benchmark", metavar="BENCHMARK", choices=names, help=f"one of {', '.join(names)}")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the rows to FILE")
+    parser.add_argument("--json", metavar="FILE", type=_path("--json"), help="also write the rows to FILE")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="as train.device")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs: no numbers to quote")
     parser.add_argument("--strict", action="store_true", help="exit with 1 where a row does not meet its bar")
@@ -148,7 +157,9 @@ def _add_tost_table(parser: _Parser) -> None:
 
 def _add_table(parser: _Parser, folder: str) -> None:
     parser.add_argument("--seeds", metavar="N", type=_count, default=3, help="seeds 0, 1, ... (default: 3)")
-    parser.add_argument("--folder", type=Path, default=Path(folder), help=f"where the runs go (default: {folder})")
+    parser.add_argument(
+        "--folder", type=_path("--folder"), default=Path(folder), help=f"where the runs go (default: {folder})"
+    )
 
 
 def _add_topics(parser: _Parser) -> None:
@@ -204,7 +215,7 @@ def _find_mask(arguments: Namespace) -> int:
     config = settings.load_config(arguments.config, arguments.overrides)
     check_config(config, int(os.environ.get("WORLD_SIZE", "1")))
     check_finder(config)
-    out = Path(arguments.out) if arguments.out else settings.run_folder(config) / "mask.safetensors"
+    out = arguments.out or settings.run_folder(config) / "mask.safetensors"
     if out.suffix != ".safetensors":
         raise bad_value("--out", str(out), "give a file ending in .safetensors")
     locate.check_writable(out.parent, "--out", str(out))
@@ -278,9 +289,9 @@ def _check_network(name: str) -> None:
 
 
 def _count(text: str) -> int:
-    """A command-line number of at least 1."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number of at least 1")
+    """A command-line number of at least 1; at most 10,000, each of which costs a pass or a run."""
+    if not text.isdecimal() or len(text) > 5 or not 1 <= int(text) <= 10_000:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number of at least 1, at most 10000")
     return int(text)
 
 
@@ -289,6 +300,11 @@ def _output(asked: Path | None, usual: Path) -> Path:
     out = asked or usual
     locate.check_writable(out, "--out", str(out))
     return out
+
+
+def _path(field: str) -> Callable[[str], Path]:
+    """How argparse reads a path: ~ is the home folder in it; files are written under names that are a little longer."""
+    return lambda text: Path(locate.typed_path(field, text, longest_name=locate.LONGEST_NAME - len(".writing.")))
 
 
 def _device_of(run: Path) -> str:

@@ -11,7 +11,7 @@ from ghostmask.engine.config import (
     FinetuneConfig,
     OptimConfig,
     TrainConfig,
-    may_change,
+    path_field,
     require_number,
 )
 from ghostmask.engine.errors import InputError
@@ -24,7 +24,7 @@ from ghostmask.models.config import ModelConfig, TostConfig
 class RunConfig:
     """Everything a run depends on."""
 
-    run: str = may_change("")
+    run: str = path_field("", changes=True)
     """The run's name (folder runs/NAME) or, with a slash in it, its folder; empty = the config file's name."""
     seed: int = 0
     """Seed of the initialisation, the order of samples, the augmentation and the mask noise."""

@@ -8,7 +8,13 @@ from tempfile import TemporaryDirectory
 
 from ghostmask import configs
 from ghostmask.engine.errors import InputError, bad_value, unknown_name
+from ghostmask.launcher.values import require_text
 
+LONGEST_NAME, LONGEST_PATH = 255, 3500
+"""Bytes of one name, which is what Linux' file systems take, and of a whole path (4,096), with room for what is written
+below it."""
+FIRST = "first_try"
+"""An example of a name."""
 RUNS = Path("runs")
 """Where runs without a folder of their own are kept, relative to the working directory."""
 
@@ -18,18 +24,39 @@ def shipped_configs() -> dict[str, Path]:
     return {path.stem: path for path in sorted(Path(configs.__path__[0]).glob("*.yaml"))}
 
 
+def typed_path(field: str, text: str, *, longest_name: int = LONGEST_NAME) -> str:
+    """A path that a user gave as `field`, with ~ replaced by the home folder, unless the shell did so.
+
+    Raises InputError for what no file can be called. longest_name: bytes of one name in it.
+    """
+    require_text(field, text)
+    longest = max(text.split("/"), key=lambda name: len(name.encode()))
+    if len(longest.encode()) > longest_name:
+        raise bad_value(field, text, f"a name in it has {len(longest.encode())} bytes; give at most {longest_name}")
+    if len(text.encode()) > LONGEST_PATH:
+        raise bad_value(field, text, f"has {len(text.encode())} bytes; give at most {LONGEST_PATH}")
+    path = os.path.expanduser(text) if os.environ.get("HOME") != "" or not text.startswith("~") else text
+    if path.startswith("~"):
+        user = text[1:].partition("/")[0]
+        home = f"the user {user}" if user else "this user"
+        raise bad_value(field, text, f"the home folder of {home} is not known; write ./{text} for a name with ~")
+    return path
+
+
 def find_config(text: str) -> Path:
     """The YAML file behind a path, or behind the name of a shipped config with or without configs/ and .yaml.
 
     A file of the working directory goes before a shipped one. Raises InputError that lists the shipped names.
     """
-    path = Path(text)
-    if path.is_file():
+    path = Path(typed_path("config", text))
+    if os.path.isfile(path):
         return path
-    if path.is_dir():
+    if os.path.isdir(path):
         resolved = path / "config.yaml"
         fix = f"is a folder; give the file {resolved}" if resolved.is_file() else "is a folder; give a YAML file"
         raise bad_value("config", text, fix)
+    if os.path.exists(path):
+        raise bad_value("config", text, "is not a file but a pipe or device; give a YAML file")
     if path.suffix in ("", ".yaml") and path.parent.as_posix() in (".", "configs"):
         local = Path("configs", f"{path.stem}.yaml")
         found = local if local.is_file() else shipped_configs().get(path.stem)
@@ -43,6 +70,27 @@ def find_config(text: str) -> Path:
 def run_folder(run: str) -> Path:
     """runs/NAME for a name, the folder itself where the value has a slash."""
     return Path(run) if "/" in run else RUNS / run
+
+
+def new_run_folder(run: str) -> Path:
+    """As run_folder, of a run that writes there.
+
+    Raises InputError where the name cannot be read on a terminal, and for the working directory, the home folder and
+    all that they lie in: the files of a run would stand among others.
+    """
+    if not run.strip():
+        raise bad_value("run", run, f"give the run a name, such as run={FIRST}")
+    if not run.isprintable():
+        raise bad_value("run", run, "holds characters that cannot be seen; give a name without them")
+    if run in (".", ".."):
+        raise bad_value("run", run, f"is no name of a run; give one, such as run={FIRST}")
+    folder = run_folder(run)
+    real = os.path.realpath(folder)
+    for place, what in ((os.getcwd(), "the working directory"), (os.path.expanduser("~"), "the home folder")):
+        if os.path.commonpath([real, os.path.realpath(place)]) == real:
+            lies = "is" if real == os.path.realpath(place) else "holds"
+            raise bad_value("run", run, f"{lies} {what}; give a folder of the run's own, such as run={FIRST}")
+    return folder
 
 
 def check_writable(folder: Path, field: str, value: str) -> None:
@@ -62,8 +110,9 @@ def find_run(text: str) -> Path:
 
     Raises InputError that names the runs which do exist beside it.
     """
+    text = typed_path("run", text)
     for folder in (run_folder(text), Path(text)):
-        if (folder / "config.yaml").is_file():
+        if os.path.isfile(folder / "config.yaml"):
             return folder
     folder = run_folder(text)
     if folder.is_dir():

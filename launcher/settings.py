@@ -17,7 +17,7 @@ from ghostmask.engine.registry import resolve
 from ghostmask.launcher import locate
 from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.values import as_text, convert
-from ghostmask.launcher.yaml_text import Plain, read_yaml
+from ghostmask.launcher.yaml_text import Plain, read_yaml, read_yaml_file
 from ghostmask.masks.registry import METHODS
 from ghostmask.masks.settings import MaskSettings
 from ghostmask.models.config import TOST_PRESETS, TostConfig
@@ -42,7 +42,7 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> RunConfig:
     `run` is the file's stem unless it is set. Raises InputError, one line, for whatever is not a valid setting.
     """
     file = locate.find_config(path) if path else None
-    values: Any = _read_file(file) if file else {}
+    values: Any = read_yaml_file(file) if file else {}
     if not isinstance(values, dict):
         raise InputError(f"{file}: give settings as `key: value` lines")
     for name, kind in setting_types().items():
@@ -92,10 +92,9 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
 
 
 def run_folder(config: RunConfig) -> Path:
-    """The folder of the run: runs/NAME, or `run` itself where it has a slash. Raises InputError where it is empty."""
-    if not config.run:
-        raise bad_value("run", config.run, "give the run a name, such as run=first_try")
-    return locate.run_folder(config.run)
+    """The folder of the run: runs/NAME, or `run` itself where it has a slash. Raises InputError where that is no place
+    for a run's files (launcher.locate)."""
+    return locate.new_run_folder(config.run)
 
 
 def field_docs(cls: type) -> dict[str, str]:
@@ -145,13 +144,6 @@ def settings_of(method: str) -> type[MaskSettings]:
         raise unknown_name("mask.method", method, METHODS)
     found: type[MaskSettings] = resolve(METHODS[method]).Settings
     return found
-
-
-def _read_file(file: Path) -> Any:
-    try:
-        return read_yaml(file.read_text(encoding="utf-8"), str(file))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read: {error}") from None
 
 
 def _override(values: dict[str, Any], item: str, given: set[str]) -> None:
@@ -214,6 +206,9 @@ def _build_class(cls: type[Section], values: Mapping[str, Any], prefix: str) -> 
             raise _unknown_key(name)
         section = is_dataclass(hints[key])
         arguments[str(key)] = _build(hints[key], value, f"{name}.") if section else convert(name, value, hints[key])
+    for field in fields(cls):  # type: ignore[arg-type]
+        if field.metadata.get("path") and arguments.get(field.name):
+            arguments[field.name] = locate.typed_path(f"{prefix}{field.name}", arguments[field.name])
     return cls(**arguments)
 
 

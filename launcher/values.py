@@ -34,10 +34,23 @@ def convert(name: str, value: Any, kind: Any) -> Any:
         if not isinstance(value, list | tuple):
             raise bad_value(name, value, f"expected a list of {item.__name__}, such as [a, b] or []")
         return tuple(convert(f"{name}[{i}]", part, item) for i, part in enumerate(value))
+    if isinstance(value, str):
+        require_text(name, value)
     converted = _from_plain(value, kind) if isinstance(value, Plain) else _from_python(value, kind)
     if converted is None:
         raise bad_value(name, value, f"expected {EXPECTED[kind]}")
     return converted
+
+
+def require_text(name: str, text: str) -> None:
+    """Raise the InputError of setting `name` for a text that no file can hold or be called: a byte of the command line
+    that was not UTF-8, or a NUL."""
+    if "\0" in text:
+        raise bad_value(name, text, "holds a NUL character; leave it out")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise bad_value(name, text, "is not UTF-8; give a name that is") from None
 
 
 def as_text(value: Any) -> str:
@@ -69,7 +82,7 @@ def _from_python(value: Any, kind: type) -> Any:
     if isinstance(value, bool) or kind is bool:
         return value if isinstance(value, bool) and kind is bool else None
     if kind is float and isinstance(value, int):
-        return float(value)
+        return float(value) if abs(value) < 2**1000 else None
     return value if isinstance(value, kind) else None
 
 

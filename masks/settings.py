@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ghostmask.engine.config import require, require_number
+from ghostmask.engine.config import path_field, require, require_number
 from ghostmask.engine.errors import unknown_name
 
 CONSTRAINTS = ("global", "layerwise")
@@ -78,7 +78,7 @@ class Protecting(Ranked):
 class FromTrained(MaskSettings):
     """A method that can start from a trained network."""
 
-    path: str = ""
+    path: str = path_field("")
     """A trained network to start from: a run folder, or a .safetensors or .pt file with a state dict."""
 
 

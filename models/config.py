@@ -67,7 +67,7 @@ class TostConfig:
         require_number("tost.swish_fraction", self.swish_fraction, 0, 1, above=True)
         require_number("tost.swish_beta_end", self.swish_beta_end, 1, 1e6)
         require_number("tost.label_smoothing", self.label_smoothing, 0, 0.9999)
-        require_number("tost.lrsi_steps", self.lrsi_steps, 1)
+        require_number("tost.lrsi_steps", self.lrsi_steps, 1, 1e6)
         require_number("tost.lrsi_lr", self.lrsi_lr, 0, above=True)
         require_number("tost.lrsi_eta", self.lrsi_eta, 0, above=True)
         require_number("tost.lrsi_gamma", self.lrsi_gamma, 0)

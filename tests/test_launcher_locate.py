@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from ghostmask.engine.errors import InputError
-from ghostmask.launcher.locate import find_config, find_run, shipped_configs
-from ghostmask.launcher.settings import load_config
+from ghostmask.launcher.locate import find_config, find_run, new_run_folder, shipped_configs, typed_path
+from ghostmask.launcher.settings import load_config, run_folder
 
 
 def test_a_shipped_config_is_found_by_name_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,3 +51,61 @@ def test_a_run_is_found_by_name_and_by_folder(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "runs" / "empty").mkdir()
     with pytest.raises(InputError, match=r"it holds no config\.yaml"):
         find_run("empty")
+
+
+@pytest.mark.parametrize(
+    ("run", "expected"),
+    [
+        ("", "give the run a name"),
+        ("  ", "give the run a name"),
+        (".", "is no name of a run"),
+        ("..", "is no name of a run"),
+        ("./", "is the working directory"),
+        ("../here/.", "is the working directory"),
+        ("/", "holds the working directory"),
+        ("../", "holds the working directory"),
+        ("~/", "is the home folder"),
+        ("link/", "is the working directory"),
+        ("a\x1b[31mb", "holds characters that cannot be seen"),
+        ("a\xa0b", "holds characters that cannot be seen"),
+        ("x/\u200bb", "holds characters that cannot be seen"),
+        ("a\tb", "holds characters that cannot be seen"),
+        ("a\0b", "holds a NUL character"),
+        ("a\udcffb", "is not UTF-8"),
+        ("ä" * 128, "a name in it has 256 bytes; give at most 255"),
+        ("x/" * 2000, "has 4000 bytes"),
+        ("~nobody-of-that-name/x", "the home folder of the user nobody-of-that-name is not known; write ./~nobody"),
+    ],
+)
+def test_a_run_never_lies_where_other_files_are_and_has_a_name_that_can_be_read(
+    run: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    os.symlink(".", "link")
+    with pytest.raises(InputError) as caught:
+        run_folder(load_config(None, [f"run={run}"]))
+    assert expected in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+def test_names_that_are_only_unusual_are_taken() -> None:
+    for run in ("ä" * 127, "-x", "a b", "...", "日本", "a=b", "./~x", "here/", "runs/x"):
+        assert new_run_folder(typed_path("run", run)).name
+
+
+def test_the_home_folder_is_meant_by_a_tilde_in_every_path_of_a_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("data: {root: ~/data}\nmask: {method: file, path: '~/m.pt'}\nrun: ~/runs/x\n")
+    config = load_config("~/mine.yaml")
+    found = (config.data.root, config.mask.path, config.run)
+    assert found == tuple(f"{tmp_path}/{name}" for name in ("data", "m.pt", "runs/x"))
+    assert load_config(None, ["data.root=~/y"]).data.root == f"{tmp_path}/y"
+    assert load_config(None, ["data.root=./~/y"]).data.root == "./~/y"
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "config.yaml").write_text("")
+    assert find_run("~/r") == tmp_path / "r"

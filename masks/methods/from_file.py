@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ghostmask.engine.config import require
+from ghostmask.engine.config import path_field, require
 from ghostmask.engine.data import DataPipeline
 from ghostmask.masks.mask_file import read_masks
 from ghostmask.masks.one_shot import OneShot
@@ -17,7 +17,7 @@ from ghostmask.masks.settings import MaskSettings
 class Settings(MaskSettings):
     """file: the density is the file's."""
 
-    path: str = ""
+    path: str = path_field("")
     """The mask: a mask file, the zeros of a trained network (a run folder, a .safetensors or .pt), or a dict of
     tensors."""
 

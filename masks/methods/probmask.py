@@ -56,11 +56,11 @@ class Settings(Ranked, Scheduled):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_number("mask.lr", self.lr, 0, above=True)
-        require_number("mask.samples", self.samples, 1)
-        require_number("mask.noises", self.noises, 1)
+        require_number("mask.samples", self.samples, 1, 10_000)
+        require_number("mask.noises", self.noises, 1, 65_536)
         require_number("mask.temperature_end", self.temperature_end, 0, 1, above=True)
         require_name("mask.final", self.final, FINALS)
-        require_number("mask.candidates", self.candidates, 1)
+        require_number("mask.candidates", self.candidates, 1, 1e5)
         require(
             self.candidates == 10 or self.final == "best_of",
             "mask.candidates", self.candidates, f"is not read with mask.final={self.final}; leave it out",

@@ -25,7 +25,7 @@ class Settings(Protecting, FromTrained):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_number("mask.iterations", self.iterations, 1)
+        require_number("mask.iterations", self.iterations, 1, 1e5)
 
 
 class SynFlow(OneShot):
