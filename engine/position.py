@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from ghostmask.engine.errors import InputError
 
+LARGEST = 1e9
+"""Of a duration, in either unit."""
+
 
 @dataclass(frozen=True)
 class Duration:
@@ -21,7 +24,10 @@ class Duration:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(ep|st)?\s*", str(text))
         if not match:
             raise InputError(f"{field} = {text!r}: give epochs or steps, such as 5ep or 500st")
-        return cls(float(match.group(1)), match.group(2) or "ep")
+        amount = float(match.group(1))
+        if amount > LARGEST:
+            raise InputError(f"{field} = {text!r}: give at most {LARGEST:g}{match.group(2) or 'ep'}")
+        return cls(amount, match.group(2) or "ep")
 
     def steps(self, steps_per_epoch: int) -> int:
         """The same length in optimizer steps, rounded."""
@@ -29,6 +35,20 @@ class Duration:
 
     def __str__(self) -> str:
         return f"{self.amount:g}{self.unit}"
+
+
+def require_steps(field: str, text: str, steps_per_epoch: int, total: int, what: str) -> None:
+    """Raise the InputError of `field` = `text` where that duration is more than `total` steps, or is above 0 and rounds
+    to no step. what: what has the steps, such as "the main phase has"."""
+    duration = Duration.parse(text, field)
+    steps = duration.steps(steps_per_epoch)
+    if steps > total:
+        epochs = -(-steps // steps_per_epoch)
+        raise InputError(
+            f"{field} = {text!r}: is {steps} steps, {what} {total}; give at most {total}st, or train.epochs={epochs}"
+        )
+    if steps == 0 and duration.amount > 0:
+        raise InputError(f"{field} = {text!r}: rounds to no step (an epoch has {steps_per_epoch}); give 1st, or 0ep")
 
 
 @dataclass(frozen=True)

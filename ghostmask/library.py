@@ -11,12 +11,14 @@ these differ (probmask), forward a few batches in training mode after `eval()` b
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ghostmask.engine.errors import bad_value
 from ghostmask.engine.sharding.optimizer import Sampling, ShardedOptimizer
 from ghostmask.engine.sharding.placement import ParameterGroup, WholePlacement
 from ghostmask.engine.sharding.reparametrization import Plain
@@ -27,6 +29,7 @@ from ghostmask.masks.masked import PRUNABLE, FixedMask, Masked
 from ghostmask.masks.methods.gmp import Shrinking
 from ghostmask.masks.prunable import prunable_weights
 from ghostmask.masks.relaxed import RelaxedMask, Search
+from ghostmask.masks.schedules import epoch_window, falls_by_epochs, falls_by_steps, shortest, step_window
 from ghostmask.masks.scoring.largest import Budget, largest
 
 Method = Callable[[Sgd, float], Masked]
@@ -74,8 +77,10 @@ def probmask(
     probabilities is lr x steps (the paper: 6e-3 over 58,800 steps). seed: of ties.
     """
     epochs = max(1, steps // steps_per_epoch)
+    falls = partial(falls_by_epochs, start_fraction, end_fraction)
+    _require_fall(density, steps, falls(epochs), lambda: (shortest(falls) or 0) * steps_per_epoch)
     search = Search(
-        density, constraint, temperature_end, int(start_fraction * epochs), int(end_fraction * epochs), epochs,
+        density, constraint, temperature_end, *epoch_window(start_fraction, end_fraction, epochs), epochs,
         steps_per_epoch, seed,
     )  # fmt: skip
     return lambda rule, rate: RelaxedMask(search, rule if train_weights else None, lr / rate)
@@ -87,7 +92,17 @@ def gmp(
 ) -> Method:  # fmt: skip
     """Gradual magnitude pruning: the largest |w| stay, chosen anew every `every` of `steps` steps."""
     budget = Budget(density, constraint, seed=seed)
-    return lambda rule, _: Shrinking(rule, budget, start_fraction * steps, end_fraction * steps, every)
+    falls = partial(falls_by_steps, start_fraction, end_fraction)
+    _require_fall(density, steps, falls(steps), lambda: shortest(falls) or 0)
+    window = step_window(start_fraction, end_fraction, steps)
+    return lambda rule, _: Shrinking(rule, budget, *window, every)
+
+
+def _require_fall(density: float, steps: int, falls: bool, enough: Callable[[], int]) -> None:
+    if density < 1 and not falls:
+        least = enough()
+        fix = f"give at least {least}" if least else "give fractions that lie further apart, and an end below 1"
+        raise bad_value("steps", steps, f"the density has no time to fall to {density:g}; {fix}")
 
 
 def fixed(masks: Mapping[str, Tensor]) -> Method:

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from ghostmask.engine.config import require
-from ghostmask.engine.position import Duration
+from ghostmask.engine.position import Duration, require_steps
 from ghostmask.engine.registry import resolve
 from ghostmask.engine.sharding.ranks import check_ranks
 from ghostmask.launcher.config import RunConfig
@@ -40,6 +40,18 @@ def check_config(config: RunConfig, world_size: int) -> None:
     _check_schedule(config)
     _check_tost(config)
     _check_data(config)
+
+
+def check_steps(config: RunConfig, steps_per_epoch: int) -> None:
+    """Raise InputError where a schedule of a new run does not fit into the steps that its data gives it."""
+    total = config.train.epochs * steps_per_epoch
+    require_steps("optim.warmup", config.optim.warmup, steps_per_epoch, total, "the main phase has")
+    tost = config.tost
+    require(
+        not tost.ghost_swish or tost.activation == "pswish" or tost.swish_fraction * total <= total - 1,
+        "tost.swish_fraction", tost.swish_fraction, f"leaves none of {total} steps to train ReLUs in; give less",
+    )  # fmt: skip
+    _method(config.mask.method).check_steps(config.mask, config, steps_per_epoch)
 
 
 def check_finder(config: RunConfig) -> None:

@@ -13,7 +13,7 @@ from ghostmask.engine.agree import on_main
 from ghostmask.engine.errors import EXIT_NOT_SAVED, RunStopped, to_stderr
 from ghostmask.engine.evaluation import Score, score
 from ghostmask.engine.world import connect, rank_from_environment
-from ghostmask.launcher.checks import check_config
+from ghostmask.launcher.checks import check_config, check_steps
 from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.export import write_export
 from ghostmask.launcher.folder import resumed
@@ -45,6 +45,7 @@ def train(
         config = settle(config, world)
         shares = Shares.of(config, world)
         data = open_data(config, world, shares.plain.parts)
+        check_steps(config, data.steps_per_epoch)
         method = build_method(config, world, data)
         opened = open_owned(folder, config, world, data, restart=restart, source=source, new_data=new_data)
         try:

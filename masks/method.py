@@ -107,6 +107,10 @@ class MaskMethod(ABC):
     def check(cls, settings: Any, run: Any) -> None:
         """Raise InputError where the method's settings do not fit the rest of a run (launcher.config.RunConfig)."""
 
+    @classmethod  # noqa: B027
+    def check_steps(cls, settings: Any, run: Any, steps_per_epoch: int) -> None:
+        """As check, of what only the number of images decides: raise InputError where a schedule rounds to nothing."""
+
     def phases(self) -> tuple[tuple[str, int], ...]:
         """The phases in order, with their epochs; 0 epochs = only begin() and leave()."""
         return (("train", self.recipe.epochs),)

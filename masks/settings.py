@@ -5,10 +5,12 @@ A method's `Settings` lists all that it reads: what is not in it is refused, wit
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ghostmask.engine.config import path_field, require, require_number
-from ghostmask.engine.errors import unknown_name
+from ghostmask.engine.errors import bad_value, unknown_name
+from ghostmask.masks.schedules import shortest
 
 CONSTRAINTS = ("global", "layerwise")
 
@@ -112,3 +114,14 @@ class Scheduled(WithDensity):
             self.start_fraction < self.end_fraction,
             "mask.start_fraction", self.start_fraction, f"give less than mask.end_fraction = {self.end_fraction:g}",
         )  # fmt: skip
+
+    def require_fall(self, epochs: int, falls: Callable[[int], bool]) -> None:
+        """Raise the InputError of train.epochs = `epochs` where the density is not reached in them, unless nothing is
+        pruned. falls: whether it is in a number of epochs."""
+        if self.density == 1 or falls(epochs):
+            return
+        enough = shortest(falls)
+        window = f"mask.start_fraction = {self.start_fraction:g} to mask.end_fraction = {self.end_fraction:g}"
+        fix = f"give at least {enough}" if enough else "give fractions that lie further apart, and an end below 1"
+        why = f"the density has no time to fall to {self.density:g} from {window}"
+        raise bad_value("train.epochs", epochs, f"{why}; {fix}")

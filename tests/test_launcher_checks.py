@@ -5,14 +5,15 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import re
 from dataclasses import fields
 
 import pytest
 
 from ghostmask.engine.errors import InputError
 from ghostmask.engine.registry import resolve
-from ghostmask.launcher.checks import check_config
-from ghostmask.launcher.settings import load_config, settings_of
+from ghostmask.launcher.checks import check_config, check_steps
+from ghostmask.launcher.settings import load_config, setting_types, settings_of
 from ghostmask.masks.method import MaskMethod
 from ghostmask.masks.registry import METHODS
 
@@ -101,7 +102,7 @@ def test_a_tost_setting_that_nothing_would_read_is_refused(overrides: str, expec
         "mask.method=file mask.path=x mask.density=1.0 mask.dense_layers=[fc.weight]",
         "mask.train_weights=false tost.ghost_skip=true optim.lr=0.2 finetune.epochs=0",
         "mask.noises=4",
-        "optim.warmup=500st train.epochs=1",
+        "optim.warmup=500st train.epochs=2",
         "data.dataset=synthetic data.num_classes=4",
     ],
 )
@@ -136,6 +137,75 @@ def test_ranks_that_cannot_share_the_batch_are_refused_with_the_numbers_that_can
 def test_numbers_of_ranks_that_divide_the_parts_of_a_batch_are_not_refused(ranks: int) -> None:
     check_config(load_config(None, ["train.replicas=8", "mask.noises=4"]), ranks)
     check_config(load_config(None, ["mask.noises=4"]), ranks)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ("train.epochs=1", "train.epochs = 1: the density has no time to fall to 0.1 from mask.start_fraction = 0.16 to "
+                           "mask.end_fraction = 0.6; give at least 2"),
+        ("train.epochs=4 mask.start_fraction=0.5 mask.end_fraction=0.6", "train.epochs = 4: the density has no time to "
+         "fall to 0.1 from mask.start_fraction = 0.5 to mask.end_fraction = 0.6; give at least 5"),
+        ("mask.end_fraction=1", "train.epochs = 300: the density has no time to fall to 0.1 from mask.start_fraction = "
+                                "0.16 to mask.end_fraction = 1; give fractions that lie further apart, and an end below"),
+        ("mask.start_fraction=0.6", "mask.start_fraction = 0.6: give less than mask.end_fraction = 0.6"),
+    ],
+)  # fmt: skip
+def test_a_search_in_which_the_density_cannot_fall_is_refused_with_the_length_that_works(
+    settings: str, expected: str
+) -> None:
+    assert said_of(settings).startswith(expected)
+    enough = re.search(r"at least (\d+)$", expected)
+    if enough:
+        others = settings.split()[1:]
+        check_config(load_config(None, [f"train.epochs={enough[1]}", *others]), world_size=1)
+        assert "has no time to fall" in said_of(" ".join([f"train.epochs={int(enough[1]) - 1}", *others]))
+
+
+def test_a_search_that_prunes_nothing_may_be_as_short_as_it_likes() -> None:
+    check_config(load_config(None, ["train.epochs=1", "mask.density=1"]), world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ("mask.method=gmp train.epochs=1 mask.start_fraction=0 mask.end_fraction=0.1", "train.epochs = 1: the density "
+         "has no time to fall to 0.1 from mask.start_fraction = 0 to mask.end_fraction = 0.1; give at least 3"),
+        ("train.epochs=2 optim.warmup=9st", "optim.warmup = '9st': is 9 steps, the main phase has 6; give at most 6st, "
+                                            "or train.epochs=3"),
+        ("train.epochs=2 optim.warmup=0.1ep", "optim.warmup = '0.1ep': rounds to no step (an epoch has 3); give 1st, or "
+                                              "0ep"),
+        ("train.epochs=2 tost.ghost_swish=true tost.activation=mish tost.swish_fraction=0.9",
+         "tost.swish_fraction = 0.9: leaves none of 6 steps to train ReLUs in; give less"),
+        ("mask.method=lth train.epochs=1 mask.rewind=4st", "mask.rewind = '4st': is 4 steps, a round has 3"),
+    ],
+)  # fmt: skip
+def test_a_schedule_that_rounds_to_nothing_with_three_steps_per_epoch_is_refused(settings: str, expected: str) -> None:
+    config = load_config(None, settings.split())
+    check_config(config, world_size=1)
+    with pytest.raises(InputError) as caught:
+        check_steps(config, steps_per_epoch=3)
+    assert str(caught.value).startswith(expected)
+
+
+def test_a_gmp_window_of_one_update_is_long_enough() -> None:
+    short = ["mask.method=gmp", "mask.start_fraction=0", "mask.end_fraction=0.1"]
+    for epochs, steps in ((3, 3), (1, 9), (1, 100)):
+        check_steps(load_config(None, [*short, f"train.epochs={epochs}"]), steps)
+
+
+def test_every_number_of_a_configuration_has_an_upper_bound() -> None:
+    numbers = {name: kind for name, kind in setting_types().items() if kind in (int, float)}
+    assert len(numbers) > 50
+    for name, kind in numbers.items():
+        method = "mlprune" if name.startswith("mask.") else "probmask"
+        readers = [m for m in METHODS if name.removeprefix("mask.") in {f.name for f in fields(settings_of(m))}]
+        chosen = [f"mask.method={(readers or [method])[0]}"]
+        for value in (
+            ("-1e300", "1e300", "1e999", ".nan", "-.inf") if kind is float else ("1" + "0" * 25, "-" + "9" * 25)
+        ):
+            with pytest.raises(InputError, match=rf"^{re.escape(name)} = "):
+                load_config(None, [*chosen, f"{name}={value}"])
 
 
 @pytest.mark.parametrize("method", METHODS)

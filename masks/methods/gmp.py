@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ghostmask.engine.config import require_number
 from ghostmask.engine.position import Phase
@@ -11,7 +12,7 @@ from ghostmask.engine.sharding.rules import UpdateRule
 from ghostmask.engine.sharding.slices import Slice
 from ghostmask.masks.masked import FixedMask
 from ghostmask.masks.method import MaskMethod
-from ghostmask.masks.schedules import cubic_density
+from ghostmask.masks.schedules import cubic_density, falls_by_steps, step_window
 from ghostmask.masks.scoring.largest import Budget, largest
 from ghostmask.masks.settings import Ranked, Scheduled
 
@@ -35,20 +36,24 @@ class GradualMagnitude(MaskMethod):
     Settings = Settings
     searches = True
 
+    @classmethod
+    def check_steps(cls, settings: Any, run: Any, steps_per_epoch: int) -> None:
+        start, end = settings.start_fraction, settings.end_fraction
+        settings.require_fall(run.train.epochs, lambda epochs: falls_by_steps(start, end, epochs * steps_per_epoch))
+
     def reparametrization(self, phase: Phase) -> Reparametrization:
         s, total = self.settings, phase.epochs * phase.steps_per_epoch
         budget = Budget(s.density, s.constraint, seed=self.recipe.seed)
-        return Shrinking(self.rule(), budget, s.start_fraction * total, s.end_fraction * total, s.update_every)
+        return Shrinking(self.rule(), budget, *step_window(s.start_fraction, s.end_fraction, total), s.update_every)
 
 
 class Shrinking(FixedMask):
     """A mask of the largest |w| that falls to the budget between two updates; a pruned weight keeps its last value, so
-    it may return. start, end: in updates, rounded."""
+    it may return. first, last: the updates, counted from 1, after which the density is 1 and the budget's."""
 
-    def __init__(self, rule: UpdateRule, budget: Budget, start: float, end: float, every: int) -> None:
+    def __init__(self, rule: UpdateRule, budget: Budget, first: int, last: int, every: int) -> None:
         super().__init__(rule)
-        self.budget, self.every = budget, every
-        self.first, self.last = round(start), round(end)
+        self.budget, self.every, self.first, self.last = budget, every, first, last
 
     def constrain(self, state: State, part: Slice, updates: int) -> None:
         if not self.first <= updates <= self.last:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ghostmask.engine.config import require, require_number
 from ghostmask.engine.hooks import Hook
-from ghostmask.engine.position import Duration, Phase
+from ghostmask.engine.position import Duration, Phase, require_steps
 from ghostmask.engine.sharding.placement import ParameterGroup
 from ghostmask.engine.sharding.reparametrization import Plain, Reparametrization, State
 from ghostmask.engine.sharding.rules import UpdateRule
@@ -25,6 +25,7 @@ from ghostmask.masks.settings import Protecting
 if TYPE_CHECKING:
     from ghostmask.engine.trainer import Trainer
 
+MOST_ROUNDS = 1000
 Points = dict[str, Tensor]
 """Group name -> this rank's slice of the weights that rounds are rewound to."""
 
@@ -42,6 +43,12 @@ class Settings(Protecting):
         super().__post_init__()
         require_number("mask.round_fraction", self.round_fraction, 0, 0.99, above=True)
         Duration.parse(self.rewind, "mask.rewind")
+        enough = 1 - self.density ** (1 / MOST_ROUNDS)
+        require(
+            self.round_fraction >= enough,
+            "mask.round_fraction", self.round_fraction,
+            f"takes more than {MOST_ROUNDS} rounds to mask.density = {self.density:g}; give at least {enough:.2g}",
+        )  # fmt: skip
 
 
 class LotteryTicket(MaskMethod):
@@ -61,6 +68,11 @@ class LotteryTicket(MaskMethod):
     every_phase_has_a_result = True
     points: Points | None = None
     point: RewindPoint | None = None
+
+    @classmethod
+    def check_steps(cls, settings: Any, run: Any, steps_per_epoch: int) -> None:
+        total = run.train.epochs * steps_per_epoch
+        require_steps("mask.rewind", settings.rewind, steps_per_epoch, total, "a round has")
 
     def phases(self) -> tuple[tuple[str, int], ...]:
         return tuple((f"round{i}", self.recipe.epochs) for i in range(len(self.densities())))
@@ -87,8 +99,6 @@ class LotteryTicket(MaskMethod):
 
     def hooks(self, phase: Phase, form: Reparametrization) -> Sequence[Hook]:
         rewind = Duration.parse(self.settings.rewind).steps(phase.steps_per_epoch)
-        steps = phase.epochs * phase.steps_per_epoch
-        require(rewind <= steps, "mask.rewind", self.settings.rewind, f"a round has {steps} steps; give at most that")
         self.point = self.point or RewindPoint(self.net)
         self.point.step = rewind if phase.first_epoch == 0 else 0
         return (DensityReport(), self.point)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from ghostmask.masks.method import FINETUNE, MaskMethod, Setup, check_agreement
 from ghostmask.masks.probability_report import ProbabilityReport
 from ghostmask.masks.relaxed import RelaxedMask, Search
 from ghostmask.masks.report import mask_lines
+from ghostmask.masks.schedules import epoch_window, falls_by_epochs
 from ghostmask.masks.settings import Ranked, Scheduled, require_name
 
 if TYPE_CHECKING:
@@ -82,6 +84,8 @@ class ProbMask(MaskMethod):
 
     @classmethod
     def check(cls, settings: Any, run: Any) -> None:
+        falls = partial(falls_by_epochs, settings.start_fraction, settings.end_fraction)
+        settings.require_fall(run.train.epochs, falls)
         if settings.train_weights:
             return
         chosen, fix = "mask.train_weights=false", "mask.train_weights=true"
@@ -101,8 +105,8 @@ class ProbMask(MaskMethod):
             return FixedMask(self.rule(), self.found or None)
         s = self.settings
         search = Search(
-            s.density, s.constraint, s.temperature_end, int(s.start_fraction * phase.epochs),
-            int(s.end_fraction * phase.epochs), phase.epochs, phase.steps_per_epoch, self.recipe.seed,
+            s.density, s.constraint, s.temperature_end, *epoch_window(s.start_fraction, s.end_fraction, phase.epochs),
+            phase.epochs, phase.steps_per_epoch, self.recipe.seed,
         )  # fmt: skip
         return RelaxedMask(search, self.rule() if s.train_weights else None, s.lr / self.recipe.optim.lr)
 
