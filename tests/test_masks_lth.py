@@ -120,15 +120,11 @@ def test_every_round_has_the_whole_learning_rate_schedule() -> None:
 
 def test_a_rewind_point_beyond_the_round_is_refused() -> None:
     short = configured(LTH, train={"epochs": 2})
-    with pytest.raises(
-        InputError, match=r"mask\.rewind = '9st': is 9 steps, a round has 8; give at most 8st, or train\.e"
-    ):
+    with pytest.raises(InputError, match=r"mask\.rewind = '9st': is 9 steps, a round has 8; give at most 8st, or"):
         LotteryTicket.check_steps(replace(LTH.mask, rewind="9st"), short, 4)
     with pytest.raises(InputError, match=r"mask\.rewind = '0\.1ep': rounds to no step"):
         LotteryTicket.check_steps(replace(LTH.mask, rewind="0.1ep"), short, 4)
-    with pytest.raises(
-        InputError, match=r"mask\.round_fraction = 1e-09: takes more than 1000 rounds .* at least 0\.0023"
-    ):
+    with pytest.raises(InputError, match=r"mask\.round_fraction = 1e-09: takes more than 1000 .* least 0\.0023"):
         Settings(density=0.1, round_fraction=1e-9)
 
 
