@@ -11,7 +11,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ghostmask.engine.atomic import replacing
-from ghostmask.engine.checkpoint.state_file import read_state_dict
+from ghostmask.engine.checkpoint.state_file import read_state_dict, values_of
 from ghostmask.engine.errors import bad_value
 
 FIELD = "mask.path"
@@ -31,42 +31,61 @@ def write_masks(path: Path, masks: Mapping[str, Tensor], meta: Mapping[str, Any]
 def read_masks(path: str, net: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The masks of `weights` (prunable weights of `net` by name) from a file: True where its tensors are not 0.
 
-    path: a .safetensors, a .pt or .pth with a dict of tensors (see `read_state_dict`), or a finished run's folder (its
-    export). Names are the weights' own, with or without ".weight" or "_mask". Other tensors of the network, such as
-    batch norm's, are passed over. Raises InputError for a file without a mask for some weight, a wrong shape, a name
-    that the network does not have, and for zeros in a layer that mask.dense_layers leaves unpruned.
+    path: a file with tensors of any number type (see `read_state_dict`), or a finished run's folder (its export). Names
+    are the weights' own, with or without ".weight" or "_mask"; where a mask stands beside its weight, the mask counts.
+    Other tensors of the network, such as batch norm's, are passed over. Raises InputError for a file without a mask
+    for some weight or with two, a wrong shape, a name that the network does not have, values that are not finite, a
+    mask that keeps nothing, and for zeros in a layer that mask.dense_layers leaves unpruned.
     """
     file = Path(path)
     if file.is_dir():
         file = file / "export" / "model.safetensors"
-    # torch.nn.utils.prune saves each pruned weight as NAME_orig, dense, and NAME_mask.
-    read = read_state_dict(file, FIELD).items()
-    content = {name.removesuffix("_mask"): tensor for name, tensor in read if not name.endswith("_orig")}
-    known = set(net.state_dict())
-    named = {name if name in known else f"{name}.weight": tensor for name, tensor in content.items()}
-    strange = [name for name in content if name not in known and f"{name}.weight" not in known]
-    if strange:
-        raise bad_value(FIELD, path, f"holds {_few(strange)}, which this network does not have; check model.name")
+    named = _by_weight(path, read_state_dict(file, FIELD, net.state_dict()), net.state_dict())
     missing = [name for name in weights if name not in named]
     if missing:
         raise bad_value(FIELD, path, f"has no mask for {_few(missing)}; leave them unpruned with mask.dense_layers")
-    _check_dense(path, net, weights, named)
-    masks = {}
-    for name, w in weights.items():
-        if named[name].shape != w.shape:
-            shapes = f"{tuple(named[name].shape)}, the network's is {tuple(w.shape)}"
-            raise bad_value(FIELD, path, f"{name} has shape {shapes}; check model.name and the number of classes")
-        masks[name] = (named[name] != 0).to(w.device)
+    dense = [name for name in _dense(net, weights) if name in named]
+    for name in (*weights, *dense):
+        found, own = tuple(named[name].shape), tuple(net.get_parameter(name).shape)
+        if found != own:
+            fix = "check model.name and the number of classes"
+            raise bad_value(FIELD, path, f"{name} has shape {found}, the network's is {own}; {fix}")
+    for name in dense:
+        if bool((values_of(named[name], name, path, FIELD) == 0).any()):
+            raise bad_value(FIELD, path, f"prunes {name}, which mask.dense_layers keeps dense; take it out of there")
+    masks = {n: (values_of(named[n], n, path, FIELD) != 0).to(w.device) for n, w in weights.items()}
+    if not any(bool(mask.any()) for mask in masks.values()):
+        raise bad_value(FIELD, path, "keeps no weight at all: every value in it is 0")
     return masks
 
 
-def _check_dense(path: str, net: nn.Module, weights: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> None:
-    """Zeros where this run prunes nothing would be lost without a word."""
-    modules = (nn.Conv2d, nn.Linear)
-    layers = [f"{name}.weight" for name, module in net.named_modules() if isinstance(module, modules)]
-    for name in layers:
-        if name not in weights and name in named and bool((named[name] == 0).any()):
-            raise bad_value(FIELD, path, f"prunes {name}, which mask.dense_layers keeps dense; take it out of there")
+def _by_weight(path: str, content: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The network's names -> what the file says of them: a mask beside it before the weight itself."""
+    found: dict[str, tuple[int, str]] = {}
+    strange = []
+    for name in content:
+        # torch.nn.utils.prune saves each pruned weight as NAME_orig, dense, and NAME_mask.
+        base = name if name in known else name.removesuffix("_mask")
+        if base not in known and name.endswith("_orig"):
+            continue
+        own = base if base in known else f"{base}.weight"
+        if own not in known:
+            strange.append(name)
+            continue
+        rank = int(base != name)
+        other = found.get(own, (-1, ""))
+        if rank == other[0]:
+            raise bad_value(FIELD, path, f"holds both {other[1]} and {name}, for one weight; leave one of them out")
+        found[own] = max(other, (rank, name))
+    if strange:
+        raise bad_value(FIELD, path, f"holds {_few(strange)}, which this network does not have; check model.name")
+    return {own: content[name] for own, (_, name) in found.items()}
+
+
+def _dense(net: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
+    """Layers that this run does not prune: zeros there would be lost without a word."""
+    layers = [f"{name}.weight" for name, module in net.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    return [name for name in layers if name not in weights]
 
 
 def _few(names: list[str]) -> str:

@@ -2,28 +2,47 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from ghostmask.engine.checkpoint.state_file import read_state_dict
+from ghostmask.engine.checkpoint.state_file import read_state_dict, values_of
 from ghostmask.engine.config import require
 from ghostmask.engine.errors import bad_value
 
 
 def load_trained(net: nn.Module, path: str) -> None:
-    """Fill `net` from a run folder (its export), a .safetensors, or a .pt with a state dict. Raises InputError."""
+    """Fill `net` from a run folder (its export), or a file with a state dict (`read_state_dict`).
+
+    Raises InputError, also for a weight that is nan or infinite.
+    """
     file = Path(path)
     if file.is_dir():
         file = file / "export" / "model.safetensors"
-    if not file.is_file():
-        raise bad_value("mask.path", path, f"{file} is missing; give a finished run's folder, a .safetensors or a .pt")
+    if not os.path.exists(file):
+        raise bad_value("mask.path", path, f"{file} is missing; give a finished run's folder or a file with weights")
+    fill(net, read_state_dict(file, "mask.path", net.state_dict()), "mask.path", path)
+
+
+def fill(net: nn.Module, state: Mapping[str, Tensor], field: str, path: str) -> None:
+    """Give `net` the weights of a state dict from `path`, named by `field` in the InputError for one that is another
+    network's, or that holds nan or infinite values."""
+    own = net.state_dict()
+    state = {  # not before the shape is known: a few bytes of a file can claim any
+        n: t.to_dense() if t.layout != torch.strided and n in own and own[n].shape == t.shape else t
+        for n, t in state.items()
+    }
     try:
-        net.load_state_dict(read_state_dict(file, "mask.path"), strict=True)
-    except RuntimeError as error:
+        net.load_state_dict(state, strict=True)
+    except (RuntimeError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise bad_value("mask.path", path, f"does not hold this network's weights ({reason})") from None
+        raise bad_value(field, path, f"does not hold this network's weights ({reason})") from None
+    for name, value in net.state_dict().items():
+        values_of(value, name, path, field)
 
 
 def check_without_main_phase(path: str, run: Any) -> None:

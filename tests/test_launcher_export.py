@@ -191,19 +191,19 @@ def test_files_that_hold_no_weights_are_refused_in_one_line(tmp_path: Path, monk
     torch.save([torch.zeros(2)], "list.pt")
     torch.save({"epoch": 3}, "numbers.pt")
     torch.save({}, "nothing.pt")
-    (tmp_path / "net.onnx").write_bytes(b"")
+    (tmp_path / "net.onnx").write_bytes(b"\x08\x07 onnx")
     reasons = {
         "torn.safetensors": "cannot be read",
         "torn.pt": "cannot be read",
-        "empty.pt": "cannot be read",
+        "empty.pt": "is empty",
         "text.pth": "cannot be read",
         "executes.pt": "cannot be read",
         "list.pt": "holds no state dict",
         "numbers.pt": "holds no state dict",
         "nothing.pt": "holds no state dict",
         "absent.pt": "there is no such file",
-        "folder.pt": "there is no such file",
-        "net.onnx": "give a file ending in .safetensors, .pt, .pth",
+        "folder.pt": "is not a file but a pipe, device or folder",
+        "net.onnx": "cannot be read",
     }
     for name, reason in reasons.items():
         with pytest.raises(InputError, match=f"mask.path = '{name}': {reason}") as error:
