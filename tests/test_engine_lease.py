@@ -128,13 +128,13 @@ def test_a_stopped_owner_is_succeeded_after_its_silence_and_knows_when_it_comes_
 
 
 def test_an_owner_elsewhere_that_is_heard_keeps_the_folder_and_a_silent_one_loses_it(tmp_path: Path) -> None:
-    owner = Lease.take(tmp_path, 2.4)
+    owner = Lease.take(tmp_path, 4.0)
     elsewhere(tmp_path)
     with pytest.raises(InputError, match="on node7 is at work in it"):
         Lease.take(tmp_path)
     owner._over.set()  # cut off: it renews nothing any more
     owner._thread.join()
-    successor = Lease.take(tmp_path, 2.4)
+    successor = Lease.take(tmp_path, 4.0)
     with pytest.raises(NotOwner):
         owner.check()
     successor.check()
@@ -145,7 +145,7 @@ def test_an_owner_elsewhere_that_is_heard_keeps_the_folder_and_a_silent_one_lose
 
 @pytest.mark.parametrize("jump_s", [-(10**8), 10**8])
 def test_no_clock_decides(jump_s: int, tmp_path: Path) -> None:
-    owner = Lease.take(tmp_path, 2.4)
+    owner = Lease.take(tmp_path, 4.0)
     file = elsewhere(tmp_path)
     now = file.stat().st_mtime_ns + jump_s * 10**9
     os.utime(file, ns=(now, now))

@@ -146,6 +146,23 @@ def test_who_reads_a_run_changes_nothing_of_it(command: str, runs: Runs, tmp_pat
     assert command == "evaluate" or any((tmp_path / "out").iterdir())
 
 
+def test_a_read_only_folder_is_read(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(runs.folder / "run")
+    remount = [["mount", "--bind", run, run], ["mount", "-o", "remount,ro,bind", run]]
+    if os.geteuid() != 0 or any(subprocess.run(c, capture_output=True, check=False).returncode for c in remount):
+        pytest.skip("mounting needs root")
+    try:
+        assert main(["evaluate", run]) == 0
+        assert main(["export", run, "--out", str(tmp_path / "out")]) == 0
+        assert main(["hessian", run, "--out", str(tmp_path / "out"), "--top", "1", "--batches", "1"]) == 0
+        capsys.readouterr()
+        assert main(["export", run]) == 2
+        assert f"--out = '{run}/export': nothing can be written to {run}/export (Read-only" in last_words(capsys)
+        assert runs.call("train") == 2
+    finally:
+        subprocess.run(["umount", "-l", run], check=True)
+
+
 def test_a_checkpoint_that_goes_while_it_is_read_is_followed_by_the_next(
     runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
