@@ -7,14 +7,16 @@ Training: random resized crop and flip. Evaluation: the centre square of 224/256
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from ghostmask.data_pipelines.config import DataConfig
 from ghostmask.data_pipelines.source import Augmentation, Images, Source, as_images, fingerprint_files
-from ghostmask.engine.errors import InputError, bad_value
+from ghostmask.engine.errors import InputError, bad_value, printable, to_stderr
 
 FOLDERS = {"train": "train", "eval": "val"}
 # ImageNet's, the usual choice for photographs.
@@ -22,8 +24,12 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def imagefolder(config: DataConfig) -> Source:
-    """As many classes as ROOT/train has folders; side data.image_size (0 = 224)."""
+    """As many classes as ROOT/train has folders; side data.image_size (0 = 224). Raises InputError for one class."""
     root = Path(config.root)
+    names = class_folders(root / FOLDERS["train"])
+    if len(names) == 1:
+        fix = f"{root / FOLDERS['train']} holds one class folder, {names[0]}: are the images one folder too deep?"
+        raise bad_value("data.root", config.root, fix)
 
     def images(split: str) -> Images:
         return as_images(_read_folder(root, split, config.max_resolution))
@@ -39,7 +45,7 @@ def imagefolder(config: DataConfig) -> Source:
 
     return Source(
         name=f"imagefolder-r{config.max_resolution}-j{config.jpeg_fraction:g}",
-        num_classes=len(class_folders(root / FOLDERS["train"])),
+        num_classes=len(names),
         image_size=config.image_size or 224,
         mean=MEAN,
         std=STD,
@@ -56,17 +62,32 @@ def class_folders(folder: Path) -> list[str]:
 
 
 def load_rgb(path: str, max_resolution: int) -> Image.Image:
-    """The image in RGB (gray, palette and CMYK files too), its shorter side at most max_resolution."""
+    """The image in RGB (gray of 8 and 16 bits, palette and CMYK files too), its shorter side at most max_resolution.
+
+    Raises InputError for a file that is none.
+    """
     try:
         with Image.open(path) as file:
-            image = file.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            image = _eight_bits(file).convert("RGB")
+    except Exception as error:  # Pillow's readers raise what the bytes lead them to: struct.error, KeyError, ...
         raise InputError(f"data.root: {path} is not a readable image ({error}); remove or replace it") from error
     ratio = max_resolution / min(image.size)
     if ratio >= 1:
         return image
     width, height = (max(max_resolution, round(side * ratio)) for side in image.size)
     return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Gray of 16 bits as gray of 8: Pillow's own conversion cuts all that is above 255 to white."""
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        if image.mode == "I" and not 0 <= values.min() <= values.max() <= 65_535:
+            raise ValueError("gray of 32 bits")
+        return Image.fromarray((values >> 8).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("gray of floating-point numbers")
+    return image
 
 
 def _read_folder(root: Path, split: str, max_resolution: int) -> Any:
@@ -79,6 +100,7 @@ def _read_folder(root: Path, split: str, max_resolution: int) -> Any:
         dataset = ImageFolder(str(folder), loader=lambda path: load_rgb(path, max_resolution))
     except FileNotFoundError as error:  # no class folder, or one without an image
         raise bad_value("data.root", str(root), f"{folder}: {error}") from error
+    _say_what_is_left_out(folder, {path for path, _ in dataset.samples})
     expected = class_folders(root / FOLDERS["train"])
     if dataset.classes != expected:
         odd = sorted(set(dataset.classes) ^ set(expected))
@@ -86,3 +108,19 @@ def _read_folder(root: Path, split: str, max_resolution: int) -> Any:
             "data.root", str(root), f"train and val must have the same class folders; they differ in {odd[:5]}"
         )
     return dataset
+
+
+def _say_what_is_left_out(folder: Path, taken: set[str]) -> None:
+    """A warning that counts, by suffix, the files which torchvision does not take for images; hidden ones are none."""
+    left = [
+        path
+        for at, _, names in os.walk(folder, followlinks=True)
+        for name in names
+        if not name.startswith(".") and (path := os.path.join(at, name)) not in taken
+    ]
+    if left:
+        kinds = Counter(os.path.splitext(path)[1] or "no suffix" for path in left)
+        counted = ", ".join(f"{number} with {kind}" for kind, number in kinds.most_common(5))
+        to_stderr(
+            printable(f"{folder}: {len(left)} files are left out, not images by their names: {counted}; {left[0]}")
+        )

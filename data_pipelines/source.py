@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,11 +63,13 @@ class Source:
 
 
 def fingerprint_files(folder: Path, files: Iterable[Path]) -> str:
-    """Hash of the files' names, sizes and modification times. Reads no content."""
+    """Hash of the files' names (in whatever encoding the disk has them), sizes and modification times; of a link to
+    nowhere its own. Reads no content."""
     digest = hashlib.sha256()
     for path in sorted(files):
-        stat = path.stat()
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        stat = path.stat() if path.exists() else path.lstat()
+        numbers = f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode()
+        digest.update(os.fsencode(path.relative_to(folder)) + numbers)
     return digest.hexdigest()
 
 

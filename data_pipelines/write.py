@@ -30,6 +30,7 @@ from ghostmask.engine.errors import InputError
 CHUNK_IMAGES = 100
 SMALLEST_PAGE_BYTES, PAGE_BYTES = 1 << 21, 1 << 23
 POLL_S = 0.1
+SHARED_MEMORY_FULL = "/dev/shm cannot hold the .beton's table of images; make it larger (docker run --shm-size)"
 DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of prctl(2)."""
 
@@ -58,12 +59,18 @@ class _Writer(DatasetWriter):  # type: ignore[misc]  # FFCV has no types
     def write(self, images: Images, jpeg_fraction: float | None, bar: Any) -> str:
         """FFCV's _write_common with the workers watched; returns the content's digest."""
         self.num_samples = len(images)
-        self.prepare()
         context = mp.get_context("fork")  # the allocator holds locks made for it; images need not be picklable
-        work, allocations, errors = context.Queue(), context.Queue(), context.Queue()
+        try:
+            self.prepare()
+            work, allocations, errors = context.Queue(), context.Queue(), context.Queue()
+            done = context.Value(ctypes.c_uint64, 0)
+        except OSError as error:
+            self._give_up_shared_memory()
+            if error.filename is not None:
+                raise
+            raise InputError(f"data: {SHARED_MEMORY_FULL} ({error.strerror})") from error
         for chunk in [*chunks(range(self.num_samples), CHUNK_IMAGES), *[None] * self.num_workers]:
             work.put(chunk)
-        done = context.Value(ctypes.c_uint64, 0)
         allocator = MemoryAllocator(self.fname, self.data_region_start, self.page_size)
         shared = {"work": work, "allocator": allocator, "done": done, "allocations": allocations, "errors": errors}
         workers = [
@@ -87,6 +94,10 @@ class _Writer(DatasetWriter):  # type: ignore[misc]  # FFCV has no types
                 worker.kill()
                 worker.join()
             work.cancel_join_thread()
+            self._give_up_shared_memory()
+
+    def _give_up_shared_memory(self) -> None:
+        if hasattr(self, "metadata_sm"):
             self.metadata_sm.close()
             self.metadata_sm.unlink()
 
@@ -110,6 +121,8 @@ def _reason(errors: Any, exit_code: int) -> str:
     try:
         return str(errors.get(timeout=1.0))
     except queue.Empty:
+        if exit_code == -signal.SIGBUS:  # a page of shared memory that is not there when it is touched
+            return f"data: {SHARED_MEMORY_FULL}"
         return f"data: a process that wrote the .beton died with exit code {exit_code} (-9 is often too little memory)"
 
 

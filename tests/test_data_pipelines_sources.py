@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from ghostmask.data_pipelines.cifar import cifar10, cifar100
 from ghostmask.data_pipelines.config import DataConfig
 from ghostmask.data_pipelines.digits import digits, split_indices
 from ghostmask.data_pipelines.imagefolder import imagefolder, load_rgb
-from ghostmask.data_pipelines.open import describe
+from ghostmask.data_pipelines.open import describe, prepare
 from ghostmask.data_pipelines.registry import DATASETS
 from ghostmask.data_pipelines.source import Augmentation, Images
 from ghostmask.data_pipelines.synthetic import synthetic
@@ -85,14 +86,16 @@ def test_unreadable_image_is_named(tmp_path: Path) -> None:
 
 
 def test_image_folder_without_val_or_with_other_classes_is_an_input_error(tmp_path: Path) -> None:
-    (tmp_path / "train" / "cat").mkdir(parents=True)
+    (tmp_path / "train" / "bird").mkdir(parents=True)
+    (tmp_path / "train" / "cat").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "train" / "bird" / "a.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "train" / "cat" / "a.png")
     source = imagefolder(DataConfig(dataset="imagefolder", root=str(tmp_path)))
     with pytest.raises(InputError, match=r"data\.root"):
         source.images("eval")
     (tmp_path / "val" / "dog").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "val" / "dog" / "a.png")
-    with pytest.raises(InputError, match=r"differ in \['cat', 'dog'\]"):
+    with pytest.raises(InputError, match=r"differ in \['bird', 'cat', 'dog'\]"):
         source.images("eval")
 
 
@@ -163,3 +166,39 @@ class _First:
 
     def __getitem__(self, index: int, /) -> tuple[np.ndarray, int]:
         return self.images[index]
+
+
+def test_an_image_folder_is_read_whatever_lies_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "val"):
+        for label in ("a", "b"):
+            (tmp_path / split / label).mkdir(parents=True)
+            for i in range(2):
+                Image.new("RGB", (20, 20), (i, 9, 9)).save(tmp_path / split / label / f"{i}.png")
+    config = DataConfig(dataset="imagefolder", root=str(tmp_path), image_size=16)
+    odd = tmp_path / "train" / "a"
+    os.rename(odd / "0.png", os.fsencode(odd) + b"/caf\xe9.png")
+    (odd / "more.jfif").write_bytes((odd / "1.png").read_bytes())
+    (odd / ".DS_Store").touch()
+    prepare(config, progress=False)
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'train'}: 1 files are left out, not images by their names: 1 with .jfif; " in said
+    (odd / "gone.png").symlink_to("nowhere")
+    with pytest.raises(InputError, match=r"gone\.png is not a readable image"):
+        prepare(config, progress=False)
+
+
+def test_gray_of_16_bits_keeps_its_levels_and_what_has_none_is_refused(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 4096).reshape(64, 64)
+    Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "ramp.png")
+    pixels = np.asarray(load_rgb(str(tmp_path / "ramp.png"), 512))
+    assert np.array_equal(pixels[..., 0], ramp.astype(np.uint16) >> 8)
+    for name, values in (("deep.tif", ramp.astype(np.int32) * 1000), ("real.tif", ramp.astype(np.float32))):
+        Image.fromarray(values).save(tmp_path / name)
+        with pytest.raises(InputError, match=rf"{name} is not a readable image .gray of "):
+            load_rgb(str(tmp_path / name), 512)
+
+
+def test_one_class_folder_is_no_dataset(tmp_path: Path) -> None:
+    (tmp_path / "train" / "imagenet").mkdir(parents=True)
+    with pytest.raises(InputError, match="holds one class folder, imagenet: are the images one folder too deep"):
+        describe(DataConfig(dataset="imagefolder", root=str(tmp_path)))
