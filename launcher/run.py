@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -160,7 +161,7 @@ def open_data(config: RunConfig, world: World, parts: Parts | None = None) -> Da
 
     parts: of the training batches; None where only evaluation images are read.
     """
-    torch.set_num_threads(config.train.threads or threads_per_rank())
+    torch.set_num_threads(usable_threads(config.train.threads))
     return open_dataset(config.data, config.seed, world, parts or Parts())
 
 
@@ -234,6 +235,15 @@ def learning_rate(config: RunConfig, phase: Phase) -> LearningRate:
     warmup = Duration.parse(optim.warmup).steps(phase.steps_per_epoch)
     milestones = tuple(m * phase.steps_per_epoch for m in optim.milestones)
     return LearningRate(optim.schedule, total, warmup, milestones, optim.gamma)
+
+
+def usable_threads(threads: int) -> int:
+    """train.threads; 0 is this rank's share of the cores. More than there are would wait for each other, spinning, for
+    minutes a step: then as many as there are, with a warning."""
+    cores = len(os.sched_getaffinity(0))
+    if threads > cores:
+        warnings.warn(f"train.threads = {threads}: this machine has {cores} cores, {cores} are used", stacklevel=2)
+    return min(threads, cores) or threads_per_rank()
 
 
 def threads_per_rank() -> int:
