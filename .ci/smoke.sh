@@ -23,7 +23,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores_per_rank > 0 ? cores_per_rank
 export PYTHONUNBUFFERED=1
 
 config=configs/digits_probmask.yaml
-torchrun=(torchrun --standalone --nproc_per_node="$RANKS" -m ghostmask train "$config" --restart)
+run=runs/smoke # a run of its own: nobody's runs/digits_probmask is started over
+torchrun=(torchrun --standalone --nproc_per_node="$RANKS" -m ghostmask train "$config" "run=$run" --restart)
 echo "smoke: ghostmask prepare $config"
 .venv/bin/python -m ghostmask prepare "$config"
 echo "smoke: ${torchrun[*]}"

@@ -36,6 +36,27 @@ VALUES = [
 """What stands where a value should: other types, signs, sizes, languages, syntax, places."""
 
 
+LIKELY = [
+    "0",
+    "1",
+    "2",
+    "3",
+    "10",
+    "0.5",
+    "0.9",
+    "1e-3",
+    "true",
+    "false",
+    "[]",
+    "[1, 2]",
+    "[fc.weight]",
+    "5ep",
+    "9st",
+    "x",
+]
+"""Values that are right for many settings: what is wrong is then how settings fit together."""
+
+
 class Odd:
     """Odd input, a function of the seed."""
 
@@ -66,13 +87,15 @@ class Odd:
             key = self.mutilated(key)
         if kind > 0.9:
             key = "mask.method"
-        value = self.random.choice(list(METHODS)) if key == "mask.method" and kind < 0.97 else self.value()
+        value = self.random.choice(list(METHODS)) if key == "mask.method" else self.value()
+        if 0.1 < kind < 0.7:
+            value = self.random.choice(LIKELY)
         return f"{key}={value}" if kind < 0.98 else key
 
     def text(self) -> str:
         """A shipped configuration with one to four lines or pieces of it changed."""
         lines = self.random.choice(list(shipped_configs().values())).read_text(encoding="utf-8").splitlines()
-        for _ in range(self.random.randint(1, 4)):
+        for _ in range(self.random.choice([0, 1, 1, 2, 4])):
             at = self.random.randrange(len(lines))
             indent, key = lines[at][: len(lines[at]) - len(lines[at].lstrip())], lines[at].strip().partition(":")[0]
             lines[at] = self.random.choice(
