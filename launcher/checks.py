@@ -42,6 +42,12 @@ def check_config(config: RunConfig, world_size: int) -> None:
     _check_data(config)
 
 
+def check_reader(config: RunConfig, world_size: int) -> None:
+    """As check_config, for a command that goes through a run's batches and trains nothing: only its ranks must fit."""
+    if config.train.replicas:
+        check_ranks(config.train.replicas, config.noises, world_size)
+
+
 def check_steps(config: RunConfig, steps_per_epoch: int) -> None:
     """Raise InputError where a schedule of a new run does not fit into the steps that its data gives it."""
     total = config.train.epochs * steps_per_epoch

@@ -71,10 +71,12 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     export = _add(commands, "export", "write a run's network as a plain state dict", _export)
     export.add_argument("run", metavar="RUN", help=RUN_HELP)
-    export.add_argument("--out", metavar="FOLDER", type=Path, help="where to write it (default: RUN/export)")
+    export.add_argument("--out", metavar="FOLDER", type=_path("--out"), help="where to write it (default: RUN/export)")
     hessian = _add(commands, "hessian", "print the Hessian's largest eigenvalues at a run's checkpoints", _hessian)
     hessian.add_argument("run", metavar="RUN", help=RUN_HELP)
-    hessian.add_argument("--out", metavar="FOLDER", type=Path, help="where to write it (default: RUN/hessian)")
+    hessian.add_argument(
+        "--out", metavar="FOLDER", type=_path("--out"), help="where to write it (default: RUN/hessian)"
+    )
     hessian.add_argument("--top", metavar="K", type=_count, default=5, help="how many eigenvalues (default: 5)")
     hessian.add_argument(
         "--batches", metavar="N", type=_count, default=4, help="training batches the loss is taken on (default: 4)"

@@ -11,7 +11,6 @@ import torch
 from ghostmask.engine.errors import InputError
 from ghostmask.engine.evaluation import score
 from ghostmask.engine.world import connect
-from ghostmask.launcher.checks import check_config
 from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.export import load_export, summarise
 from ghostmask.launcher.folder import read_run
@@ -19,7 +18,10 @@ from ghostmask.launcher.run import open_data
 from ghostmask.launcher.settings import to_dict
 from ghostmask.launcher.summary import closing_table
 from ghostmask.masks.prunable import prunable_weights
+from ghostmask.masks.trained import fill
 from ghostmask.models.build import build_model
+
+FIELD = "RUN"
 
 
 def evaluate(run: Path, *, as_json: bool = False) -> int:
@@ -30,11 +32,10 @@ def evaluate(run: Path, *, as_json: bool = False) -> int:
         raise InputError(
             f"RUN = {str(run)!r}: there is no {file}; finish the run, or write it with: ghostmask export {run}"
         )
-    check_config(config, world_size=1)  # nothing is trained: the ranks need not fit train.replicas
     with connect(config.train.device) as world:
         data = open_data(config, world)
         net = build_model(config.model, data.num_classes, data.image_shape, config.seed)
-        net.load_state_dict(load_export(file), strict=True)
+        fill(net, load_export(file, FIELD), FIELD, str(file))
         net.to(world.device).eval()
         accuracy = score(net, data.evaluate(), world, config.train.precision).accuracy
         summary = _summary(config, net, data.image_shape, accuracy)

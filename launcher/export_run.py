@@ -9,7 +9,7 @@ from ghostmask.engine.checkpoint.store import CheckpointError, CheckpointStore, 
 from ghostmask.engine.data import DataPipeline
 from ghostmask.engine.errors import InputError
 from ghostmask.engine.world import World, connect, rank_from_environment
-from ghostmask.launcher.checks import check_config
+from ghostmask.launcher.checks import check_reader
 from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.folder import check_saved, read_run
 from ghostmask.launcher.open_run import open_to_read, still_there
@@ -24,7 +24,7 @@ def export_run(run: Path, out: Path) -> int:
     density: what they prune later, they prune after more training.
     """
     config = read_run(run)
-    check_config(config, rank_from_environment()[1])
+    check_reader(config, rank_from_environment()[1])
     with connect(config.train.device) as world:
         config = settle(config, world)
         shares = Shares.of(config, world)

@@ -18,7 +18,7 @@ from ghostmask.engine.metrics import MetricWriter
 from ghostmask.engine.progress import Progress
 from ghostmask.engine.reporting import Reporter
 from ghostmask.engine.world import World, connect, rank_from_environment
-from ghostmask.launcher.checks import check_config
+from ghostmask.launcher.checks import check_reader
 from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.folder import read_run
 from ghostmask.launcher.open_run import reading_store, still_there
@@ -29,7 +29,7 @@ from ghostmask.masks.masked import present_masks
 def hessian(run: Path, out: Path, *, top: int, batches: int) -> int:
     """Print, and write to the folder `out`, the `top` largest eigenvalues at every checkpoint that the run holds."""
     config = read_run(run)
-    check_config(config, rank_from_environment()[1])
+    check_reader(config, rank_from_environment()[1])
     with connect(config.train.device) as world:
         config = settle(config, world)
         shares = Shares.of(config, world)

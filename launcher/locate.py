@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,6 +31,8 @@ def typed_path(field: str, text: str, *, longest_name: int = LONGEST_NAME) -> st
     Raises InputError for what no file can be called. longest_name: bytes of one name in it.
     """
     require_text(field, text)
+    if any(unicodedata.category(character) == "Cc" for character in text):
+        raise bad_value(field, text, "holds a control character, which acts on terminals; rename it")
     longest = max(text.split("/"), key=lambda name: len(name.encode()))
     if len(longest.encode()) > longest_name:
         raise bad_value(field, text, f"a name in it has {len(longest.encode())} bytes; give at most {longest_name}")

@@ -25,6 +25,6 @@ def find_source(text: str) -> Source:
     run, at, step = text.rpartition("@")
     if not at:
         return Source(locate.find_run(text))
-    if not step.isdecimal():
+    if not step.isdecimal() or len(step) > 18:
         raise InputError(f"--from {text}: give RUN, or RUN@STEP with the step of a checkpoint, such as {run}@1000")
     return Source(locate.find_run(run), int(step))

@@ -245,13 +245,11 @@ def test_a_setting_that_is_described_anew_goes_before_what_is_inherited() -> Non
     assert docs == {**field_docs(FromTrained), **{n: d for n, d in inherited.items() if n != "constraint"}}
 
 
-@pytest.mark.parametrize(
-    "path", ["", "null", "1e3", "5", "true", "a: b", "#x", "ü\n\t\x7f", "'\"", "~/x y", "-", "1.5"]
-)
+@pytest.mark.parametrize("path", ["", "null", "1e3", "5", "true", "a: b", "#x", "ü\xa0", "'\"", "~/x y", "-", "1.5"])
 def test_any_text_and_number_survives_being_written(path: str, tmp_path: Path) -> None:
     config = from_dict(
         {
-            "mask": {"method": "mlprune", "path": path, "dense_layers": [path, "fc.*"], "damping": 1e-7},
+            "mask": {"method": "mlprune", "path": path, "dense_layers": [path, "fc.*", "ü\n\t\x7f"], "damping": 1e-7},
             "optim": {"weight_decay": 1e-22},
             "run": "r",
         }

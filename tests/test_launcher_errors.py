@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ghostmask.launcher.main import main
+from ghostmask.launcher.settings import load_config, to_yaml
+from ghostmask.models.build import build_model
 
 Train = Callable[..., str]
 
@@ -103,3 +106,32 @@ def test_a_starting_network_that_is_not_there_is_named(root: Path, capfd: pytest
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_cuda_is_refused_where_there_is_none(root: Path, refused: Train) -> None:
     assert "train.device" in refused(root, "train.device=cuda")
+
+
+def test_a_run_is_evaluated_although_nobody_would_train_it_so_any_more_and_a_damaged_result_is_named(
+    root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config("digits_probmask", [f"data.root={root}", "train.epochs=1", "data.batch_size=7", "run=r"])
+    run, file = tmp_path / "r", tmp_path / "r" / "export" / "model.safetensors"
+    file.parent.mkdir(parents=True)
+    (run / "config.yaml").write_text(to_yaml(config))
+    state = build_model(config.model, 10, (3, 8, 8), 0).state_dict()
+    save_file(state, file)
+    assert main(["evaluate", str(run)]) == 0
+    last = next(reversed(state))
+    for damaged, said in {
+        "nan": f"{last} holds nan; the file is damaged",
+        "other": "does not hold this network's weights",
+        "torn": "cannot be read",
+        "empty": "is empty",
+    }.items():
+        values = torch.full_like(state[last], torch.nan) if damaged == "nan" else torch.zeros(3, 3)
+        save_file({**state, last: values}, file)
+        if damaged in ("torn", "empty"):
+            file.write_bytes(file.read_bytes()[: 2000 if damaged == "torn" else 0])
+        capfd.readouterr()
+        assert main(["evaluate", str(run)]) == 2
+        line = capfd.readouterr().err.strip()
+        assert line.startswith(f"ghostmask: error: RUN = '{file}': ")
+        assert said in line
+        assert len(line.splitlines()) == 1

@@ -16,6 +16,7 @@ import ghostmask.launcher.main
 from ghostmask.launcher.checks import check_config
 from ghostmask.launcher.cli import build_parser
 from ghostmask.launcher.config import RunConfig
+from ghostmask.launcher.locate import shipped_configs
 from ghostmask.launcher.settings import load_config, setting_types
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -133,3 +134,13 @@ def changeable(section: type, prefix: str = "") -> Iterator[str]:
             yield from changeable(types[field.name], f"{prefix}{field.name}.")
         elif field.metadata.get("may_change"):
             yield prefix + field.name
+
+
+def test_make_smoke_starts_over_a_run_that_nobody_else_has() -> None:
+    script = (ROOT / ".ci" / "smoke.sh").read_text()
+    run = re.search(r"^run=runs/(\S+)", script, re.MULTILINE)
+    assert run is not None
+    assert run[1] not in shipped_configs()
+    for line in script.splitlines():
+        if "--restart" in line:
+            assert '"run=$run"' in line

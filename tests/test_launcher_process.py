@@ -1,0 +1,47 @@
+"""Does a command work, or say one line, where its streams are closed or its working directory is gone?"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMAND = f"{sys.executable} -m ghostmask"
+
+
+def shell(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize("closed", [">&- <&-", ">&- 2>&- <&-"])
+def test_closed_streams_change_neither_the_exit_code_nor_what_the_open_ones_say(closed: str, tmp_path: Path) -> None:
+    assert shell(f"{COMMAND} show config run=x {closed}", tmp_path).returncode == 0
+    wrong = shell(f"{COMMAND} show config run=x mask.densty=1 {closed}", tmp_path)
+    assert wrong.returncode == 2
+    assert ("did you mean mask.density" in wrong.stderr) == ("2>&-" not in closed)
+    assert len(wrong.stderr.splitlines()) == (0 if "2>&-" in closed else 1)
+
+
+def test_no_file_of_ours_becomes_a_closed_standard_output(tmp_path: Path) -> None:
+    script = (
+        "import os; from ghostmask.launcher.process import open_standard_streams; open_standard_streams(); "
+        "import sys; sys.stdin.read(); file = open('metrics', 'w'); os.write(1, b'noise'); os.write(2, b'noise'); "
+        "print('more'); file.write('own')"
+    )
+    assert shell(f'{sys.executable} -c "{script}" >&- 2>&- <&-', tmp_path).returncode == 0
+    assert (tmp_path / "metrics").read_text() == "own"
+
+
+def test_a_working_directory_that_is_gone_is_one_line(tmp_path: Path) -> None:
+    done = shell(f"mkdir gone; cd gone; rmdir ../gone; {COMMAND} train digits_probmask", tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "ghostmask: error: the working directory is not there any more; cd to one that is\n"
+
+
+def test_without_a_home_a_tilde_is_one_line(tmp_path: Path) -> None:
+    done = shell(f"HOME= {COMMAND} show config run=x 'data.root=~/data'", tmp_path)
+    assert done.returncode == 2
+    assert "data.root = '~/data': the home folder of this user is not known; write ./~/data" in done.stderr
+    assert shell(f"HOME=/nowhere {COMMAND} show config run=x", tmp_path).returncode == 0
