@@ -18,14 +18,12 @@ from ghostmask.engine.sharding.rules import Adam, UpdateRule
 from ghostmask.engine.sharding.slices import Run, Slice
 from ghostmask.masks.kernels.noise import NoiseKey, uniforms
 from ghostmask.masks.kernels.projection import project_, project_layers_
-from ghostmask.masks.kernels.relaxed_mask import EPS, Limits, gradients_, masked_
+from ghostmask.masks.kernels.relaxed_mask import gradients_, masked_
+from ghostmask.masks.kernels.relaxed_mask_torch import EPS
 from ghostmask.masks.masked import Masked
 from ghostmask.masks.schedules import cubic_density, linear_temperature
 from ghostmask.masks.scoring.largest import Budget, largest
 
-LIMITS = Limits(floor=0.25, at_zero=0.0, at_one=1.0)
-"""dL/ds = g w m (1 - m) / (tau / 4), and nothing where s = 0. With s (1 - s) in the place of 1 / 4, as the equations
-have it, the gradient's tail near 0 and 1 throttles all else through the joint clip (docs/decisions.md, D54)."""
 START = 1.0
 """The probability that every weight starts with."""
 
@@ -96,7 +94,7 @@ class RelaxedMask(Masked):
         for run, g in part.views(gradient):
             own = slice(run.start, run.start + run.numel)
             w, s = state["weight"][own], state["probability"][own]
-            gradients_(g, w, s, run.first, key, self.temperature, g, slope[own], LIMITS)
+            gradients_(g, w, s, run.first, key, self.temperature, slope[own])
         if self.watching:
             s = state["probability"]
             at_limit = slope.where((s <= EPS) | (s >= 1 - EPS), 0.0)

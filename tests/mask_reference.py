@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ghostmask.engine.sharding.reparametrization import Draw
 from ghostmask.masks.kernels.noise import NoiseKey, random_words
-from ghostmask.masks.kernels.relaxed_mask import EPS, Limits
+from ghostmask.masks.kernels.relaxed_mask_torch import EPS
 
 
 def relaxed_mask(probability: Tensor, first: int, draw: Draw, temperature: float) -> Tensor:
@@ -21,13 +21,10 @@ def relaxed_mask(probability: Tensor, first: int, draw: Draw, temperature: float
     return ((p.log() - (1 - p).log() + logistic) / temperature).sigmoid()
 
 
-def limited(slope: Tensor, probability: Tensor, limits: Limits) -> Tensor:
-    """What `limits` makes of autograd's dL/ds: p (1 - p) in its denominator bounded, factors where s is 0 or 1."""
+def bounded(slope: Tensor, probability: Tensor) -> Tensor:
+    """Autograd's dL/ds with 1 / 4 in the place of the s (1 - s) in its denominator, and 0 where s is (D54)."""
     p = _inside(probability)
-    variance = p * (1 - p)
-    slope = slope * variance / variance.clamp(min=limits.floor)
-    slope = torch.where(probability <= 0, slope * limits.at_zero, slope)
-    return torch.where(probability >= 1, slope * limits.at_one, slope)
+    return torch.where(probability <= 0, 0.0, slope * 4 * p * (1 - p))
 
 
 def projected(z: Tensor, budget: float) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mask_reference import limited, projected, relaxed_mask
+from mask_reference import bounded, projected, relaxed_mask
 from memory_data import MemoryData
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -16,7 +16,7 @@ from ghostmask.engine.sharding.reparametrization import Draw, Plain
 from ghostmask.engine.sharding.rules import Sgd
 from ghostmask.engine.world import single
 from ghostmask.masks.masked import PRUNABLE
-from ghostmask.masks.relaxed import LIMITS, RelaxedMask, Search
+from ghostmask.masks.relaxed import RelaxedMask, Search
 
 
 class Small(nn.Module):
@@ -63,7 +63,7 @@ class Reference:
         draws = [Draw(3, 50 + number, sample) for sample in self.samples]
         loss = torch.stack([self.loss(s, images, labels, d, tau) for d in draws]).mean()
         *slopes, by_s = torch.autograd.grad(loss, [*self.w.values(), s])
-        by_s = limited(by_s, self.s, LIMITS)
+        by_s = bounded(by_s, self.s)
         norm = float(torch.cat([g.reshape(-1) for g in (*slopes, by_s)]).norm())
         self.divisor = max(1.0, norm / self.clip)
         with torch.no_grad():

@@ -19,7 +19,6 @@ CHECKS = [
     "masked_weights_are_those_of_the_torch_form",
     "gradients_are_those_of_the_torch_form",
     "a_weight_has_the_same_bits_in_every_slice",
-    "the_gradient_may_be_overwritten",
     "a_nan_probability_is_not_hidden",
     "halves_of_a_key_are_signed_32_bit_numbers",
     "tables_are_those_of_the_torch_form",
@@ -52,15 +51,14 @@ def test_interpreted_kernel(results: dict[str, str], check: str) -> None:
 
 
 PLACE = {"numel": "i32", "block": "i32", "offset": "i32", "low_key": "i32", "high_key": "i32"}
-KNOBS = {"inverse_temperature": "fp32", "eps": "fp32"}
-LIMITS = {"floor": "fp32", "at_zero": "fp32", "at_one": "fp32"}
+KNOBS = {"inverse_temperature": "fp32"}
 WEIGHTS = {"weight": "*fp32", "probability": "*fp32"}
-GRADIENTS = {"grad_weight": "*fp32", "grad_probability": "*fp32"}
+GRADIENTS = {"gradient": "*fp32", "slope": "*fp32"}
 PIECE = {"z": "*fp32", "numel": "i32"}
 KERNELS = [
     ("relaxed_mask_triton", "_masked", {"out": "*bf16"} | WEIGHTS | PLACE | KNOBS, {}),
-    ("relaxed_mask_triton", "_gradients", {"gradient": "*bf16"} | WEIGHTS | GRADIENTS | PLACE | KNOBS | LIMITS, {}),
-    ("relaxed_mask_triton", "_gradients", {"gradient": "*fp32"} | WEIGHTS | GRADIENTS | PLACE | KNOBS | LIMITS, {}),
+    ("relaxed_mask_triton", "_masked", {"out": "*fp32"} | WEIGHTS | PLACE | KNOBS, {}),
+    ("relaxed_mask_triton", "_gradients", GRADIENTS | WEIGHTS | PLACE | KNOBS, {}),
     (
         "projection_triton", "_histogram",
         PIECE | {"base": "*i64", "tables": "*i64", "blocks": "i32", "bins": "i32"}, {"SHIFT": 10, "SIZE": 2048},

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from mask_reference import limited, relaxed_mask
+from mask_reference import bounded, relaxed_mask
 from memory_data import MemoryData
 from memory_run import CONFIG, Outcome, complete, configured, memory_run
 from torch import Tensor
@@ -30,7 +30,7 @@ from ghostmask.masks.method import MaskMethod, Recipe
 from ghostmask.masks.methods.random_mask import random_mask
 from ghostmask.masks.prunable import prunable_weights
 from ghostmask.masks.registry import METHODS
-from ghostmask.masks.relaxed import LIMITS, RelaxedMask
+from ghostmask.masks.relaxed import RelaxedMask
 from ghostmask.masks.scoring.allocation import layer_counts
 from ghostmask.masks.scoring.topk import kept_count
 from ghostmask.models.build import build_model
@@ -132,7 +132,7 @@ def test_gradients_are_those_of_float64_autograd_through_the_weights(
             wanted = torch.autograd.grad(theta, list(trained.values()), given["gradient"].double())
             expected = dict(zip(trained, wanted, strict=True))
             if "probability" in expected:
-                expected["probability"] = limited(expected["probability"], given["probability"].double(), LIMITS)
+                expected["probability"] = bounded(expected["probability"], given["probability"].double())
             for key, slope in expected.items():
                 assert torch.allclose(given[f"d {key}"].double(), slope, rtol=1e-4, atol=1e-5), (name, phase, key)
 

@@ -9,30 +9,13 @@ depends neither on the slices nor on the ranks. Nothing is kept between the two:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from ghostmask.masks.kernels import relaxed_mask_torch
-from ghostmask.masks.kernels.compiled import kernels_for
+from ghostmask.masks.kernels.compiled import kernels_on
 
-EPS = 1e-6
-"""Nearest that a probability comes to 0 and 1 in the sampling; the projection may well put s at 0 and 1 exactly."""
 MODULE = "ghostmask.masks.kernels.relaxed_mask"
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What becomes of dm/ds = m (1 - m) / (tau p (1 - p)) near 0 and 1, where it has a heavy tail.
-
-    floor: p (1 - p) in the denominator is at least that much; at_zero, at_one: factors of the gradient where s <= 0 and
-    where s >= 1.
-    """
-
-    floor: float = 0.0
-    at_zero: float = 1.0
-    at_one: float = 1.0
 
 
 def masked_(out: Tensor, weight: Tensor, probability: Tensor, first: int, key: int, temperature: float) -> None:
@@ -42,40 +25,30 @@ def masked_(out: Tensor, weight: Tensor, probability: Tensor, first: int, key: i
     their first element. key: of `NoiseKey.value`; temperature: tau > 0. s is limited to [EPS, 1 - EPS] here; where it
     is nan, so is the result.
     """
-    _check(out, weight, probability)
+    _check(weight, probability, out, narrow=out)
     if len(out):
-        form = kernels_for(weight, MODULE) or relaxed_mask_torch
-        form.masked(out, weight, probability, first, key, temperature, EPS)
+        form = kernels_on(weight.device, MODULE) or relaxed_mask_torch
+        form.masked(out, weight, probability, first, key, temperature)
 
 
 def gradients_(
-    gradient: Tensor,
-    weight: Tensor,
-    probability: Tensor,
-    first: int,
-    key: int,
-    temperature: float,
-    grad_weight: Tensor,
-    grad_probability: Tensor,
-    limits: Limits,
+    gradient: Tensor, weight: Tensor, probability: Tensor, first: int, key: int, temperature: float, slope: Tensor
 ) -> None:
-    """grad_weight = g m and grad_probability = g w m (1 - m) / (tau max(p (1 - p), floor)), p = s limited as above.
+    """In place: of g = dL/d(w m) in `gradient` becomes dL/dw = g m, and slope = dL/ds = 4 g w m (1 - m) / tau.
 
-    gradient: dL/d(w m), (n,) float32 or bfloat16; the others as in `masked_`; grad_weight may be the gradient itself.
-    The gradient passes straight through the limits of p, but for the factors that `limits` has at 0 and at 1.
+    All (n,) float32, contiguous; the rest as in `masked_`. The equations have s (1 - s) in the place of 1 / 4, which
+    gives dL/ds a heavy tail near 0 and 1 (docs/decisions.md, D54). Where s <= 0 it is 0.
     """
-    _check(gradient, weight, probability, grad_weight, grad_probability)
+    _check(gradient, weight, probability, slope)
     if len(gradient):
-        form = kernels_for(weight, MODULE) or relaxed_mask_torch
-        form.gradients(
-            gradient, weight, probability, first, key, temperature, grad_weight, grad_probability, limits, EPS
-        )  # fmt: skip
+        form = kernels_on(weight.device, MODULE) or relaxed_mask_torch
+        form.gradients(gradient, weight, probability, first, key, temperature, slope)
 
 
-def _check(wide_or_bfloat16: Tensor, *wide: Tensor) -> None:
-    tensors = (wide_or_bfloat16, *wide)
-    types = {t.dtype for t in wide} | {wide_or_bfloat16.dtype} - {torch.bfloat16}
-    if types != {torch.float32} or not all(t.is_contiguous() and t.shape == (len(t),) for t in tensors):
-        raise ValueError(f"{[(t.dtype, tuple(t.shape), t.stride()) for t in tensors]}: give contiguous float32 vectors")
-    if len({len(t) for t in tensors}) > 1:
-        raise ValueError(f"lengths {[len(t) for t in tensors]}: give vectors of one length")
+def _check(*vectors: Tensor, narrow: Tensor | None = None) -> None:
+    """narrow: the one that may be bfloat16."""
+    types = {v.dtype for v in vectors if v is not narrow or v.dtype != torch.bfloat16}
+    if types != {torch.float32} or any(v.shape != (len(v),) or not v.is_contiguous() for v in vectors):
+        raise ValueError(f"{[(v.dtype, tuple(v.shape), v.stride()) for v in vectors]}: give contiguous float32 vectors")
+    if len({len(v) for v in vectors}) > 1:
+        raise ValueError(f"lengths {[len(v) for v in vectors]}: give vectors of one length")

@@ -10,7 +10,6 @@ libm would keep LLVM from vectorising the loops.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numba
 import numpy as np
@@ -19,9 +18,7 @@ from torch import Tensor
 
 from ghostmask.masks.kernels.compiled import split_over_threads
 from ghostmask.masks.kernels.noise import BLOCK, LANES, ROUNDS, random_words
-
-if TYPE_CHECKING:
-    from ghostmask.masks.kernels.relaxed_mask import Limits
+from ghostmask.masks.kernels.relaxed_mask_torch import EPS
 
 SMALLEST_RANGE = 16
 """Blocks of 1024 weights worth a thread of their own."""
@@ -41,29 +38,26 @@ L0, L1, L2, L3 = F(1.4426949620), F(-0.7213527881), F(0.4809232420), F(-0.360239
 L4, L5, L6, L7 = F(0.2870987097), F(-0.2488768890), F(0.2340422965), F(-0.1458115156)
 E0, E1, E2, E3, E4 = F(0.6931469776), F(0.2402224208), F(0.0555073374), F(0.0096715127), F(0.0013264727)
 SQRT_HALF_BITS, MANTISSA, ONE_BITS = np.int32(0x3F3504F3), np.int32(0x007FFFFF), np.int32(0x3F800000)
-ZERO, ONE, LIMIT, ROUNDS_OFF = F(0), F(1), F(60), F(1.5 * 2**23)
+ZERO, ONE, FOUR, LIMIT, ROUNDS_OFF = F(0), F(1), F(4), F(60), F(1.5 * 2**23)
 UNEVEN = np.uint32(1)
 ROUND, ROUNDED_OFF, QUIET_NAN = np.uint32(0x7FFF), np.uint32(16), np.uint16(0x7FC0)
 FAST = {"contract", "nsz"}
 """What may be rearranged: fused multiply-adds, and the sign of zero; nothing about nan."""
-NOTHING = np.empty(0, F), np.empty(0, np.uint16)
 
 
-def masked(out: Tensor, weight: Tensor, probability: Tensor, first: int, key: int, temperature: float,
-           eps: float) -> None:  # fmt: skip
+def masked(out: Tensor, weight: Tensor, probability: Tensor, first: int, key: int, temperature: float) -> None:
     """See `masks.kernels.relaxed_mask.masked_`."""
     arrays = _array(weight), _array(probability), *_either(out)
-    seeds, inverse = _seeds(key), F(1 / temperature)
-    _on_blocks(len(out), first, lambda a, b: _masked(*arrays, first, a, b, seeds, inverse, F(eps)))
+    seeds, numbers = _seeds(key), (F(1 / temperature), F(EPS))
+    _on_blocks(len(out), first, lambda a, b: _masked(*arrays, first, a, b, seeds, numbers))
 
 
-def gradients(gradient: Tensor, weight: Tensor, probability: Tensor, first: int, key: int, temperature: float,
-              grad_weight: Tensor, grad_probability: Tensor, limits: Limits, eps: float) -> None:  # fmt: skip
+def gradients(
+    gradient: Tensor, weight: Tensor, probability: Tensor, first: int, key: int, temperature: float, slope: Tensor
+) -> None:
     """See `masks.kernels.relaxed_mask.gradients_`."""
-    source = NOTHING if gradient.data_ptr() == grad_weight.data_ptr() else _either(gradient)
-    arrays = *source, *(_array(t) for t in (weight, probability, grad_weight, grad_probability))
-    seeds, factors = _seeds(key), (1 / temperature, limits.at_zero / temperature, limits.at_one / temperature)
-    numbers = tuple(F(x) for x in (eps, limits.floor, *factors))
+    arrays = [_array(t) for t in (gradient, weight, probability, slope)]
+    seeds, numbers = _seeds(key), (F(1 / temperature), F(EPS))
     _on_blocks(len(gradient), first, lambda a, b: _gradients(*arrays, first, a, b, seeds, numbers))
 
 
@@ -80,8 +74,8 @@ def _array(vector: Tensor) -> np.ndarray:
 def _either(vector: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """(the float32 vector, nothing) or (nothing, the bits of the bfloat16 vector)."""
     if vector.dtype == torch.float32:
-        return _array(vector), NOTHING[1]
-    return NOTHING[0], vector.detach().view(torch.uint16).numpy()
+        return _array(vector), np.empty(0, np.uint16)
+    return np.empty(0, F), _array(vector.view(torch.uint16))
 
 
 def _seeds(key: int) -> np.ndarray:
@@ -145,11 +139,12 @@ def _limited(x, low, high):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
-def _power(words, s, out, inverse_temperature, eps):  # type: ignore[no-untyped-def]
+def _power(words, s, out, numbers):  # type: ignore[no-untyped-def]
     """out = -x log2 e, x = (log s - log(1 - s) + log u - log(1 - u)) / tau: (1 - m) / m is 2 to that power.
 
-    Limited to [-LIMIT, LIMIT]; nan where s is. u = (word | 1) / 2^32.
+    Limited to [-LIMIT, LIMIT]; nan where s is. u = (word | 1) / 2^32. numbers: 1 / tau and EPS.
     """
+    inverse_temperature, eps = numbers
     for i in range(len(s)):
         p = _limited(s[i], eps, ONE - eps)
         out[i] = (F(words[i] | UNEVEN) * p) / (F(np.uint32(~words[i]) | UNEVEN) * (ONE - p))
@@ -166,31 +161,13 @@ def _times_mask(w, power, out):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
-def _chain_rule(g, w, s, power, limits):  # type: ignore[no-untyped-def]
-    """(g m, g w dm/ds); limits: eps, floor, and the slope's factors inside, at 0 and at 1, each divided by tau."""
-    eps, floor, inside, at_zero, at_one = limits
-    p = _limited(s, eps, ONE - eps)
-    variance = p * (ONE - p)
-    variance = floor if variance < floor else variance
-    odds = _exp2(power)
-    inverse = ONE / ((ONE + odds) * variance)  # m / variance: one division for both
-    kept = g * (inverse * variance)
-    factor = at_zero if s <= ZERO else inside
-    factor = at_one if s >= ONE else factor
-    return kept, (kept * w) * (odds * inverse) * factor
-
-
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
-def _apart(g, w, s, power, grad_w, grad_s, limits):  # type: ignore[no-untyped-def]
+def _chain_rule(g, w, s, power, slope, inverse_temperature):  # type: ignore[no-untyped-def]
+    """g <- g m, slope = 4 g w m (1 - m) / tau, but 0 where s <= 0."""
     for i in range(len(w)):
-        grad_w[i], grad_s[i] = _chain_rule(g[i], w[i], s[i], power[i], limits)
-
-
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
-def _in_place(g, w, s, power, grad_s, limits):  # type: ignore[no-untyped-def]
-    """A loop of its own: of two names for one vector LLVM would take one element after the other."""
-    for i in range(len(w)):
-        g[i], grad_s[i] = _chain_rule(g[i], w[i], s[i], power[i], limits)
+        odds = _exp2(power[i])
+        m = ONE / (ONE + odds)
+        g[i] *= m
+        slope[i] = (g[i] * w[i]) * (odds * m) * (ZERO if s[i] <= ZERO else FOUR * inverse_temperature)
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
@@ -203,20 +180,14 @@ def _to_bfloat16(x, bits):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
-def _from_bfloat16(bits, out):  # type: ignore[no-untyped-def]
-    for i in range(len(bits)):
-        out[i] = np.uint32(np.uint32(bits[i]) << ROUNDED_OFF).view(np.float32)
-
-
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
-def _masked(w, s, out, out_bits, first, begin, end, seeds, inverse_temperature, eps):  # type: ignore[no-untyped-def]
+def _masked(w, s, out, out_bits, first, begin, end, seeds, numbers):  # type: ignore[no-untyped-def]
     """out = w m on the noise blocks begin .. end - 1; all arrays start with weight `first` of the network."""
     pairs, power, values = np.empty(BLOCK // 2, np.uint64), np.empty(BLOCK, F), np.empty(BLOCK, F)
     for block in range(begin, end):
         start = block * BLOCK - first
         part = slice(max(start, 0), min(start + BLOCK, len(w)))
         _fill(pairs, block, seeds)
-        _power(pairs.view(np.uint32)[part.start - start :], s[part], power, inverse_temperature, eps)
+        _power(pairs.view(np.uint32)[part.start - start :], s[part], power, numbers)
         if len(out_bits) > 0:
             _times_mask(w[part], power, values)
             _to_bfloat16(values, out_bits[part])
@@ -225,34 +196,25 @@ def _masked(w, s, out, out_bits, first, begin, end, seeds, inverse_temperature, 
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)
-def _gradients(g, g_bits, w, s, grad_w, grad_s, first, begin, end, seeds, limits):  # type: ignore[no-untyped-def]
-    """grad_w = g m and grad_s = g w dm/ds on the noise blocks begin .. end - 1, as in _masked.
-
-    The gradient is g, or the bfloat16 numbers of g_bits, or where both are empty it stands in grad_w.
-    """
+def _gradients(g, w, s, slope, first, begin, end, seeds, numbers):  # type: ignore[no-untyped-def]
+    """_chain_rule on the noise blocks begin .. end - 1, as in _masked."""
     pairs, power = np.empty(BLOCK // 2, np.uint64), np.empty(BLOCK, F)
     for block in range(begin, end):
         start = block * BLOCK - first
         part = slice(max(start, 0), min(start + BLOCK, len(w)))
         _fill(pairs, block, seeds)
-        _power(pairs.view(np.uint32)[part.start - start :], s[part], power, limits[2], limits[0])
-        if len(g) > 0:
-            _apart(g[part], w[part], s[part], power, grad_w[part], grad_s[part], limits)
-        else:
-            _from_bfloat16(g_bits[part], grad_w[part])
-            _in_place(grad_w[part], w[part], s[part], power, grad_s[part], limits)
+        _power(pairs.view(np.uint32)[part.start - start :], s[part], power, numbers)
+        _chain_rule(g[part], w[part], s[part], power, slope[part], numbers[0])
 
 
 def compile_all() -> None:
     """Compile the kernels (or load them from numba's cache, which does not see changes of masks.kernels.noise) and
     compare 1500 weights with the noise they should have."""
-    from ghostmask.masks.kernels.relaxed_mask import Limits
-
-    w, s = torch.full((1500,), 2.0), torch.full((1500,), 0.5)
-    out, grad_w, grad_s = torch.empty_like(w), torch.empty_like(w), torch.empty_like(w)
-    masked(out, w, s, 700, 1 << 63, 1.0, 1e-6)
-    gradients(w, w, s, 700, 1 << 63, 1.0, grad_w, grad_s, Limits(), 1e-6)
+    w, s, g = torch.full((1500,), 2.0), torch.full((1500,), 0.5), torch.full((1500,), 2.0)
+    out, slope = torch.empty_like(w), torch.empty_like(w)
+    masked(out, w, s, 700, 1 << 63, 1.0)
+    gradients(g, w, s, 700, 1 << 63, 1.0, slope)
     # At s = 1/2 and tau = 1 the mask is u itself.
     expected = 2 * ((random_words(1 << 63, 700, 1500, "cpu") | 1).float() / 2**32)
-    if not torch.allclose(out, expected, rtol=1e-5) or not torch.allclose(grad_w, expected, rtol=1e-5):
+    if not torch.allclose(out, expected, rtol=1e-5) or not torch.allclose(g, expected, rtol=1e-5):
         raise RuntimeError("the compiled relaxed mask gives wrong numbers here")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,9 +10,8 @@ from torch.nn.functional import pad
 
 from ghostmask.masks.kernels.noise import BLOCK, random_words
 
-if TYPE_CHECKING:
-    from ghostmask.masks.kernels.relaxed_mask import Limits
-
+EPS = 1e-6
+"""Nearest that a probability comes to 0 and 1 in the sampling; the projection may well put s at 0 and 1 exactly."""
 CHUNK, CPU_CHUNK = 1 << 20, 1 << 14
 """Weights per step: bounds the temporary memory. On the CPU torch gives less than 2^15 numbers to one thread."""
 LIMIT = 60.0
@@ -38,27 +36,22 @@ def relaxed_mask(probability: Tensor, key: int, temperature: float, first: int) 
     return x.sigmoid()[own], (-x).sigmoid()[own]
 
 
-def masked(out: Tensor, weight: Tensor, probability: Tensor, first: int, key: int, temperature: float,
-           eps: float) -> None:  # fmt: skip
+def masked(out: Tensor, weight: Tensor, probability: Tensor, first: int, key: int, temperature: float) -> None:
     """See `masks.kernels.relaxed_mask.masked_`."""
     for start, part in _chunks(out):
-        m, _ = relaxed_mask(probability[part].clamp(eps, 1 - eps), key, temperature, first + start)
+        m, _ = relaxed_mask(probability[part].clamp(EPS, 1 - EPS), key, temperature, first + start)
         out[part] = weight[part] * m
 
 
-def gradients(gradient: Tensor, weight: Tensor, probability: Tensor, first: int, key: int, temperature: float,
-              grad_weight: Tensor, grad_probability: Tensor, limits: Limits, eps: float) -> None:  # fmt: skip
+def gradients(
+    gradient: Tensor, weight: Tensor, probability: Tensor, first: int, key: int, temperature: float, slope: Tensor
+) -> None:
     """See `masks.kernels.relaxed_mask.gradients_`."""
     for start, part in _chunks(gradient):
         s = probability[part]
-        p = s.clamp(eps, 1 - eps)
-        m, rest = relaxed_mask(p, key, temperature, first + start)
-        kept = gradient[part].float() * m
-        slope = rest / (temperature * (p * (1 - p)).clamp(min=limits.floor))
-        slope = torch.where(s <= 0, slope * limits.at_zero, slope)
-        slope = torch.where(s >= 1, slope * limits.at_one, slope)
-        torch.mul(kept * weight[part], slope, out=grad_probability[part])
-        grad_weight[part] = kept
+        m, rest = relaxed_mask(s.clamp(EPS, 1 - EPS), key, temperature, first + start)
+        kept = gradient[part].mul_(m)
+        torch.mul(kept * weight[part], rest * torch.where(s <= 0, 0.0, 4 / temperature), out=slope[part])
 
 
 def _chunks(vector: Tensor) -> list[tuple[int, slice]]:

@@ -6,43 +6,37 @@ weights that lie in 4 blocks of the noise: 1024 Philox counters, all four words 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ghostmask.masks.kernels.noise import BLOCK, LANES, ROUNDS, random_words
-
-if TYPE_CHECKING:
-    from ghostmask.masks.kernels.relaxed_mask import Limits
+from ghostmask.masks.kernels.relaxed_mask_torch import EPS
 
 BLOCKS = tl.constexpr(4)
 """Noise blocks of 1024 weights per program."""
 LANES_ = tl.constexpr(LANES)
 BLOCK_ = tl.constexpr(BLOCK)
 ROUNDS_ = tl.constexpr(ROUNDS)
+EPS_ = tl.constexpr(EPS)
 LIMIT = tl.constexpr(60.0)
 EACH_STEP = ["block", "low_key", "high_key"]
 """Arguments that change from step to step: no value of theirs may be compiled into a kernel of its own."""
 
 
-def masked(out: Tensor, weight: Tensor, probability: Tensor, first: int, key: int, temperature: float,
-           eps: float) -> None:  # fmt: skip
+def masked(out: Tensor, weight: Tensor, probability: Tensor, first: int, key: int, temperature: float) -> None:
     """See `masks.kernels.relaxed_mask.masked_`."""
     place, keys = divmod(first, BLOCK), _halves(key)
-    _masked[_programs(len(out), first)](out, weight, probability, len(out), *place, *keys, 1 / temperature, eps)
+    _masked[_programs(len(out), first)](out, weight, probability, len(out), *place, *keys, 1 / temperature)
 
 
-def gradients(gradient: Tensor, weight: Tensor, probability: Tensor, first: int, key: int, temperature: float,
-              grad_weight: Tensor, grad_probability: Tensor, limits: Limits, eps: float) -> None:  # fmt: skip
+def gradients(
+    gradient: Tensor, weight: Tensor, probability: Tensor, first: int, key: int, temperature: float, slope: Tensor
+) -> None:
     """See `masks.kernels.relaxed_mask.gradients_`."""
-    place, keys = divmod(first, BLOCK), _halves(key)
-    _gradients[_programs(len(gradient), first)](
-        gradient, weight, probability, grad_weight, grad_probability, len(gradient), *place, *keys,
-        1 / temperature, eps, float(limits.floor), float(limits.at_zero), float(limits.at_one),
-    )  # fmt: skip
+    numel, place, keys = len(gradient), divmod(first, BLOCK), _halves(key)
+    _gradients[_programs(numel, first)](gradient, weight, probability, slope, numel, *place, *keys, 1 / temperature)
 
 
 def _programs(numel: int, first: int) -> tuple[int]:
@@ -56,40 +50,32 @@ def _halves(key: int) -> tuple[int, int]:
 
 
 @triton.jit(do_not_specialize=EACH_STEP)
-def _masked(out, weight, probability, numel, block, offset, low_key, high_key, inverse_temperature, eps):  # type: ignore[no-untyped-def]
+def _masked(out, weight, probability, numel, block, offset, low_key, high_key, inverse_temperature):  # type: ignore[no-untyped-def]
     start, low, high = _my_part(numel, offset)
     words = _words(block, low_key, high_key)
     for k in tl.static_range(4):
         i = _lanes(k)
         inside = (i >= low) & (i < high)
-        p = _limited(tl.load(probability + start + i, mask=inside, other=0.5), eps)
-        odds = _inverse_odds(words[k], p, inverse_temperature)
+        odds = _inverse_odds(words[k], tl.load(probability + start + i, mask=inside, other=0.5), inverse_temperature)
         value = tl.load(weight + start + i, mask=inside, other=0.0) / (1.0 + odds)
         tl.store(out + start + i, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=EACH_STEP)
-def _gradients(  # type: ignore[no-untyped-def]
-    gradient, weight, probability, grad_weight, grad_probability, numel, block, offset, low_key, high_key,
-    inverse_temperature, eps, floor, at_zero, at_one,
-):  # fmt: skip
+def _gradients(gradient, weight, probability, slope, numel, block, offset, low_key, high_key, inverse_temperature):  # type: ignore[no-untyped-def]
     start, low, high = _my_part(numel, offset)
     words = _words(block, low_key, high_key)
     for k in tl.static_range(4):
         i = _lanes(k)
         inside = (i >= low) & (i < high)
         s = tl.load(probability + start + i, mask=inside, other=0.5)
-        p = _limited(s, eps)
-        variance = p * (1.0 - p)
-        variance = tl.where(variance < floor, floor, variance)
-        odds = _inverse_odds(words[k], p, inverse_temperature)
-        inverse = 1.0 / ((1.0 + odds) * variance)  # m / variance: one division for both
-        kept = tl.load(gradient + start + i, mask=inside, other=0.0).to(tl.float32) * (inverse * variance)
-        factor = tl.where(s <= 0.0, inverse_temperature * at_zero, inverse_temperature)
-        factor = tl.where(s >= 1.0, inverse_temperature * at_one, factor)
-        slope = kept * tl.load(weight + start + i, mask=inside, other=0.0) * (odds * inverse) * factor
-        tl.store(grad_weight + start + i, kept, mask=inside)
-        tl.store(grad_probability + start + i, slope, mask=inside)
+        odds = _inverse_odds(words[k], s, inverse_temperature)
+        m = 1.0 / (1.0 + odds)
+        kept = tl.load(gradient + start + i, mask=inside, other=0.0) * m
+        factor = tl.where(s <= 0.0, 0.0, 4.0 * inverse_temperature)
+        grad_s = kept * tl.load(weight + start + i, mask=inside, other=0.0) * (odds * m) * factor
+        tl.store(gradient + start + i, kept, mask=inside)
+        tl.store(slope + start + i, grad_s, mask=inside)
 
 
 @triton.jit
@@ -118,15 +104,10 @@ def _words(block, low_key, high_key):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _limited(s, eps):  # type: ignore[no-untyped-def]
-    """s limited to [eps, 1 - eps]; nan stays nan."""
-    p = tl.where(s < eps, eps, s)
-    return tl.where(p > 1.0 - eps, 1.0 - eps, p)
-
-
-@triton.jit
-def _inverse_odds(word, p, inverse_temperature):  # type: ignore[no-untyped-def]
-    """(1 - m) / m, limited to 2^-LIMIT .. 2^LIMIT; u = (word | 1) / 2^32."""
+def _inverse_odds(word, s, inverse_temperature):  # type: ignore[no-untyped-def]
+    """(1 - m) / m, limited to 2^-LIMIT .. 2^LIMIT; u = (word | 1) / 2^32; nan where s is."""
+    p = tl.where(s < EPS_, EPS_, s)
+    p = tl.where(p > 1.0 - EPS_, 1.0 - EPS_, p)
     ratio = (word | 1).to(tl.float32) * p / (((word ^ 0xFFFFFFFF) | 1).to(tl.float32) * (1.0 - p))
     x = -tl.log2(ratio) * inverse_temperature
     x = tl.where(x < -LIMIT, -LIMIT, x)
@@ -135,15 +116,14 @@ def _inverse_odds(word, p, inverse_temperature):  # type: ignore[no-untyped-def]
 
 def compile_all() -> None:
     """Compile the kernels, for float32 and bfloat16, and compare 1500 weights with the noise they should have."""
-    from ghostmask.masks.kernels.relaxed_mask import Limits
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     w, s = torch.full((1500,), 2.0, device=device), torch.full((1500,), 0.5, device=device)
+    g, slope = w.clone(), torch.empty_like(w)
+    gradients(g, w, s, 700, 1 << 63, 1.0, slope)
     # At s = 1/2 and tau = 1 the mask is u itself.
     expected = 2 * ((random_words(1 << 63, 700, 1500, device) | 1).float() / 2**32)
     for dtype, allowed in ((torch.float32, 1e-5), (torch.bfloat16, 2.0**-7)):
-        out, grad_w, grad_s = torch.full((1500,), 2.0, dtype=dtype, device=device), torch.empty_like(w), w.clone()
-        gradients(out, w, s, 700, 1 << 63, 1.0, grad_w, grad_s, Limits(), 1e-6)
-        masked(out, w, s, 700, 1 << 63, 1.0, 1e-6)
-        if not torch.allclose(out.float(), expected, rtol=allowed) or not torch.allclose(grad_w, expected, rtol=1e-5):
+        out = torch.empty(1500, dtype=dtype, device=device)
+        masked(out, w, s, 700, 1 << 63, 1.0)
+        if not torch.allclose(out.float(), expected, rtol=allowed) or not torch.allclose(g, expected, rtol=1e-5):
             raise RuntimeError("the compiled relaxed mask gives wrong numbers here")
