@@ -68,8 +68,8 @@ def _milliseconds(source: Tensor, z: Tensor, budget: float, bench: Bench) -> dic
     own = z[first:end]
     alone = replace(bench.world, rank=0, size=1)
     work: dict[str, Work] = {
-        "ours": lambda: project_([(z, 0)], budget, len(z), alone),
-        "slice": lambda: project_([(own, first)], budget / RANKS, len(own), alone),
+        "ours": lambda: project_([[(z, 0)]], [budget], [len(z)], alone),
+        "slice": lambda: project_([[(own, first)]], [budget / RANKS], [len(own)], alone),
         "textbook": lambda: textbook.project(source, budget),
     }
     prepare: dict[str, Work] = {"ours": lambda: z.copy_(source), "slice": lambda: own.copy_(source[first:end])}
@@ -97,7 +97,7 @@ def _counts(bench: Bench, source: Tensor, z: Tensor, budget: float) -> list[Row]
     world = bench.world
     counting = CountingWorld(world.rank, world.size, world.local_rank, world.device, world.group, [])
     z.copy_(source)
-    project_([(z, 0)], budget, len(z), counting)
+    project_([[(z, 0)]], [budget], [len(z)], counting)
     assert counting.calls is not None
     error = abs(z.sum(dtype=torch.float64).item() - budget)
     bisected = abs(textbook.project(source, budget).sum(dtype=torch.float64).item() - budget)

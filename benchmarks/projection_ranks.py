@@ -57,7 +57,7 @@ def _local_seconds(numel: int, bench: Bench) -> dict[str, float]:
     z, budget = source.clone(), 0.1 * numel
     return interleaved(
         {
-            "exact": lambda: project_([(z, 0)], budget, numel, replace(bench.world, rank=0, size=1)),
+            "exact": lambda: project_([[(z, 0)]], [budget], [numel], replace(bench.world, rank=0, size=1)),
             "bisection": lambda: sharded_bisection(source, budget, single()),
         },
         3,
@@ -90,8 +90,8 @@ def measure(world: World, numel: int) -> dict[str, tuple[float, float, float]]:
     payload = {kind: torch.zeros(shape, dtype=torch.int64) for kind, shape in PAYLOAD.items()}
     work: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
         "exact": (
-            lambda: project_([(z, first)], budget, share, single()),
-            lambda: project_([(z, first)], budget * world.size, share * world.size, world),
+            lambda: project_([[(z, first)]], [budget], [share], single()),
+            lambda: project_([[(z, first)]], [budget * world.size], [share * world.size], world),
         ),
         "bisection": (
             lambda: sharded_bisection(source, budget, single()),

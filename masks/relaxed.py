@@ -17,7 +17,7 @@ from ghostmask.engine.sharding.reparametrization import Draw, State
 from ghostmask.engine.sharding.rules import Adam, UpdateRule
 from ghostmask.engine.sharding.slices import Run, Slice
 from ghostmask.masks.kernels.noise import NoiseKey, uniforms
-from ghostmask.masks.kernels.projection import project_, project_layers_
+from ghostmask.masks.kernels.projection import project_
 from ghostmask.masks.kernels.relaxed_mask import gradients_, masked_
 from ghostmask.masks.kernels.relaxed_mask_torch import EPS
 from ghostmask.masks.masked import Masked
@@ -134,10 +134,10 @@ class RelaxedMask(Masked):
         """s <- proj_C(s), eq. 6, over the network or over each layer."""
         s, layout = state["probability"], part.layout
         if self.search.constraint == "global":
-            runs = [(own, run.first) for run, own in part.views(s)]
-            self.threshold = project_(runs, density * part.total, part.total, part.world)
-            return
-        begins = [sum(layout.numels[:i]) for i in range(len(layout.numels))]
-        segments = [(s[x.start : x.start + x.numel], begins[x.layer] + x.offset, x.layer) for x in part.segments]
-        budgets = [density * n for n in layout.numels]
-        self.threshold = project_layers_(segments, budgets, layout.numels, part.world).mean()
+            runs, numels = [[(own, run.first) for run, own in part.views(s)]], [part.total]
+        else:
+            runs, numels = [[] for _ in layout.numels], layout.numels
+            begins = [sum(numels[:i]) for i in range(len(numels))]
+            for x in part.segments:
+                runs[x.layer].append((s[x.start : x.start + x.numel], begins[x.layer] + x.offset))
+        self.threshold = project_(runs, [density * n for n in numels], numels, part.world).mean()

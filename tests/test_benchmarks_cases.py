@@ -134,7 +134,7 @@ def test_ratios_read_like_the_bars() -> None:
 def test_the_textbook_projection_is_the_projection() -> None:
     z = torch.rand(10_000, generator=torch.Generator().manual_seed(0)) * 1.4 - 0.2
     expected = textbook.project(z, 900.0)
-    project_([(z, 0)], 900.0, len(z), single())
+    project_([[(z, 0)]], [900.0], [len(z)], single())
     assert torch.allclose(z, expected, atol=1e-5)
 
 

@@ -14,7 +14,7 @@ from ghostmask.engine.errors import EXIT_NON_FINITE, RunStopped
 from ghostmask.engine.spawn import run_distributed
 from ghostmask.engine.world import World, single
 from ghostmask.masks.kernels import projection_passes
-from ghostmask.masks.kernels.projection import find_threshold, project_, project_layers_
+from ghostmask.masks.kernels.projection import Runs, project_
 
 RESNET50 = 25_502_912
 """Prunable weights of ResNet-50."""
@@ -34,6 +34,11 @@ class CountingWorld(World):
 
 def counting(world: World) -> CountingWorld:
     return CountingWorld(world.rank, world.size, world.local_rank, world.device, world.group)
+
+
+def project(runs: Runs, budget: float, numel: int, world: World) -> Tensor:
+    """With one budget for all; returns its v, ()."""
+    return project_([runs], [budget], [numel], world)[0]
 
 
 def reference(z: Tensor, budget: float) -> tuple[np.ndarray, float]:
@@ -100,7 +105,7 @@ def my_runs(z: Tensor, world: World, pieces: int = 1) -> list[tuple[Tensor, int]
 
 def project_mine(z: Tensor, budget: float, world: World, pieces: int = 1) -> Result:
     counted, runs = counting(world), my_runs(z, world, pieces)
-    v = float(project_(runs, budget, len(z), counted))
+    v = float(project(runs, budget, len(z), counted))
     return v, torch.cat([run for run, _ in runs]).numpy(), len(counted.calls)
 
 
@@ -114,7 +119,7 @@ def run_all_cases(world: World) -> dict[str, Result]:
     if world.rank == world.size - 1:
         shard[2] = float("nan")
     with pytest.raises(RunStopped, match=f"1 of {5 * world.size} probabilities are not finite"):
-        project_([(shard, 5 * world.rank)], 1.0, 5 * world.size, world)
+        project([(shard, 5 * world.rank)], 1.0, 5 * world.size, world)
     return results
 
 
@@ -136,12 +141,12 @@ def layered() -> list[Tensor]:
 
 def project_my_layers(world: World) -> Result:
     """Every rank holds a part of every layer."""
-    counted, segments, offset = counting(world), [], 0
-    for layer, z in enumerate(layered()):
-        segments += [(run, offset + first, layer) for run, first in my_runs(z, world)]
+    counted, runs, offset = counting(world), [], 0
+    for z in layered():
+        runs.append([(run, offset + first) for run, first in my_runs(z, world)])
         offset += len(z)
-    thresholds = project_layers_(segments, LAYER_BUDGETS, LAYERS, counted)
-    return thresholds.tolist(), np.concatenate([piece.numpy() for piece, _, _ in segments]), len(counted.calls)
+    thresholds = project_(runs, LAYER_BUDGETS, LAYERS, counted)
+    return thresholds.tolist(), np.concatenate([run.numpy() for part in runs for run, _ in part]), len(counted.calls)
 
 
 @pytest.fixture(scope="module")
@@ -191,29 +196,28 @@ def test_equal_probabilities_of_resnet50_hit_the_budget(runs: Any) -> None:
 def test_threshold_does_not_depend_on_the_order_of_the_elements() -> None:
     for name, (z, budget) in cases().items():
         shuffled = z[torch.randperm(len(z), generator=torch.Generator().manual_seed(1))]
-        assert find_threshold([z], budget, len(z), single()) == find_threshold([shuffled], budget, len(z), single()), (
-            name
-        )
+        v = [project([(x, 0)], budget, len(x), single()) for x in (z, shuffled)]
+        assert v[0] == v[1], name
 
 
 def test_projecting_twice_changes_nothing_beyond_rounding() -> None:
     for name, (z, budget) in cases().items():
         once = z.clone()
-        project_([(once, 0)], budget, len(z), single())
+        project([(once, 0)], budget, len(z), single())
         twice = once.clone()
-        project_([(twice, 0)], budget, len(z), single())
+        project([(twice, 0)], budget, len(z), single())
         assert (twice - once).abs().max() <= 1.2e-7, name
 
 
 def test_torch_form_gives_the_bits_of_the_compiled_form(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = {name: z for name, (z, _) in cases().items()}
     halves = lambda z: [(z[: len(z) // 3], 7), (z[len(z) // 3 :], 7 + len(z) // 3)]  # noqa: E731
-    values = {name: project_(halves(compiled[name]), k, len(z), single()) for name, (z, k) in cases().items()}
+    values = {name: project(halves(compiled[name]), k, len(z), single()) for name, (z, k) in cases().items()}
     monkeypatch.setattr(projection_passes, "kernels_on", lambda device, module: None)
     monkeypatch.setattr("ghostmask.masks.kernels.projection_bracket.kernels_on", lambda device, module: None)
     monkeypatch.setattr(projection_passes, "CHUNK", 1000)
     for name, (z, budget) in cases().items():
-        assert project_([(z, 7)], budget, len(z), single()) == values[name], name
+        assert project([(z, 7)], budget, len(z), single()) == values[name], name
         assert torch.equal(z, compiled[name]), name
 
 
@@ -224,7 +228,7 @@ def test_threads_share_the_work_without_changing_a_bit(monkeypatch: pytest.Monke
     for threads in (1, 3):
         torch.set_num_threads(threads)
         z, budget = cases()["outside [0, 1]"]
-        results.append((project_([(z, 0)], budget, len(z), single()), z))
+        results.append((project([(z, 0)], budget, len(z), single()), z))
     torch.set_num_threads(before)
     assert results[0][0] == results[1][0]
     assert torch.equal(results[0][1], results[1][1])
@@ -237,7 +241,7 @@ def test_budget_is_hit_within_a_thousandth_at_the_size_of_resnet50(kind: str) ->
     if kind == "two values":
         z = (z > 0.3) * 0.25 + 0.6123
     budget, before = 0.1 * RESNET50, z.clone()
-    v = float(project_([(z, 0)], budget, RESNET50, single()))
+    v = float(project([(z, 0)], budget, RESNET50, single()))
     exact = (before.double() - v).clamp_(0, 1)
     assert abs(float(exact.sum()) - budget) <= 1e-6  # so v is the root: f falls by at least 1 per unit of v
     assert float((exact - z).abs().max()) <= 6e-8
@@ -259,24 +263,24 @@ def test_every_layer_meets_its_own_budget_in_the_same_three_collectives(runs: An
 
 
 def test_a_rank_may_hold_nothing() -> None:
-    assert project_([], 1.0, 10, single()) == 0
-    assert project_layers_([], [1.0, 2.0], [10, 10], single()).tolist() == [0, 0]
+    assert project([], 1.0, 10, single()) == 0
+    assert project_([[], []], [1.0, 2.0], [10, 10], single()).tolist() == [0, 0]
     z = torch.full((10,), 0.5)
-    assert project_([(z[:0], 0), (z, 0), (z[10:], 10)], 1.0, 10, single()) == pytest.approx(0.4)
+    assert project([(z[:0], 0), (z, 0), (z[10:], 10)], 1.0, 10, single()) == pytest.approx(0.4)
 
 
 def test_an_infinite_probability_stops_the_run() -> None:
     with pytest.raises(RunStopped, match="1 of 2 probabilities are not finite") as stopped:
-        find_threshold([torch.tensor([0.5, float("-inf")])], 1.0, 2, single())
+        project([(torch.tensor([0.5, float("-inf")]), 0)], 1.0, 2, single())
     assert stopped.value.exit_code == EXIT_NON_FINITE
 
 
 def test_what_is_no_float32_vector_or_no_budget_is_refused() -> None:
     for z in (torch.zeros(3, dtype=torch.float64), torch.zeros(2, 2), torch.zeros(8)[::2]):
         with pytest.raises(ValueError, match="give contiguous float32 vectors"):
-            project_([(z, 0)], 1.0, 4, single())
+            project([(z, 0)], 1.0, 4, single())
     with pytest.raises(ValueError, match="give a finite budget"):
-        project_([(torch.zeros(3), 0)], -1.0, 3, single())
+        project([(torch.zeros(3), 0)], -1.0, 3, single())
 
 
 @pytest.mark.parametrize("length", [0, 5, 16, 1000])

@@ -32,61 +32,33 @@ SLACK = 1 + 2.0**-43
 """f(0) above K by no more than the rounding of its float64 sum counts as K."""
 
 
-def find_threshold(pieces: Sequence[Tensor], budget: float, numel: int, world: World) -> Tensor:
-    """Collective: v >= 0 such that clamp(z - v, 0, 1) over all ranks is the projection of z onto {sum <= budget}.
+Runs = Sequence[tuple[Tensor, int]]
+"""Contiguous float32 vectors on the world's device, each with the index in the network of its first element."""
 
-    A float64 scalar on the world's device. pieces: this rank's elements there, contiguous float32 vectors of any finite
-    values, or none; numel: elements of all ranks together. Where every rank holds all elements, give a world of size 1.
-    At most 3 all-reduces (on the CPU 1 where the budget is met as it is).
+
+def project_(runs: Sequence[Runs], budgets: Sequence[float], numels: Sequence[int], world: World) -> Tensor:
+    """Collective: replace the elements of all ranks by their projection onto {sum <= budget}; returns v >= 0.
+
+    One or several budgets, each of elements of its own: runs: of each, those that this rank holds, or none; numels: of
+    each, on all ranks together. Where every rank holds all elements, give a world of size 1. v: float64 (budgets,) on
+    the world's device. At most 3 all-reduces for all of them (on the CPU 1 where the budgets are met as it is).
+
+    |sum s - budget| <= 1e-3 in float64 where the constraint binds: s is rounded to float32 up or down by a dither (see
+    `subtract_and_clamp_`), since rounding to nearest moves 25.5 million equal values by up to 0.7 weights.
 
     Where an element of any rank is not finite: RunStopped on every rank on the CPU. On CUDA nobody waits for the
     answer: v is nan, so are all probabilities, and the next loss stops the run.
     """
-    return _thresholds([pieces], [budget], [numel], world)[0]
-
-
-def project_(runs: Sequence[tuple[Tensor, int]], budget: float, numel: int, world: World) -> Tensor:
-    """Collective: replace the elements of all ranks by their projection; returns v (see `find_threshold`).
-
-    runs: (contiguous float32 vector, index in the network of its first element). |sum s - budget| <= 1e-3 in float64
-    where the constraint binds: s is rounded to float32 up or down by a dither (see `subtract_and_clamp_`), since
-    rounding to nearest moves 25.5 million equal values by up to 0.7 weights.
-    """
-    threshold = find_threshold([run for run, _ in runs], budget, numel, world)
-    subtract_and_clamp_(runs, threshold)
-    return threshold
-
-
-def project_layers_(
-    segments: Sequence[tuple[Tensor, int, int]], budgets: Sequence[float], numels: Sequence[int], world: World
-) -> Tensor:
-    """Collective: `project_` with a budget per layer, in the same 3 all-reduces; returns v of every layer, (layers,).
-
-    segments: (contiguous float32 vector, index in the network of its first element, layer) of what this rank holds.
-    numels: elements of each layer over all ranks.
-    """
-    layers = range(len(budgets))
-    runs = [[(piece, first) for piece, first, number in segments if number == layer] for layer in layers]
-    thresholds = _thresholds([[piece for piece, _ in part] for part in runs], budgets, numels, world)
-    for part, threshold in zip(runs, thresholds, strict=True):
-        subtract_and_clamp_(part, threshold)
-    return thresholds
-
-
-def _thresholds(
-    pieces: Sequence[Sequence[Tensor]], budgets: Sequence[float], numels: Sequence[int], world: World
-) -> Tensor:
-    """v of each budget; pieces: of each budget, what this rank holds."""
     for budget, numel in zip(budgets, numels, strict=True):
         if not 0 <= budget < math.inf or numel < 1:
             raise ValueError(f"budget = {budget} of {numel} elements: give a finite budget >= 0 and at least 1 element")
-    for piece in (piece for part in pieces for piece in part):
+    for piece in (piece for part in runs for piece, _ in part):
         if piece.dtype != torch.float32 or piece.dim() != 1 or not piece.is_contiguous():
             form = f"{piece.dtype}, shape {tuple(piece.shape)}, strides {piece.stride()}"
             raise ValueError(f"probabilities are {form}: give contiguous float32 vectors")
     device = world.device
     brackets = Brackets.around(budgets, device)
-    breakpoints = [Breakpoints(part, device) for part in pieces]
+    breakpoints = [Breakpoints([piece for piece, _ in part], device) for part in runs]
     binding = bad = torch.zeros(())
     for number, (shift, bins) in enumerate(ROUNDS):
         bases = (brackets.base * bins).unbind()
@@ -100,5 +72,7 @@ def _thresholds(
                     raise RunStopped(f"{int(bad)} of {sum(numels)} probabilities are not finite", EXIT_NON_FINITE)
                 if not bool(binding.any()):
                     break
-    thresholds = torch.where(binding, brackets.roots(), 0.0)
-    return torch.where(bad > 0, math.nan, thresholds)
+    thresholds = torch.where(bad > 0, math.nan, torch.where(binding, brackets.roots(), 0.0))
+    for part, threshold in zip(runs, thresholds, strict=True):
+        subtract_and_clamp_(part, threshold)
+    return thresholds

@@ -116,10 +116,7 @@ def subtract_and_clamp_(runs: Sequence[tuple[Tensor, int]], threshold: Tensor) -
     if not runs:
         return
     kernels = kernels_on(threshold.device, MODULE)
-    if kernels and threshold.is_cuda:
-        for run, first in runs:
-            kernels.subtract_and_clamp(run, threshold, first)
-    elif kernels:
+    if kernels and not threshold.is_cuda:
         arrays, lengths, v = [run.numpy() for run, _ in runs], [len(run) for run, _ in runs], float(threshold)
 
         def work(begin: int, end: int) -> None:
@@ -127,12 +124,13 @@ def subtract_and_clamp_(runs: Sequence[tuple[Tensor, int]], threshold: Tensor) -
                 kernels.subtract_and_clamp(arrays[number], low, high, v, runs[number][1])
 
         split_over_threads(work, sum(lengths), SMALLEST_RANGE, shares=SHARES)
-    else:
-        for run, first in runs:
-            _subtract_and_clamp(run, threshold, first)
+        return
+    for run, first in runs:
+        (kernels.subtract_and_clamp if kernels else subtract_and_clamp)(run, threshold, first)
 
 
-def _subtract_and_clamp(run: Tensor, threshold: Tensor, first: int) -> None:
+def subtract_and_clamp(run: Tensor, threshold: Tensor, first: int) -> None:
+    """`subtract_and_clamp_` of one run in torch operations."""
     for start in range(0, len(run), CHUNK):
         chunk = run[start : start + CHUNK]
         y = (chunk.clamp(max=LARGEST).double() - threshold).clamp_(0, 1).view(torch.int64)
