@@ -10,7 +10,7 @@ from torch import Tensor
 from ghostmask.benchmarks import textbook
 from ghostmask.benchmarks.row import Row, faster, share
 from ghostmask.benchmarks.timing import Bench, Work, copy_bandwidth, device_seconds, interleaved, peak_extra_bytes
-from ghostmask.masks.kernels.noise import NoiseKey
+from ghostmask.masks.kernels.noise import noise_key
 from ghostmask.masks.kernels.relaxed_mask import gradients_, masked_
 from ghostmask.masks.prunable import prunable_weights
 from ghostmask.models.build import build_model
@@ -103,7 +103,7 @@ def network_vectors(bench: Bench) -> Vectors:
 def _operator(vectors: Vectors, first: int, end: int) -> Work:
     """Both passes over a slice of the network; what they write is allocated here, as an optimizer does once."""
     w, s, g = (vector[first:end] for vector in (vectors.weight, vectors.probability, vectors.gradient))
-    out, slope, key = torch.zeros_like(w), torch.zeros_like(w), NoiseKey(0, 0, 0).value
+    out, slope, key = torch.zeros_like(w), torch.zeros_like(w), noise_key(0, 0, 0)
 
     def work() -> None:
         masked_(out, w, s, first, key, TEMPERATURE)

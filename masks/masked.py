@@ -52,22 +52,13 @@ class FixedMask(Masked):
         return state["mask"]
 
 
-def masked_group(optimizer: ShardedOptimizer) -> tuple[Masked, State, Slice] | None:
-    """The reparametrization, state and slice of the weights under a mask; None where there is none (dense)."""
-    for group, state, part in zip(optimizer.groups, optimizer.states, optimizer.slices, strict=True):
-        if isinstance(group.reparametrization, Masked):
-            return group.reparametrization, state, part
-    return None
-
-
 @torch.no_grad()
 def present_masks(optimizer: ShardedOptimizer) -> dict[str, Tensor]:
     """Collective: the masks with which the network would be delivered now, whole, by weight name; empty if dense."""
-    found = masked_group(optimizer)
-    if found is None:
-        return {}
-    form, state, part = found
-    return part.gathered(form.mask(state, part))
+    for group, state, part in zip(optimizer.groups, optimizer.states, optimizer.slices, strict=True):
+        if isinstance(group.reparametrization, Masked):
+            return part.gathered(group.reparametrization.mask(state, part))
+    return {}
 
 
 def density_of(masks: Mapping[str, Tensor]) -> float:

@@ -33,9 +33,9 @@ from ghostmask.engine.sharding.placement import ParameterGroup
 from ghostmask.engine.sharding.reparametrization import Plain, Reparametrization
 from ghostmask.engine.sharding.rules import Sgd
 from ghostmask.engine.world import World
-from ghostmask.masks.masked import PRUNABLE, present_masks
+from ghostmask.masks.masked import PRUNABLE, Masked, present_masks
 from ghostmask.masks.prunable import prunable_weights
-from ghostmask.masks.report import DensityReport
+from ghostmask.masks.report import DensityReport, mask_lines
 from ghostmask.masks.settings import MaskSettings
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class MaskMethod(ABC):
 
     def hooks(self, phase: Phase, form: Reparametrization) -> Sequence[Hook]:
         """What reports on the method, or acts for it, while `phase` trains."""
-        return (DensityReport(),)
+        return (DensityReport(),) if isinstance(form, Masked) else ()
 
     def enter(self, phase: Phase) -> Setup:
         """What `phase` trains: the prunable weights through their reparametrization, everything else as it is."""
@@ -162,6 +162,13 @@ class MaskMethod(ABC):
     def leave(self, trainer: Trainer) -> None:
         """Collective: after the last step of a phase."""
         self.found = present_masks(trainer.sharded.optimizer)
+
+    def settle(self, masks: dict[str, Tensor], say: Callable[[str], None]) -> None:
+        """Collective: from now on these are the masks, which every rank has found alike; say what they are."""
+        check_agreement(masks, self.world)
+        self.found = masks
+        for line in mask_lines(masks, self.settings):
+            say(line)
 
     def masks(self) -> Mapping[str, Tensor]:
         """Weight name -> bool tensor of its shape, equal on every rank; empty for a dense network."""

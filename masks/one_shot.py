@@ -11,8 +11,7 @@ from ghostmask.engine.position import Phase
 from ghostmask.engine.sharding.reparametrization import Reparametrization
 from ghostmask.engine.sharding.slices import Slice
 from ghostmask.masks.masked import FixedMask
-from ghostmask.masks.method import Finder, Start, check_agreement
-from ghostmask.masks.report import mask_lines
+from ghostmask.masks.method import Finder, Start
 from ghostmask.masks.scoring.largest import Budget, largest
 from ghostmask.masks.trained import load_trained
 
@@ -28,10 +27,8 @@ class OneShot(Finder):
             load_trained(self.net, self.settings.path)
 
     def begin(self, phase: Phase, start: Start) -> None:
-        self.found = self.find(start.data)
-        check_agreement(self.found, self.world)
-        for line in mask_lines(self.found, self.settings):
-            start.say(line)
+        self.settle(self.find(start.data), start.say)
+        super().begin(phase, start)
 
     def reparametrization(self, phase: Phase) -> Reparametrization:
         return FixedMask(self.rule(), self.found or None)

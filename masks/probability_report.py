@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ghostmask.engine.hooks import Hook
 from ghostmask.engine.metrics import Counts
+from ghostmask.engine.sharding.reparametrization import State
 from ghostmask.engine.sharding.slices import Slice
-from ghostmask.masks.masked import PRUNABLE
+from ghostmask.masks.masked import Masked
 from ghostmask.masks.relaxed import RelaxedMask
+from ghostmask.masks.report import DensityReport
 
 if TYPE_CHECKING:
     from ghostmask.engine.trainer import Trainer
@@ -24,11 +25,14 @@ FEW_DECIDED = 0.8
 BUCKETS = 64
 
 
-class ProbabilityReport(Hook):
-    """Collective: numbers and histograms of the probabilities in the state of all ranks."""
+class ProbabilityReport(DensityReport):
+    """Collective: numbers and histograms of the probabilities in the state of all ranks; the density is their mean."""
 
     def __init__(self, form: RelaxedMask) -> None:
         self.form = form
+
+    def kept(self, form: Masked, state: State, part: Slice) -> Tensor:
+        return state["probability"]
 
     def on_step_start(self, trainer: Trainer) -> None:
         following = trainer.position.step + 1
@@ -48,11 +52,10 @@ class ProbabilityReport(Hook):
             )
 
     def scalars(self, trainer: Trainer) -> Mapping[str, float | Tensor]:
-        _, state, part = trainer.sharded.optimizer.group(PRUNABLE)
         values: dict[str, float | Tensor] = {
+            **super().scalars(trainer),
             "mask/temperature": self.form.temperature,
             "mask/density_target": self.form.density,
-            "mask/density": part.sum(state["probability"]) / part.total,
             "mask/decided_fraction": self._decided(trainer),
             "mask/threshold": self.form.threshold,
         }
@@ -60,19 +63,12 @@ class ProbabilityReport(Hook):
             values["gradient/prunable.probability_limit_share"] = self.form.limit_share
         return values
 
-    def epoch_scalars(self, trainer: Trainer) -> Mapping[str, float | Tensor]:
-        _, state, part = trainer.sharded.optimizer.group(PRUNABLE)
-        sums = part.layer_sums(state["probability"]).tolist()
-        return {f"density/{n}": s / size for n, s, size in zip(part.names, sums, part.layout.numels, strict=True)}
-
     def histograms(self, trainer: Trainer) -> Mapping[str, Tensor | Counts]:
-        _, state, part = trainer.sharded.optimizer.group(PRUNABLE)
-        found = layer_histograms(state["probability"], part)
+        found = layer_histograms(*self._kept(trainer))
         return {f"probability/{name}": counts for name, counts in found.items()}
 
     def _decided(self, trainer: Trainer) -> Tensor:
-        _, state, part = trainer.sharded.optimizer.group(PRUNABLE)
-        s = state["probability"]
+        s, part = self._kept(trainer)
         return part.sum((s < DECIDED) | (s > 1 - DECIDED)) / part.total
 
 

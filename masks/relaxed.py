@@ -16,7 +16,7 @@ from torch import Tensor
 from ghostmask.engine.sharding.reparametrization import Draw, State
 from ghostmask.engine.sharding.rules import Adam, UpdateRule
 from ghostmask.engine.sharding.slices import Run, Slice
-from ghostmask.masks.kernels.noise import NoiseKey, uniforms
+from ghostmask.masks.kernels.noise import noise_key, uniforms
 from ghostmask.masks.kernels.projection import project_
 from ghostmask.masks.kernels.relaxed_mask import gradients_, masked_
 from ghostmask.masks.kernels.relaxed_mask_torch import EPS
@@ -78,7 +78,7 @@ class RelaxedMask(Masked):
         self.temperature, self.density = self.search.temperature(now), self.search.density_at(now)
 
     def write(self, state: State, part: Slice, draw: Draw, outputs: list[tuple[Run, Tensor]]) -> None:
-        key = NoiseKey(draw.seed, draw.step, draw.sample).value
+        key = noise_key(draw.seed, draw.step, draw.sample)
         for run, out in outputs:
             w, s = (state[n][run.start : run.start + run.numel] for n in ("weight", "probability"))
             masked_(out, w, s, run.first, key, self.temperature)
@@ -89,7 +89,7 @@ class RelaxedMask(Masked):
         return out
 
     def gradients(self, gradient: Tensor, state: State, part: Slice, draw: Draw) -> State:
-        key = NoiseKey(draw.seed, draw.step, draw.sample).value
+        key = noise_key(draw.seed, draw.step, draw.sample)
         slope = torch.empty_like(gradient)
         for run, g in part.views(gradient):
             own = slice(run.start, run.start + run.numel)
@@ -124,7 +124,7 @@ class RelaxedMask(Masked):
 
     def sampled(self, state: State, part: Slice, candidate: int) -> Tensor:
         """(n,) bool: m ~ Bernoulli(s), a function of (seed, candidate, index)."""
-        key, s = NoiseKey(self.search.seed, -1, candidate).value, state["probability"]
+        key, s = noise_key(self.search.seed, -1, candidate), state["probability"]
         mask = torch.empty_like(s, dtype=torch.bool)
         for run, own in part.views(s):
             mask[run.start : run.start + run.numel] = uniforms(key, run.first, run.numel, s.device) < own

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ghostmask.engine.hooks import Hook
-from ghostmask.masks.masked import masked_group
+from ghostmask.engine.sharding.reparametrization import State
+from ghostmask.engine.sharding.slices import Slice
+from ghostmask.masks.masked import PRUNABLE, Masked
 from ghostmask.masks.scoring.largest import empty_layers
 
 if TYPE_CHECKING:
@@ -18,20 +20,23 @@ if TYPE_CHECKING:
 class DensityReport(Hook):
     """Logs the exact density of the mask in the state at every report, and each layer's once per epoch."""
 
+    def kept(self, form: Masked, state: State, part: Slice) -> Tensor:
+        """Collective: (n,) how much of each weight counts as kept, in [0, 1]."""
+        return form.mask(state, part)
+
     def scalars(self, trainer: Trainer) -> Mapping[str, float | Tensor]:
-        found = masked_group(trainer.sharded.optimizer)
-        if found is None:
-            return {}
-        form, state, part = found
-        return {"mask/density": part.sum(form.mask(state, part)) / part.total}
+        kept, part = self._kept(trainer)
+        return {"mask/density": part.sum(kept) / part.total}
 
     def epoch_scalars(self, trainer: Trainer) -> Mapping[str, float | Tensor]:
-        found = masked_group(trainer.sharded.optimizer)
-        if found is None:
-            return {}
-        form, state, part = found
-        kept = part.layer_sums(form.mask(state, part)).tolist()
-        return {f"density/{n}": k / size for n, k, size in zip(part.names, kept, part.layout.numels, strict=True)}
+        kept, part = self._kept(trainer)
+        sums = part.layer_sums(kept).tolist()
+        return {f"density/{n}": k / size for n, k, size in zip(part.names, sums, part.layout.numels, strict=True)}
+
+    def _kept(self, trainer: Trainer) -> tuple[Tensor, Slice]:
+        group, state, part = trainer.sharded.optimizer.group(PRUNABLE)
+        assert isinstance(group.reparametrization, Masked)
+        return self.kept(group.reparametrization, state, part), part
 
 
 def mask_lines(masks: Mapping[str, Tensor], settings: Any) -> list[str]:

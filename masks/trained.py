@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ghostmask.engine.checkpoint.state_file import read_state_dict, values_of
-from ghostmask.engine.config import require
 from ghostmask.engine.errors import bad_value
 
 
@@ -43,16 +41,3 @@ def fill(net: nn.Module, state: Mapping[str, Tensor], field: str, path: str) -> 
         raise bad_value(field, path, f"does not hold this network's weights ({reason})") from None
     for name, value in net.state_dict().items():
         values_of(value, name, path, field)
-
-
-def check_without_main_phase(path: str, run: Any) -> None:
-    """Raise InputError where settings of a main phase are given that mask.path leaves out. run: a RunConfig."""
-    given = run.given("train") & {"epochs"}
-    require(
-        run.train.epochs == 0 or not given,
-        "train.epochs", run.train.epochs, "mask.path replaces the dense training; set train.epochs=0",
-    )  # fmt: skip
-    for name in sorted(run.given("optim") & {"lr", "schedule", "warmup", "milestones", "gamma"}):
-        raise run.not_read("optim", name, f"mask.path={path}", "finetune.lr, finetune.schedule")
-    for name in sorted(run.given("tost") & {"ghost_skip", "ghost_swish", "lrsi"}):
-        raise run.not_read("tost", name, f"mask.path={path}", "a method with a main phase")

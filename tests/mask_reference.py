@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ghostmask.engine.sharding.reparametrization import Draw
-from ghostmask.masks.kernels.noise import NoiseKey, random_words
+from ghostmask.masks.kernels.noise import noise_key, random_words
 from ghostmask.masks.kernels.relaxed_mask_torch import EPS
 
 
@@ -15,7 +15,7 @@ def relaxed_mask(probability: Tensor, first: int, draw: Draw, temperature: float
 
     first: index in the network of its first element. Autograd's gradient goes straight through the limits.
     """
-    words = random_words(NoiseKey(draw.seed, draw.step, draw.sample).value, first, len(probability), "cpu")
+    words = random_words(noise_key(draw.seed, draw.step, draw.sample), first, len(probability), "cpu")
     p = probability + (_inside(probability) - probability).detach()
     logistic = ((words | 1).double() / ((0xFFFFFFFF - words) | 1).double()).log()
     return ((p.log() - (1 - p).log() + logistic) / temperature).sigmoid()

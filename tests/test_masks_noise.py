@@ -7,9 +7,9 @@ import itertools
 import pytest
 import torch
 
-from ghostmask.masks.kernels.noise import BELOW_ONE, NoiseKey, philox, random_words, uniforms
+from ghostmask.masks.kernels.noise import BELOW_ONE, noise_key, philox, random_words, uniforms
 
-KEY = NoiseKey(1, 2, 3).value
+KEY = noise_key(1, 2, 3)
 
 
 def words(counter: list[int], key: tuple[int, int]) -> list[int]:
@@ -49,17 +49,17 @@ def test_words_lie_in_blocks_of_1024_and_the_whole_key_is_read() -> None:
 
 def test_every_part_of_the_key_changes_it() -> None:
     parts = list(itertools.product([0, 1, 2**40], [-1, 0, 1], [0, 1, 500]))
-    keys = {NoiseKey(*part).value for part in parts}
+    keys = {noise_key(*part) for part in parts}
     assert len(keys) == len(parts)
     assert all(0 <= key < 2**64 for key in keys)
     assert max(keys) >= 2**63  # unsigned
-    assert NoiseKey(5, 6, 7).value == NoiseKey(5, 6, 7).value
+    assert noise_key(5, 6, 7) == noise_key(5, 6, 7)
 
 
 def test_noise_is_uncorrelated_between_weights_steps_and_samples() -> None:
     n = 200_000
-    keys = [NoiseKey(0, 0, 0), NoiseKey(0, 1, 0), NoiseKey(0, 0, 1), NoiseKey(1, 0, 0)]
-    uniform = torch.stack([random_words(key.value, 0, n, "cpu") / 2**32 for key in keys])
+    keys = [noise_key(0, 0, 0), noise_key(0, 1, 0), noise_key(0, 0, 1), noise_key(1, 0, 0)]
+    uniform = torch.stack([random_words(key, 0, n, "cpu") / 2**32 for key in keys])
     streams = torch.cat([uniform, *(uniform[:1].roll(shift, 1) for shift in (1, 256, 1024, 100_000))])
     correlation = torch.corrcoef(streams) - torch.eye(len(streams))
     assert correlation.abs().max() < 4.5 / n**0.5  # 4.5 sigma, 28 pairs

@@ -24,9 +24,9 @@ from ghostmask.masks.kernels import (
     relaxed_mask_torch,
     relaxed_mask_triton,
 )
-from ghostmask.masks.kernels.noise import NoiseKey, random_words
+from ghostmask.masks.kernels.noise import noise_key, random_words
 
-KEY = NoiseKey(3, 1, 4).value
+KEY = noise_key(3, 1, 4)
 N, FIRST = 9000, 7 * 1024 + 300
 
 

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from ghostmask.engine.world import World
 
@@ -23,14 +22,9 @@ _loaded: dict[str, Any] = {}
 _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
 
 
-def kernels_for(tensor: Tensor, module: str) -> Any:
-    """The kernels of `module` (one of KERNELS) for float32 tensors where this one is: `module`_triton on CUDA,
-    `module`_cpu on the CPU; None where there are none, and torch code has to do."""
-    return kernels_on(tensor.device, module) if tensor.dtype == torch.float32 else None
-
-
 def kernels_on(device: torch.device, module: str) -> Any:
-    """The same for tensors of whatever type on that device."""
+    """The kernels of `module` (one of KERNELS) for tensors there, `module`_triton on CUDA and `module`_cpu on the CPU;
+    None where there are none, and torch code has to do."""
     form = {"cuda": "triton", "cpu": "cpu"}.get(device.type)
     return load_kernels(f"{module}_{form}") if form else None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,22 +19,14 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
-@dataclass(frozen=True)
-class NoiseKey:
-    """What the noise of one forward pass is a function of; nothing of it has to be stored or restored.
+def noise_key(seed: int, step: int, sample: int) -> int:
+    """The Philox key, in [0, 2^64), of one forward pass: nothing of its noise has to be stored or restored.
 
-    seed: of the run; step: global number of the optimizer step; sample: number of the noise sample within the step.
+    seed: of the run; step: global number of the optimizer step; sample: number of the noise sample within the step. A
+    hash of all three, so that no two keys are related.
     """
-
-    seed: int
-    step: int
-    sample: int
-
-    @property
-    def value(self) -> int:
-        """The Philox key, in [0, 2^64): a hash of all three numbers, so that no two keys are related."""
-        text = f"mask noise {self.seed} {self.step} {self.sample}"
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    text = f"mask noise {seed} {step} {sample}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def random_words(key: int, first: int, count: int, device: torch.device | str) -> Tensor:

@@ -22,7 +22,7 @@ def masked_(out: Tensor, weight: Tensor, probability: Tensor, first: int, key: i
     """out = w m.
 
     out: (n,) float32 or bfloat16; weight, probability: (n,) float32; all contiguous. first: index in the network of
-    their first element. key: of `NoiseKey.value`; temperature: tau > 0. s is limited to [EPS, 1 - EPS] here; where it
+    their first element. key: of `noise_key`; temperature: tau > 0. s is limited to [EPS, 1 - EPS] here; where it
     is nan, so is the result.
     """
     _check(weight, probability, out, narrow=out)

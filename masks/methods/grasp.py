@@ -12,7 +12,7 @@ from ghostmask.engine.data import DataPipeline
 from ghostmask.engine.sharding.slices import Slice
 from ghostmask.masks.one_shot import Scored
 from ghostmask.masks.scoring.gradient_scores import ScoreLoss
-from ghostmask.masks.scoring.score_images import Chunk, PerClass, chosen_images
+from ghostmask.masks.scoring.score_images import Choice, Chunk, chosen_images
 from ghostmask.masks.settings import FromTrained, Protecting, ScoringImages
 
 TEMPERATURE = 200.0
@@ -51,7 +51,7 @@ class Grasp(Scored):
         size = -(-self.settings.score_batch // SHARE)
 
         def chunks() -> Iterator[Chunk]:
-            return chosen_images(data, 0, PerClass(data.num_classes, each), size, self.world)
+            return chosen_images(data, Choice(each, data.num_classes), size, self.world)
 
         loss = ScoreLoss(
             self.net, self.weights, chunks, self.world, TEMPERATURE, fresh_classifier=self.recipe.seed, method="grasp"

@@ -16,9 +16,8 @@ from ghostmask.engine.sharding.placement import ParameterGroup
 from ghostmask.engine.sharding.reparametrization import Plain, Reparametrization, State
 from ghostmask.engine.sharding.rules import UpdateRule
 from ghostmask.engine.sharding.slices import Slice
-from ghostmask.masks.masked import PRUNABLE, FixedMask, masked_group
-from ghostmask.masks.method import OTHER, MaskMethod, Start, check_agreement
-from ghostmask.masks.report import DensityReport, mask_lines
+from ghostmask.masks.masked import PRUNABLE, FixedMask
+from ghostmask.masks.method import OTHER, MaskMethod, Start
 from ghostmask.masks.scoring.largest import Budget, largest
 from ghostmask.masks.settings import Protecting
 
@@ -101,7 +100,7 @@ class LotteryTicket(MaskMethod):
         rewind = Duration.parse(self.settings.rewind).steps(phase.steps_per_epoch)
         self.point = self.point or RewindPoint(self.net)
         self.point.step = rewind if phase.first_epoch == 0 else 0
-        return (DensityReport(), self.point)
+        return (*super().hooks(phase, form), self.point)
 
     def leave(self, trainer: Trainer) -> None:
         super().leave(trainer)
@@ -113,14 +112,9 @@ class LotteryTicket(MaskMethod):
         s, densities = self.settings, self.densities()
         if following == len(densities):
             return
-        found = masked_group(optimizer)
-        assert found is not None
-        _, state, part = found
+        _, state, part = optimizer.group(PRUNABLE)
         budget = Budget(densities[following], s.constraint, s.min_per_layer, self.recipe.seed)
-        self.found = part.gathered(surviving(state, part, budget))
-        check_agreement(self.found, self.world)
-        for line in mask_lines(self.found, s):
-            trainer.reporter.progress.message(line)
+        self.settle(part.gathered(surviving(state, part, budget)), trainer.reporter.progress.message)
 
 
 def surviving(state: State, part: Slice, budget: Budget) -> Tensor:

@@ -12,12 +12,9 @@ from ghostmask.engine.data import DataPipeline
 from ghostmask.engine.position import Phase
 from ghostmask.engine.sharding.reparametrization import Plain, Reparametrization
 from ghostmask.engine.sharding.slices import Slice
-from ghostmask.masks.masked import FixedMask
-from ghostmask.masks.method import FINETUNE, Finder, Start
-from ghostmask.masks.report import mask_lines
-from ghostmask.masks.scoring.largest import Budget, largest
+from ghostmask.masks.method import FINETUNE, Start
+from ghostmask.masks.one_shot import Scored
 from ghostmask.masks.settings import FromTrained, Protecting
-from ghostmask.masks.trained import check_without_main_phase, load_trained
 
 
 @dataclass(frozen=True)
@@ -25,7 +22,7 @@ class Settings(Protecting, FromTrained):
     """magnitude: with mask.path, the network found there is pruned and the dense training left out."""
 
 
-class Magnitude(Finder):
+class Magnitude(Scored):
     """One-shot magnitude pruning (PBW, Han et al. 2015): phase "train" (dense), then "finetune" under the mask.
 
     With mask.path the dense training is left out and the network found there is pruned instead.
@@ -36,8 +33,17 @@ class Magnitude(Finder):
 
     @classmethod
     def check(cls, settings: Any, run: Any) -> None:
-        if settings.path:
-            check_without_main_phase(settings.path, run)
+        if not settings.path:
+            return
+        require(
+            run.train.epochs == 0 or "epochs" not in run.given("train"),
+            "train.epochs", run.train.epochs, "mask.path replaces the dense training; set train.epochs=0",
+        )  # fmt: skip
+        chosen = f"mask.path={settings.path}"
+        for name in sorted(run.given("optim") & {"lr", "schedule", "warmup", "milestones", "gamma"}):
+            raise run.not_read("optim", name, chosen, "finetune.lr, finetune.schedule")
+        for name in sorted(run.given("tost") & {"ghost_skip", "ghost_swish", "lrsi"}):
+            raise run.not_read("tost", name, chosen, "a method with a main phase")
 
     @classmethod
     def check_find(cls, settings: Any) -> None:
@@ -48,23 +54,13 @@ class Magnitude(Finder):
         dense = () if self.settings.path else (("train", self.recipe.epochs),)
         return (*dense, (FINETUNE, self.recipe.finetune.epochs))
 
-    def prepare(self) -> None:
-        if self.settings.path:
-            load_trained(self.net, self.settings.path)
-
     def begin(self, phase: Phase, start: Start) -> None:
         if phase.name == FINETUNE:
-            self.found = self.find(start.data)
-            for line in mask_lines(self.found, self.settings):
-                start.say(line)
-        super().begin(phase, start)
+            super().begin(phase, start)
 
     def reparametrization(self, phase: Phase) -> Reparametrization:
-        if phase.name != FINETUNE:
-            return Plain({"weight": self.rule()})
-        return FixedMask(self.rule(), self.found or None)
+        return super().reparametrization(phase) if phase.name == FINETUNE else Plain({"weight": self.rule()})
 
-    def find(self, data: DataPipeline) -> dict[str, Tensor]:
-        s, part = self.settings, Slice.even(self.weights, self.world)
-        budget = Budget(s.density, s.constraint, s.min_per_layer, self.recipe.seed)
-        return part.gathered(largest(part, part.cut(self.weights).abs(), budget))
+    def scores(self, data: DataPipeline, part: Slice) -> Tensor:
+        """|w| of this rank's slice, (n,)."""
+        return part.cut(self.weights).abs()

@@ -12,7 +12,7 @@ from ghostmask.engine.data import DataPipeline
 from ghostmask.engine.sharding.slices import Slice
 from ghostmask.masks.one_shot import Scored
 from ghostmask.masks.scoring.kronecker import KroneckerFactors, inverse_diagonals, scores_of
-from ghostmask.masks.scoring.score_images import Chunk, First, chosen_images
+from ghostmask.masks.scoring.score_images import Choice, Chunk, chosen_images
 from ghostmask.masks.settings import FromTrained, Protecting, ScoringImages
 
 
@@ -45,7 +45,7 @@ class MlPrune(Scored):
         s = self.settings
         factors = KroneckerFactors(self.net, list(self.weights), self.recipe.seed)
         count = s.score_batches * s.score_batch
-        chunks: Iterator[Chunk] = chosen_images(data, 0, First(count), s.score_batch, self.world)
+        chunks: Iterator[Chunk] = chosen_images(data, Choice(count), s.score_batch, self.world)
         for chunk in chunks:
             factors.add(chunk)
         diagonals = inverse_diagonals(factors.reduced(self.world), s.damping, self.world)

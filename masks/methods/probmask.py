@@ -20,10 +20,9 @@ from ghostmask.engine.sharding.placement import ParameterGroup
 from ghostmask.engine.sharding.reparametrization import Reparametrization
 from ghostmask.masks.kernels.compiled import agree_on_kernels
 from ghostmask.masks.masked import PRUNABLE, FixedMask
-from ghostmask.masks.method import FINETUNE, MaskMethod, Setup, check_agreement
+from ghostmask.masks.method import FINETUNE, MaskMethod, Setup
 from ghostmask.masks.probability_report import ProbabilityReport
 from ghostmask.masks.relaxed import RelaxedMask, Search
-from ghostmask.masks.report import mask_lines
 from ghostmask.masks.schedules import epoch_window, falls_by_epochs
 from ghostmask.masks.settings import Ranked, Scheduled, require_name
 
@@ -131,10 +130,8 @@ class ProbMask(MaskMethod):
         if trainer.phase.name == "search":
             self._choose(trainer)
         super().leave(trainer)
-        check_agreement(self.found, self.world)
         if trainer.phase.name == "search":
-            for line in mask_lines(self.found, self.settings):
-                trainer.reporter.progress.message(line)
+            self.settle(self.found, trainer.reporter.progress.message)
 
     def _choose(self, trainer: Trainer) -> None:
         """Fix the mask that is delivered: see mask.final."""

@@ -12,7 +12,7 @@ from ghostmask.engine.data import DataPipeline
 from ghostmask.engine.sharding.slices import Slice
 from ghostmask.masks.one_shot import Scored
 from ghostmask.masks.scoring.gradient_scores import ScoreLoss
-from ghostmask.masks.scoring.score_images import Chunk, First, chosen_images
+from ghostmask.masks.scoring.score_images import Choice, Chunk, chosen_images
 from ghostmask.masks.settings import FromTrained, Protecting, ScoringImages
 
 
@@ -42,7 +42,7 @@ class Snip(Scored):
         s = self.settings
 
         def chunks() -> Iterator[Chunk]:
-            return chosen_images(data, 0, First(s.score_batches * s.score_batch), s.score_batch, self.world)
+            return chosen_images(data, Choice(s.score_batches * s.score_batch), s.score_batch, self.world)
 
         gradient = part.summed(ScoreLoss(self.net, self.weights, chunks, self.world).gradient())
         return (part.cut(self.weights) * gradient).abs()

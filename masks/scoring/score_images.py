@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,55 +26,27 @@ class Chunk:
     numbers: Tensor
 
 
-class Choice(Protocol):
-    """Says image by image, in the order of an epoch, whether the score sees it."""
+class Choice:
+    """The first `count` images of an epoch, or those of each class; fewer where the epoch holds fewer."""
+
+    def __init__(self, count: int, num_classes: int | None = None) -> None:
+        """num_classes: None = whatever their classes are."""
+        self.left = [count] * (num_classes or 1)
+        self.per_class = num_classes is not None
 
     def take(self, label: int) -> bool:
-        """Whether the next image, of class `label`, is chosen."""
-        ...
+        """Whether the next image of the epoch, of class `label`, is chosen."""
+        kind = label if self.per_class else 0
+        self.left[kind] -= 1
+        return self.left[kind] >= 0
 
     def done(self) -> bool:
         """Whether no further image will be."""
-        ...
+        return max(self.left) <= 0
 
 
-class First:
-    """The first `count` images of the epoch."""
-
-    def __init__(self, count: int) -> None:
-        self.left = count
-
-    def take(self, label: int) -> bool:
-        """True `count` times."""
-        self.left -= 1
-        return self.left >= 0
-
-    def done(self) -> bool:
-        """After `count` images."""
-        return self.left <= 0
-
-
-class PerClass:
-    """The first `count` images of each class in the epoch; fewer where the epoch holds fewer."""
-
-    def __init__(self, num_classes: int, count: int) -> None:
-        self.left = dict.fromkeys(range(num_classes), count)
-        self.missing = num_classes * count
-
-    def take(self, label: int) -> bool:
-        """True `count` times for each class."""
-        wanted = self.left[label] > 0
-        self.left[label] -= wanted
-        self.missing -= wanted
-        return wanted
-
-    def done(self) -> bool:
-        """When every class has its images."""
-        return self.missing <= 0
-
-
-def chosen_images(data: DataPipeline, epoch: int, choice: Choice, size: int, world: World) -> Iterator[Chunk]:
-    """Collective: the images of `epoch` that `choice` takes, in chunks of `size` over all ranks (the last: the rest).
+def chosen_images(data: DataPipeline, choice: Choice, size: int, world: World) -> Iterator[Chunk]:
+    """Collective: the images of epoch 0 that `choice` takes, in chunks of `size` over all ranks (the last: the rest).
 
     Each rank keeps those that the loader gives it, as many chunks on every rank; at most a chunk and a batch of images
     are held at once. Images are chosen, numbered and cut into chunks in the order of the global batches, whichever rank
@@ -87,7 +58,7 @@ def chosen_images(data: DataPipeline, epoch: int, choice: Choice, size: int, wor
     labels: list[Tensor] = []
     numbers: list[Tensor] = []
     count = sent = 0
-    with closing(data.train(epoch)) as batches:
+    with closing(data.train(0)) as batches:
         for batch in batches:
             if choice.done():
                 break
