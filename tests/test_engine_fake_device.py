@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import Library
 
 from ghostmask.benchmarks.fake_ranks import on_fake_ranks
+from ghostmask.engine import compiled
 from ghostmask.engine.sharding.optimizer import Sampling, ShardedOptimizer
 from ghostmask.engine.sharding.placement import ParameterGroup
 from ghostmask.engine.sharding.reducer import BucketReducer
@@ -26,7 +27,6 @@ from ghostmask.engine.sharding.reparametrization import Plain
 from ghostmask.engine.sharding.rules import Sgd
 from ghostmask.engine.sharding.slices import Layout, Run, Slice
 from ghostmask.engine.world import World
-from ghostmask.masks.kernels import compiled
 from ghostmask.masks.masked import FixedMask
 from ghostmask.masks.relaxed import RelaxedMask, Search
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from ghostmask.engine.compiled import load_kernels
 from ghostmask.masks.kernels import relaxed_mask as module
-from ghostmask.masks.kernels.compiled import load_kernels
 from ghostmask.masks.kernels.noise import noise_key, random_words
 from ghostmask.masks.kernels.relaxed_mask import gradients_, masked_
 from ghostmask.masks.kernels.relaxed_mask_torch import EPS, relaxed_mask

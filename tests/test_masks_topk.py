@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from ghostmask.engine.compiled import load_kernels
 from ghostmask.engine.errors import EXIT_NON_FINITE, InputError, RunStopped
 from ghostmask.engine.sharding.slices import Layout, Slice
 from ghostmask.engine.spawn import run_distributed
 from ghostmask.engine.world import World, single
-from ghostmask.masks.kernels.compiled import load_kernels
 from ghostmask.masks.scoring import topk
 from ghostmask.masks.scoring.largest import Budget, empty_layers, largest
 from ghostmask.masks.scoring.topk import kept_count, seeded_order, topk_shard

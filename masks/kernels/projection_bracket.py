@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ghostmask.masks.kernels.compiled import kernels_on
+from ghostmask.engine.compiled import kernels_on
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ghostmask.masks.kernels.compiled import kernels_on, pieces_in, split_over_threads
+from ghostmask.engine.compiled import kernels_on, pieces_in, split_over_threads
 
 LARGEST = 2.0**24
 """Larger elements count as this: up to it z - 1 is a float32 number wherever it is above 0."""

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ghostmask.engine.compiled import kernels_on
 from ghostmask.masks.kernels import relaxed_mask_torch
-from ghostmask.masks.kernels.compiled import kernels_on
 
 MODULE = "ghostmask.masks.kernels.relaxed_mask"
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ghostmask.masks.kernels.compiled import split_over_threads
+from ghostmask.engine.compiled import split_over_threads
 from ghostmask.masks.kernels.noise import BLOCK, LANES, ROUNDS, random_words
 from ghostmask.masks.kernels.relaxed_mask_torch import EPS
 

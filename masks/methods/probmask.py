@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ghostmask.engine.batchnorm import batch_statistics
+from ghostmask.engine.compiled import agree_on_kernels
 from ghostmask.engine.config import require, require_number
 from ghostmask.engine.evaluation import score
 from ghostmask.engine.hooks import Hook
 from ghostmask.engine.position import Phase
 from ghostmask.engine.sharding.placement import ParameterGroup
 from ghostmask.engine.sharding.reparametrization import Reparametrization
-from ghostmask.masks.kernels.compiled import agree_on_kernels
+from ghostmask.masks.kernels import KERNELS
 from ghostmask.masks.masked import PRUNABLE, FixedMask
 from ghostmask.masks.method import FINETUNE, MaskMethod, Setup
 from ghostmask.masks.probability_report import ProbabilityReport
@@ -119,7 +120,7 @@ class ProbMask(MaskMethod):
 
     def enter(self, phase: Phase) -> Setup:
         if phase.name != FINETUNE:
-            agree_on_kernels(self.world)
+            agree_on_kernels(self.world, KERNELS)
         setup = super().enter(phase)
         return Setup(setup.model, setup.groups, setup.hooks, 1 if phase.name == FINETUNE else self.settings.samples)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
+from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional
 
 from ghostmask.engine.batchnorm import batch_norms
@@ -96,29 +96,16 @@ class _GlobalBatchNorm(nn.Module):
             return functional.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
         others = [d for d in range(x.dim()) if d != 1]
         count = self.world.all_reduce(torch.tensor([x.numel() // x.shape[1]], dtype=torch.float64))
-        mean = sum_over_ranks(x.sum(others, keepdim=True), self.world) / count.item()
+        mean = _sum_over_ranks(x.sum(others, keepdim=True), self.world) / count.item()
         centred = x - mean
-        variance = sum_over_ranks((centred * centred).sum(others, keepdim=True), self.world) / count.item()
+        variance = _sum_over_ranks((centred * centred).sum(others, keepdim=True), self.world) / count.item()
         shape = [-1 if d == 1 else 1 for d in range(x.dim())]
         normal = centred * torch.rsqrt(variance + self.eps)
         return normal if self.weight is None else normal * self.weight.view(shape) + self.bias.view(shape)
 
 
-def sum_over_ranks(x: Tensor, world: World) -> Tensor:
-    """Collective, in backward passes of any order too: x summed over the ranks; the gradient is summed likewise.
-
-    Every rank must differentiate the same graph, or the ranks wait for each other for ever.
-    """
-    total: Tensor = _SumOverRanks.apply(x, world)
+def _sum_over_ranks(x: Tensor, world: World) -> Tensor:
+    """Collective, in backward passes of any order too: every rank must differentiate the same graph, or the ranks wait
+    for each other for ever."""
+    total: Tensor = all_reduce(x, group=world.group) if world.size > 1 else x  # type: ignore[no-untyped-call]
     return total
-
-
-class _SumOverRanks(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, world: World) -> Tensor:
-        ctx.world = world
-        return world.all_reduce(x.contiguous().clone())
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        return sum_over_ranks(gradients[0], ctx.world), None

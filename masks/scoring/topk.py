@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ghostmask.engine.compiled import load_kernels, split_over_threads
 from ghostmask.engine.errors import EXIT_NON_FINITE, RunStopped
 from ghostmask.engine.world import World
-from ghostmask.masks.kernels.compiled import load_kernels, split_over_threads
 
 TieOrder = Callable[[Tensor], Tensor]
 

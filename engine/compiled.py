@@ -1,4 +1,4 @@
-"""Which compiled code works on a tensor, how is it loaded, and how is CPU work split over torch's threads?"""
+"""Which compiled code is there for a device, how is it loaded, and how is CPU work split over torch's threads?"""
 
 from __future__ import annotations
 
@@ -15,16 +15,13 @@ from ghostmask.engine.world import World
 
 Result = TypeVar("Result")
 
-KERNELS = ("ghostmask.masks.kernels.relaxed_mask", "ghostmask.masks.kernels.projection")
-"""What has a form for each kind of device."""
-
 _loaded: dict[str, Any] = {}
 _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
 
 
 def kernels_on(device: torch.device, module: str) -> Any:
-    """The kernels of `module` (one of KERNELS) for tensors there, `module`_triton on CUDA and `module`_cpu on the CPU;
-    None where there are none, and torch code has to do."""
+    """The kernels of `module` for tensors there, `module`_triton on CUDA and `module`_cpu on the CPU; None where there
+    are none, and torch code has to do."""
     form = {"cuda": "triton", "cpu": "cpu"}.get(device.type)
     return load_kernels(f"{module}_{form}") if form else None
 
@@ -41,15 +38,14 @@ def load_kernels(module: str) -> Any:
     return _loaded[module]
 
 
-def agree_on_kernels(world: World) -> None:
-    """Collective: compile what this device needs now; where any rank fails, all ranks use the torch forms.
+def agree_on_kernels(world: World, modules: Sequence[str]) -> None:
+    """Collective: compile what this device needs of `modules` now; where any rank fails, all use the torch forms.
 
     Otherwise one rank would be slower than the others by itself, and round differently. One warning, on rank 0, says
     which rank failed and why.
     """
     form = "triton" if world.device.type == "cuda" else "cpu"
-    modules = [f"{module}_{form}" for module in KERNELS]
-    found = {module: _compiled(module) for module in modules}
+    found = {name: _compiled(name) for name in (f"{module}_{form}" for module in modules)}
     failures = world.all_gather_object([f"{module}: {failure}" for module, (_, failure) in found.items() if failure])
     failed = [f"rank {rank}, {failure}" for rank, each in enumerate(failures) for failure in each]
     _loaded.update({module: None if failed else kernels for module, (kernels, _) in found.items()})
@@ -110,5 +106,5 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     """The pool of this process: threads do not survive a fork."""
     key = (os.getpid(), threads)
     if key not in _pools:
-        _pools[key] = ThreadPoolExecutor(threads - 1, thread_name_prefix="masks")
+        _pools[key] = ThreadPoolExecutor(threads - 1, thread_name_prefix="kernels")
     return _pools[key]

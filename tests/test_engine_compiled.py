@@ -9,10 +9,11 @@ import warnings
 import pytest
 import torch
 
+from ghostmask.engine import compiled
+from ghostmask.engine.compiled import agree_on_kernels, kernels_on, load_kernels, pieces_in
 from ghostmask.engine.spawn import run_distributed
 from ghostmask.engine.world import World, single
-from ghostmask.masks.kernels import compiled
-from ghostmask.masks.kernels.compiled import KERNELS, agree_on_kernels, kernels_on, load_kernels, pieces_in
+from ghostmask.masks.kernels import KERNELS
 
 CPU = torch.device("cpu")
 
@@ -35,7 +36,7 @@ def test_kernels_that_do_not_compile_are_one_warning_and_none(monkeypatch: pytes
 def test_kernels_that_compile_are_agreed_on_without_a_word() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        agree_on_kernels(single())
+        agree_on_kernels(single(), KERNELS)
     assert all(kernels_on(CPU, name) is importlib.import_module(f"{name}_cpu") for name in KERNELS)
 
 
@@ -45,7 +46,7 @@ def agree(world: World, failing: int) -> tuple[list[str], bool]:
         importlib.import_module("ghostmask.masks.kernels.projection_cpu").compile_all = broken  # type: ignore[attr-defined]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        agree_on_kernels(world)
+        agree_on_kernels(world, KERNELS)
         used = [load_kernels(f"{name}_cpu") is not None for name in KERNELS]
     assert len(set(used)) == 1
     return [str(w.message) for w in caught], used[0]
