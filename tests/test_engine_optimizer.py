@@ -325,3 +325,20 @@ def test_bfloat16_parameters_train_from_a_float32_state() -> None:
             assert torch.equal(p, state[name].bfloat16())
             assert not torch.equal(state[name], state[name].bfloat16().float()), "the state was rounded"
             assert not torch.equal(state[name], wide[name])
+
+
+def test_a_closure_computes_the_gradients_and_its_loss_is_returned() -> None:
+    ours, theirs, (given,) = network(), network(), batches(1)
+    optimizers = [ShardedOptimizer(groups(net), clip=1.0) for net in (ours, theirs)]
+
+    def closure() -> Tensor:
+        optimizers[0].zero_grad()
+        loss = loss_of(ours, given)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    loss = optimizers[0].step(closure)
+    trained(theirs, optimizers[1], [given])
+    assert loss.requires_grad
+    assert optimizers[0].updates == 1
+    assert same(values(ours), values(theirs))

@@ -115,16 +115,25 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return any(g.reparametrization.differs_in_evaluation for g in self.groups)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Collective: take the gradients that stand in the parameters; with the last sample of a step, update.
 
-        Afterwards the parameters are those of the next sample.
+        Afterwards the parameters are those of the next sample. closure: computes loss and gradients first; what it
+        returns is returned. Raises RuntimeError between `eval()` and `train()` where these change the parameters: the
+        gradients are of others than those that are trained.
         """
+        if self._evaluating and self.differs_in_evaluation:
+            raise RuntimeError("step() after eval(): call the optimizer's train() first, as the network's")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         self._collect()
         self._cycle = (self._cycle + 1) % len(self.sampling.samples)
         if self._cycle == 0:
             self._update()
         self._write()
+        return loss
 
     @torch.no_grad()
     def refresh(self) -> None:
