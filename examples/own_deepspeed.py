@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import deepspeed
 import torch
 import torch.distributed as dist
@@ -20,7 +22,7 @@ CONFIG = {
 
 deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo")
 torch.manual_seed(0)
-device = torch.device("cuda", dist.get_rank()) if torch.cuda.is_available() else torch.device("cpu")
+device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
 net = mobilenet_v2(num_classes=CLASSES).to(device)
 patterns = torch.randn(CLASSES, 3, 32, 32, device=device)
 

@@ -18,19 +18,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ghostmask.engine.errors import bad_value
+from ghostmask.engine.config import require_number
+from ghostmask.engine.errors import InputError, bad_value
 from ghostmask.engine.sharding.optimizer import Sampling, ShardedOptimizer
 from ghostmask.engine.sharding.placement import ParameterGroup, WholePlacement
 from ghostmask.engine.sharding.reparametrization import Plain
 from ghostmask.engine.sharding.rules import Sgd
 from ghostmask.engine.sharding.slices import Slice
-from ghostmask.engine.world import World, single
+from ghostmask.engine.world import World, rank_from_environment, single
 from ghostmask.masks.masked import PRUNABLE, FixedMask, Masked
+from ghostmask.masks.methods.gmp import Settings as GmpSettings
 from ghostmask.masks.methods.gmp import Shrinking
+from ghostmask.masks.methods.probmask import Settings as ProbMaskSettings
 from ghostmask.masks.prunable import prunable_weights
 from ghostmask.masks.relaxed import RelaxedMask, Search
 from ghostmask.masks.schedules import epoch_window, falls_by_epochs, falls_by_steps, shortest, step_window
 from ghostmask.masks.scoring.largest import Budget, largest
+from ghostmask.masks.settings import Protecting
 
 Method = Callable[[Sgd, float], Masked]
 """(rule of the dense weights, their learning rate) -> how the prunable weights are made."""
@@ -54,10 +58,12 @@ def optimizer(
 
     method: `probmask(...)`, `gmp(...)` or `fixed(...)`. clip: largest joint gradient norm, 0 = none. seed: of the
     noise. only, exclude: patterns (fnmatch) of parameter names that are pruned, that are not. place: False where
-    DeepSpeed is to hold the parameters (`ghostmask.initialize`). Raises InputError where nothing is left to prune.
+    DeepSpeed is to hold the parameters (`ghostmask.initialize`). What has requires_grad=False is neither trained nor
+    pruned. Raises InputError where nothing is left to prune.
     """
+    require_number("lr", lr, 0, above=True)
     rule = Sgd(momentum, weight_decay, nesterov)
-    weights = prunable_weights(net, tuple(exclude), tuple(only))
+    weights = _trained_weights(net, only, exclude)
     pruned = {id(w) for w in weights.values()}
     others = {n: p for n, p in net.named_parameters() if id(p) not in pruned and p.requires_grad}
     groups = [ParameterGroup(PRUNABLE, weights, method(rule, lr), lr)]
@@ -74,8 +80,12 @@ def probmask(
     """ProbMask: a probability for every weight, trained with Adam at `lr` under sum(s) <= density n.
 
     steps: optimizer steps of the whole search; its schedules move every steps_per_epoch of them. What decides the
-    probabilities is lr x steps (the paper: 6e-3 over 58,800 steps). seed: of ties.
+    probabilities is lr x steps (the paper: 6e-3 over 58,800 steps). seed: of ties. Raises InputError.
     """
+    ProbMaskSettings(  # raises what the setting of that name would
+        density=density, lr=lr, constraint=constraint, temperature_end=temperature_end, start_fraction=start_fraction,
+        end_fraction=end_fraction,
+    )  # fmt: skip
     epochs = max(1, steps // steps_per_epoch)
     falls = partial(falls_by_epochs, start_fraction, end_fraction)
     _require_fall(density, steps, falls(epochs), lambda: (shortest(falls) or 0) * steps_per_epoch)
@@ -90,7 +100,12 @@ def gmp(
     density: float, steps: int, *, every: int = 100, start_fraction: float = 0.16, end_fraction: float = 0.6,
     constraint: str = "global", seed: int = 0,
 ) -> Method:  # fmt: skip
-    """Gradual magnitude pruning: the largest |w| stay, chosen anew every `every` of `steps` steps."""
+    """Gradual magnitude pruning: the largest |w| stay, chosen anew every `every` of `steps` steps. Raises
+    InputError."""
+    GmpSettings(
+        density=density, constraint=constraint, update_every=every, start_fraction=start_fraction,
+        end_fraction=end_fraction,
+    )  # fmt: skip
     budget = Budget(density, constraint, seed=seed)
     falls = partial(falls_by_steps, start_fraction, end_fraction)
     _require_fall(density, steps, falls(steps), lambda: shortest(falls) or 0)
@@ -106,7 +121,8 @@ def _require_fall(density: float, steps: int, falls: bool, enough: Callable[[], 
 
 
 def fixed(masks: Mapping[str, Tensor]) -> Method:
-    """A given mask: bool tensors by parameter name, one for each prunable weight."""
+    """A given mask: bool tensors by parameter name, one for each prunable weight (else `optimizer` raises
+    InputError)."""
     return lambda rule, _: FixedMask(rule, masks)
 
 
@@ -114,8 +130,12 @@ def magnitude_masks(
     net: nn.Module, density: float, *, constraint: str = "global", min_per_layer: int = 0, only: Sequence[str] = (),
     exclude: Sequence[str] = (),
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Masks of exactly round(density n) of the network's largest |w|: one-shot pruning, to train on with `fixed`."""
-    weights = prunable_weights(net, tuple(exclude), tuple(only))
+    """Masks of exactly round(density n) of the network's largest |w|: one-shot pruning, to train on with `fixed`.
+
+    What has requires_grad=False is left out. Raises InputError.
+    """
+    Protecting(density=density, constraint=constraint, min_per_layer=min_per_layer)
+    weights = _trained_weights(net, only, exclude)
     part = Slice.even(weights, single(next(iter(weights.values())).device))
     with torch.no_grad():
         return part.gathered(largest(part, part.cut(weights).abs(), Budget(density, constraint, min_per_layer)))
@@ -124,13 +144,27 @@ def magnitude_masks(
 def initialize(model: nn.Module, optimizer: ShardedOptimizer, config: dict[str, Any]) -> Any:
     """Collective: `deepspeed.initialize` for an optimizer that was made with place=False; returns the engine.
 
-    config: DeepSpeed's, ZeRO stage 0, 1 or 2. Clipping is the optimizer's (`clip`). torch.distributed must be
-    initialised, or `deepspeed.init_distributed()` called, before.
+    config: DeepSpeed's, ZeRO stage 0, 1 or 2, float32; clipping is the optimizer's (`clip`). Raises InputError for
+    another one. torch.distributed must be initialised, or `deepspeed.init_distributed()` called, before.
     """
     from ghostmask.engine.sharding.zero import initialize as with_deepspeed
 
+    if config.get("zero_optimization", {}).get("stage", 0) not in (0, 1, 2):
+        raise bad_value("zero_optimization", config["zero_optimization"], "use stage 0, 1 or 2")
+    if config.get("gradient_clipping"):
+        raise bad_value("gradient_clipping", config["gradient_clipping"], "give ghostmask.optimizer(clip=...) instead")
+    for name in ("fp16", "bf16", "bfloat16"):
+        if config.get(name, {}).get("enabled"):
+            raise bad_value(name, config[name], "weights are kept in float32; use torch.autocast in the forward pass")
     device = next(model.parameters()).device
     group = dist.group.WORLD if dist.is_initialized() else None
     rank, size = (dist.get_rank(), dist.get_world_size()) if group is not None else (0, 1)
-    world = World(rank, size, rank, device, group)
-    return with_deepspeed(model, optimizer, config, world, microsteps=int(config.get("gradient_accumulation_steps", 1)))
+    world = World(rank, size, rank_from_environment()[2], device, group)
+    return with_deepspeed(model, optimizer, config, world)
+
+
+def _trained_weights(net: nn.Module, only: Sequence[str], exclude: Sequence[str]) -> dict[str, nn.Parameter]:
+    weights = {n: w for n, w in prunable_weights(net, tuple(exclude), tuple(only)).items() if w.requires_grad}
+    if not weights:
+        raise InputError("none of the prunable weights is trained: requires_grad is False on all of them")
+    return weights

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ghostmask.engine.errors import InputError
 from ghostmask.engine.sharding.optimizer import ShardedOptimizer
 from ghostmask.engine.sharding.reparametrization import Draw, Reparametrization, State
 from ghostmask.engine.sharding.rules import UpdateRule
@@ -38,9 +39,13 @@ class FixedMask(Masked):
         self._masks = masks
 
     def start(self, weight: Tensor, part: Slice) -> State:
-        full = torch.ones_like(weight, dtype=torch.bool)
-        mask, self._masks = part.cut(self._masks) if self._masks is not None else full, None
-        return {"weight": weight, "mask": mask.to(weight.device)}
+        masks, self._masks = self._masks, None
+        if masks is None:
+            return {"weight": weight, "mask": torch.ones_like(weight, dtype=torch.bool)}
+        for name, shape in part.layout.shapes.items():
+            if name not in masks or masks[name].dtype != torch.bool or masks[name].shape != shape:
+                raise InputError(f"there is no mask for {name}: give a bool tensor of shape {tuple(shape)}")
+        return {"weight": weight, "mask": part.cut(masks).to(weight.device)}
 
     def weights(self, state: State, part: Slice, draw: Draw) -> Tensor:
         return state["weight"] * state["mask"]

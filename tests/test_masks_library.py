@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional
 from torchvision.models import mobilenet_v2, resnet18
 
 import ghostmask
+from ghostmask.engine.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -179,3 +181,62 @@ def test_patterns_say_what_is_pruned() -> None:
     optimizer.eval()
     assert bool((net[0].weight != 0).all())
     assert not bool((net[3].weight != 0).all())
+
+
+def test_what_is_not_trained_is_neither_pruned_nor_decayed() -> None:
+    net = small()
+    net[0].weight.requires_grad_(False)
+    before = net[0].weight.clone()
+    optimizer = ghostmask.optimizer(net, ghostmask.probmask(0.1, 4, lr=0.5), lr=0.1, weight_decay=0.1)
+    steps_of(net, optimizer, 4)
+    optimizer.eval()
+    assert torch.equal(net[0].weight, before)
+    assert (
+        set(ghostmask.present_masks(optimizer)) == {"3.weight", "7.weight"} == set(ghostmask.magnitude_masks(net, 0.1))
+    )
+    with pytest.raises(InputError, match="requires_grad is False"):
+        ghostmask.optimizer(net.requires_grad_(False), ghostmask.gmp(0.1, 10), lr=0.1)
+
+
+def test_a_step_on_the_weights_of_evaluation_is_refused() -> None:
+    net = small()
+    optimizer = ghostmask.optimizer(net, ghostmask.probmask(0.1, 10), lr=0.1)
+    optimizer.eval()
+    with pytest.raises(RuntimeError, match=r"call the optimizer's train\(\) first"):
+        optimizer.step()
+    optimizer.train()
+    steps_of(net, optimizer, 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ghostmask.probmask(5, 10), r"mask.density = 5: "),
+        (lambda: ghostmask.probmask(0.1, 10, constraint="layer"), r"mask.constraint = 'layer' is not known"),
+        (lambda: ghostmask.gmp(0.1, 10, every=0), r"mask.update_every = 0: "),
+        (lambda: ghostmask.gmp(0.1, 10, constraint="layer"), r"did you mean 'layerwise'"),
+        (lambda: ghostmask.magnitude_masks(small(), 0.1, constraint="layer"), r"did you mean 'layerwise'"),
+        (lambda: ghostmask.optimizer(small(), ghostmask.gmp(0.1, 10), lr=0.0), r"lr = 0.0: "),
+        (lambda: ghostmask.optimizer(small(), ghostmask.fixed({}), lr=0.1), "there is no mask for 0.weight"),
+        (
+            lambda: ghostmask.optimizer(
+                small(),
+                ghostmask.fixed({n: m.float() for n, m in ghostmask.magnitude_masks(small(), 0.1).items()}),
+                lr=1.0,
+            ),
+            r"give a bool tensor of shape \(8, 3, 3, 3\)",
+        ),
+        (lambda: given({"zero_optimization": {"stage": 3}}), "use stage 0, 1 or 2"),
+        (lambda: given({"gradient_clipping": 1.0}), r"ghostmask.optimizer\(clip=...\) instead"),
+        (lambda: given({"bf16": {"enabled": True}}), "weights are kept in float32"),
+    ],
+)
+def test_what_would_be_ignored_or_fail_late_is_one_line(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def given(config: dict[str, Any]) -> object:
+    net = small()
+    return ghostmask.initialize(net, ghostmask.optimizer(net, ghostmask.gmp(0.1, 10), lr=0.1, place=False), config)

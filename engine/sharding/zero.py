@@ -230,13 +230,13 @@ def shard_model(
     optimizer = ShardedOptimizer(groups, clip=clip, sampling=sampling, placement=None)
     # Always named: DeepSpeed keeps what an engine before this one was given.
     mpu = _Group(world) if world.group is not None else None
-    engine = initialize(module, optimizer, config, world, mpu=mpu, microsteps=microsteps, order=order)
+    engine = initialize(module, optimizer, config, world, mpu=mpu, order=order)
     return ShardedEngine(engine, optimizer)
 
 
 def initialize(
     module: nn.Module, optimizer: ShardedOptimizer, config: dict[str, Any], world: World, *, mpu: Any = None,
-    microsteps: int = 1, order: Sequence[int] | None = None,
+    order: Sequence[int] | None = None,
 ) -> Any:  # fmt: skip
     """Collective: `deepspeed.initialize` for a ShardedOptimizer that has no placement yet; returns the engine.
 
@@ -257,14 +257,15 @@ def initialize(
         model=module, optimizer=optimizer, config=config, dist_init_required=False, mpu=mpu
     )
     optimizer.param_groups = whole
+    several = engine.gradient_accumulation_steps() > 1
     if stage == 0:
         engine.enable_backward_allreduce = False
-        optimizer.place(ReplicatedPlacement(groups, world, order or range(world.size), several=microsteps > 1))
+        optimizer.place(ReplicatedPlacement(groups, world, order or range(world.size), several=several))
         return engine
     zero = engine.optimizer
     zero.__class__ = SlicedZero
     zero.sharded, zero.optimizer = optimizer, optimizer
-    zero.reducer = BucketReducer(world, order or range(world.size), several=microsteps > 1)
+    zero.reducer = BucketReducer(world, order or range(world.size), several=several)
     shares = iter(zero.partition_size)
     for layout, group in zip(layouts, groups, strict=True):
         for names in bucketed(list(group.parameters), layout):
