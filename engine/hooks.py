@@ -33,6 +33,8 @@ class Hook:
 
     name: str = ""
     """Key of this hook's state in a checkpoint; hooks with state need one."""
+    shown: str = ""
+    """Which of its `scalars` stands in the progress line too, under the last part of its name."""
 
     def on_start(self, trainer: Trainer) -> None:
         """Before the first step of a phase, or of what a resume left of it."""

@@ -124,7 +124,8 @@ def _line(trainer: Trainer, epoch: int, values: Mapping[str, float]) -> dict[str
         "loss": values["train/loss"],
         "accuracy": values["train/accuracy"],
     }
-    if "mask/density" in values:
-        fields["density"] = values["mask/density"]
+    for hook in trainer.task.hooks:
+        if hook.shown:
+            fields[hook.shown.rpartition("/")[2]] = values[hook.shown]
     fields["images/s"] = values["speed/images_per_s"]
     return fields

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 class DensityReport(Hook):
     """Logs the exact density of the mask in the state at every report, and each layer's once per epoch."""
 
+    shown = "mask/density"
+
     def kept(self, form: Masked, state: State, part: Slice) -> Tensor:
         """Collective: (n,) how much of each weight counts as kept, in [0, 1]."""
         return form.mask(state, part)

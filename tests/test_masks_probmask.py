@@ -186,6 +186,7 @@ def test_schedules_rates_norms_and_the_share_of_the_limits_are_logged(
     (epoch,) = [line for line in lines if line["step"] == 16 and "eval/loss" in line]
     kept = {n: float(s.double().mean()) for n, s in result["s"].items()}
     assert {n: epoch[f"density/{n}"] for n in kept} == pytest.approx(kept, rel=1e-6)
+    assert len(re.findall(r"accuracy \S+ density \S+ images/s", result["said"])) == 16
 
 
 def test_the_share_of_the_limits_is_that_of_the_squared_gradient() -> None:

@@ -18,7 +18,7 @@ from ghostmask.engine.world import single
 class ParameterGroup:
     """Parameters that are made and updated alike.
 
-    name: prefixes their keys in checkpoints ("mask.probability/layer1.0.conv1.weight"); lr: base learning rate; bf16:
+    name: prefixes their keys in checkpoints ("prunable.probability/conv1.weight"); lr: base learning rate; bf16:
     whether the network computes with bfloat16 copies, which are what ranks send each other (ZeRO stages 1 and 2).
     """
 

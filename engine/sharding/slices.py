@@ -166,13 +166,6 @@ class Slice:
             sums[s.layer] += tensor[s.start : s.start + s.numel].sum(dtype=exact)
         return self.world.all_reduce(sums)
 
-    def layers(self, tensor: Tensor) -> list[Tensor]:
-        """The part of the tensor, a view or (where two runs hold of it) a copy, of each parameter; empty where none."""
-        parts: list[list[Tensor]] = [[] for _ in self.layout.shapes]
-        for s in self.segments:
-            parts[s.layer].append(tensor[s.start : s.start + s.numel])
-        return [p[0] if len(p) == 1 else torch.cat(p) if p else tensor[:0] for p in parts]
-
     def summed(self, tensors: Iterable[Tensor]) -> Tensor:
         """Collective: this slice of the sum over ranks of tensors shaped like the parameters; for `even` slices."""
         (bucket,) = self.layout.buckets
