@@ -48,8 +48,11 @@ class GradualMagnitude(MaskMethod):
 
 
 class Shrinking(FixedMask):
-    """A mask of the largest |w| that falls to the budget between two updates; a pruned weight keeps its last value, so
-    it may return. first, last: the updates, counted from 1, after which the density is 1 and the budget's."""
+    """A mask of the largest |w| that falls to the budget between two updates.
+
+    A pruned weight is kept and may return; without a gradient only its momentum and weight decay move it. first, last:
+    the updates, counted from 1, after which the density is 1 and the budget's.
+    """
 
     def __init__(self, rule: UpdateRule, budget: Budget, first: int, last: int, every: int) -> None:
         super().__init__(rule)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from ghostmask.engine.sharding.reparametrization import Plain, Reparametrization
 from ghostmask.engine.sharding.rules import UpdateRule
 from ghostmask.engine.sharding.slices import Slice
 from ghostmask.masks.masked import PRUNABLE, FixedMask
-from ghostmask.masks.method import OTHER, MaskMethod, Start
+from ghostmask.masks.method import MaskMethod, Start
 from ghostmask.masks.scoring.largest import Budget, largest
 from ghostmask.masks.settings import Protecting
 
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from ghostmask.engine.trainer import Trainer
 
 MOST_ROUNDS = 1000
-Points = dict[str, Tensor]
-"""Group name -> this rank's slice of the weights that rounds are rewound to."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,8 @@ class LotteryTicket(MaskMethod):
     Settings = Settings
     searches = True
     every_phase_has_a_result = True
-    points: Points | None = None
+    points: Mapping[str, Tensor] = MappingProxyType({})
+    """Group name -> this rank's slice of the weights that rounds are rewound to, once there are any."""
     point: RewindPoint | None = None
 
     @classmethod
@@ -89,12 +89,12 @@ class LotteryTicket(MaskMethod):
             self.point.rewind()
 
     def reparametrization(self, phase: Phase) -> Reparametrization:
-        return Rewindable(self.rule(), self.found or None, self.points)
+        return Rewindable(self.rule(), self.found or None, self.points.get(PRUNABLE))
 
     def groups(self, form: Reparametrization, lr: float) -> list[ParameterGroup]:
         prunable, *others = super().groups(form, lr)
-        rewindable = [replace(g, reparametrization=PlainRewindable(self.rule(), self.points)) for g in others]
-        return [prunable, *rewindable]
+        plain = [PlainRewindable(self.rule(), self.points.get(g.name)) for g in others]
+        return [prunable, *(replace(g, reparametrization=form) for g, form in zip(others, plain, strict=True))]
 
     def hooks(self, phase: Phase, form: Reparametrization) -> Sequence[Hook]:
         rewind = Duration.parse(self.settings.rewind).steps(phase.steps_per_epoch)
@@ -125,31 +125,31 @@ def surviving(state: State, part: Slice, budget: Budget) -> Tensor:
 class Rewindable(FixedMask):
     """A fixed mask over weights that start at the rewind point and keep it in the state."""
 
-    def __init__(self, rule: UpdateRule, masks: Mapping[str, Tensor] | None, points: Points | None) -> None:
+    def __init__(self, rule: UpdateRule, masks: Mapping[str, Tensor] | None, point: Tensor | None) -> None:
         super().__init__(rule, masks)
-        self.points = points
+        self.point = point
 
     def start(self, weight: Tensor, part: Slice) -> State:
-        return super().start(weight, part) | _rewound(weight, self.points, PRUNABLE)
+        return super().start(weight, part) | _rewound(weight, self.point)
 
 
 class PlainRewindable(Plain):
     """The same for parameters that are never pruned."""
 
-    def __init__(self, rule: UpdateRule, points: Points | None) -> None:
+    def __init__(self, rule: UpdateRule, point: Tensor | None) -> None:
         super().__init__({"weight": rule})
-        self.points = points
+        self.point = point
 
     def start(self, weight: Tensor, part: Slice) -> State:
-        return super().start(weight, part) | _rewound(weight, self.points, OTHER)
+        return super().start(weight, part) | _rewound(weight, self.point)
 
 
-def _rewound(weight: Tensor, points: Points | None, group: str) -> State:
+def _rewound(weight: Tensor, point: Tensor | None) -> State:
     """The rewind point, after `weight` was brought back to it; where there is none yet, `weight` as it is."""
-    if points is None:
+    if point is None:
         return {"rewind": weight.clone()}
-    weight.copy_(points[group])
-    return {"rewind": points[group]}
+    weight.copy_(point)
+    return {"rewind": point}
 
 
 class RewindPoint(Hook):
