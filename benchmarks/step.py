@@ -19,22 +19,27 @@ from ghostmask.engine.data import Batch
 from ghostmask.engine.profile import activities
 from ghostmask.engine.signals import StopSignals
 from ghostmask.engine.trainer import Trainer
+from ghostmask.masks.methods.probmask import ProbMask
 from ghostmask.models.build import build_model
 from ghostmask.models.config import ModelConfig
 
 
 def rows(bench: Bench) -> list[Row]:
-    """Cases probmask_step_overhead, probmask_step_added, step_images_per_s, dense_images_per_s, step_where."""
+    """Cases probmask_step_overhead, probmask_step_default, probmask_step_added, step_images_per_s, dense_images_per_s, step_where."""
     work = workload(bench)
     with TemporaryDirectory() as folder:
         config = train_config(bench)
         trainers = {m: make_trainer(m, work, bench.world, Path(folder) / m, config) for m in ("dense", "probmask")}
+        default = ProbMask.Settings.samples
+        trainers["default"] = make_trainer(
+            "probmask", work, bench.world, Path(folder) / "default", config, samples=default
+        )
         steps: dict[str, Work] = {name: _step_of(trainer, bench) for name, trainer in trainers.items()}
         cuda = bench.device.type == "cuda"
         steps["plain"] = plain_step(work, bench)
         repeats = 2 if bench.quick else 30 if cuda else 4
         seconds = interleaved(steps, repeats, bench.device, warm_up=10 if cuda else 1)
-        where = {name: _profiled(steps[name], bench) for name in trainers}
+        where = {name: _profiled(steps[name], bench) for name in ("dense", "probmask")}
         for trainer in trainers.values():
             trainer.store.close()
             trainer.reporter.close()
@@ -47,6 +52,9 @@ def rows(bench: Bench) -> list[Row]:
             f"{extra:+.1%}; {work}, I = 1, {precision}; baseline: dense step, same engine", bar=1.05 if cuda else 1.01,
         )
     ]  # fmt: skip
+    dense = 1000 * seconds["dense"]
+    note = f"I = {default}, the default: {default} passes over every image; baseline: dense step, same engine"
+    found.append(share("probmask_step_default", 1000 * seconds["default"], dense, "ms", note))
     ours = ("chain rule", "optimizer", "constraint", "parameters")
     added = sum(max(where["probmask"][name] - where["dense"][name], 0.0) for name in ours)
     others = sum(where["probmask"].values()) - added
