@@ -25,7 +25,7 @@ from ghostmask.models.config import ModelConfig
 
 
 def rows(bench: Bench) -> list[Row]:
-    """Cases probmask_step_overhead, probmask_step_default, probmask_step_added, step_images_per_s, dense_images_per_s, step_where."""
+    """Cases probmask_step_{overhead,default,added}, step_images_per_s, dense_images_per_s, step_where."""
     work = workload(bench)
     with TemporaryDirectory() as folder:
         config = train_config(bench)
