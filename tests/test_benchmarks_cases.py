@@ -28,7 +28,10 @@ CASES = {
         "projection", "projection_start", "projection_floor", "projection_collectives", "projection_error",
         "projection_model", "projection_model_check", "projection_slice",
     },
-    "step": {"probmask_step_overhead", "probmask_step_default", "probmask_step_added", "step_images_per_s", "dense_images_per_s", "step_where"},
+    "step": {
+        "probmask_step_overhead", "probmask_step_default", "probmask_step_added", "step_images_per_s",
+        "dense_images_per_s", "step_where",
+    },
     "loader": {"loader_imagenet", "loader_imagenet_jpeg", "loader_cifar"},
     "checkpoint": {"checkpoint_stall", "checkpoint_first_stall", "checkpoint_share", "checkpoint_bandwidth"},
     "memory": {"memory"},
