@@ -37,7 +37,7 @@ from ghostmask.launcher.tweaks import with_tweaks
 from ghostmask.masks.masked import present_masks
 from ghostmask.masks.method import FINETUNE, MaskMethod, Recipe, Start
 from ghostmask.masks.registry import METHODS
-from ghostmask.models.build import build_model
+from ghostmask.models.build import build_model, check_part
 
 
 @dataclass
@@ -167,7 +167,9 @@ def open_data(config: RunConfig, world: World, parts: Parts | None = None) -> Da
 
 def build_method(config: RunConfig, world: World, data: DataPipeline) -> MaskMethod:
     """The network, from its seed, on this rank's device, and the mask method around it. Raises InputError."""
-    net = build_model(config.model, data.num_classes, data.image_shape, config.seed).to(world.device)
+    net = build_model(config.model, data.num_classes, data.image_shape, config.seed)
+    check_part(net, data.image_shape, config.data.batch_size, config.train.replicas)
+    net.to(world.device)
     bf16 = config.train.precision == "bf16" and config.train.zero_stage > 0
     recipe = Recipe(config.optim, config.finetune, config.train.epochs, config.seed, bf16)
     method: MaskMethod = resolve(METHODS[config.mask.method])(config.mask, net, recipe, world)

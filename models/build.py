@@ -13,7 +13,7 @@ from torch import nn
 from ghostmask.engine.errors import bad_value
 from ghostmask.engine.registry import resolve
 from ghostmask.models.config import ModelConfig
-from ghostmask.models.foreign import check_network, find_builder
+from ghostmask.models.foreign import check_network, find_builder, output_of
 from ghostmask.models.registry import MODELS
 
 
@@ -35,6 +35,20 @@ def build_model(config: ModelConfig, num_classes: int, image_shape: tuple[int, i
             return net
         found = find_builder(config.name)(num_classes, image_shape)
         return check_network(found, config.name, num_classes, image_shape)
+
+
+def check_part(net: nn.Module, image_shape: tuple[int, int, int], batch_size: int, parts: int) -> None:
+    """Raise the InputError of data.batch_size where a part of the batch is one image and batch norm cannot train on it:
+    its last feature map is one pixel. Parameters and buffers stay as they are."""
+    if batch_size > parts:
+        return
+    try:
+        output_of(net, image_shape, "meta", images=1)
+    except ValueError as error:
+        why = f"each of {parts} parts (train.replicas) has one image, on which the network cannot train ({error})"
+        raise bad_value("data.batch_size", batch_size, f"{why}; give at least {2 * parts}") from None
+    except Exception:  # such as a branch on a value, which the meta device does not have
+        return
 
 
 @contextmanager

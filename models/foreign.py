@@ -63,9 +63,13 @@ def check_network(net: object, name: str, num_classes: int, image_shape: ImageSh
             raise bad_value(
                 FIELD, name, f"{key} is {parameter.dtype}; build the network in float32 (autocast does bf16)"
             )
+        if parameter.is_meta:
+            raise bad_value(FIELD, name, f"{key} has no values (it is on the meta device); initialise the network")
+        if not bool(torch.isfinite(parameter).all()):
+            raise bad_value(FIELD, name, f"{key} holds nan or infinite values; initialise it, or load other weights")
     net.train()
     try:
-        logits = _output(net, image_shape, "meta")
+        logits = output_of(net, image_shape, "meta")
     except Exception:  # such as a branch on a value, which the meta device does not have
         logits = _real_output(net, name, image_shape)
     if not isinstance(logits, Tensor) or logits.shape != (IMAGES, num_classes):
@@ -75,17 +79,17 @@ def check_network(net: object, name: str, num_classes: int, image_shape: ImageSh
     return net
 
 
-def _output(net: nn.Module, image_shape: ImageShape, device: str) -> object:
+def output_of(net: nn.Module, image_shape: ImageShape, device: str, images: int = IMAGES) -> object:
     """What the network gives for random images, its buffers and, on the meta device, its parameters replaced."""
     state = {key: buffer.clone().to(device) for key, buffer in net.named_buffers()}
     state.update((key, parameter.detach().to(device)) for key, parameter in net.named_parameters())
     with torch.no_grad():
-        return functional_call(net, state, (torch.randn(IMAGES, *image_shape, device=device),))
+        return functional_call(net, state, (torch.randn(images, *image_shape, device=device),))
 
 
 def _real_output(net: nn.Module, name: str, image_shape: ImageShape) -> object:
     try:
-        return _output(net, image_shape, "cpu")
+        return output_of(net, image_shape, "cpu")
     except Exception as error:
         size = " x ".join(map(str, image_shape))
         raise bad_value(FIELD, name, f"cannot take the dataset's images of {size}: {_in_one_line(error)}") from error
@@ -122,7 +126,7 @@ def _imported(name: str, module_name: str) -> ModuleType:
             fix = f"there is no module {error.name!r} in {here} or elsewhere on the import path"
             raise bad_value(FIELD, name, fix) from error
         raise _raised(name, f"importing {module_name}", error) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that parses its own arguments when it is imported
         raise _raised(name, f"importing {module_name}", error) from error
 
 
@@ -147,15 +151,15 @@ def _called(name: str, function: Callable[..., object], arguments: dict[str, Any
         return function(**arguments)
     except InputError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _raised(name, "it", error) from error
 
 
-def _raised(name: str, what: str, error: Exception) -> InputError:
+def _raised(name: str, what: str, error: BaseException) -> InputError:
     return bad_value(FIELD, name, f"{what} raises {_in_one_line(error)}")
 
 
-def _in_one_line(error: Exception) -> str:
+def _in_one_line(error: BaseException) -> str:
     """Type, first line and, in code of the user's, the place of an error."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_installed(f.filename)]

@@ -9,7 +9,7 @@ from torchvision.models import resnet
 
 from ghostmask.engine.errors import InputError
 from ghostmask.masks.prunable import prunable_weights
-from ghostmask.models.build import build_model
+from ghostmask.models.build import build_model, check_part
 from ghostmask.models.config import ModelConfig
 from ghostmask.models.registry import MODELS
 
@@ -114,3 +114,13 @@ def test_a_class_count_that_is_not_the_datasets_is_refused() -> None:
 def test_images_a_network_cannot_take_are_refused(name: str, shape: tuple[int, int, int], fix: str) -> None:
     with pytest.raises(InputError, match=rf"model.name = '{name}': needs images of .*{fix}"):
         build_model(ModelConfig(name), 10, shape, seed=0)
+
+
+def test_one_image_per_part_is_refused_only_where_batch_norm_cannot_train_on_it() -> None:
+    net = build_model(ModelConfig(name="resnet18_cifar"), 10, (3, 8, 8), 0)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    with pytest.raises(InputError, match=r"data\.batch_size = 4: each of 4 parts .* has one image.*; give at least 8"):
+        check_part(net, (3, 8, 8), 4, 4)
+    check_part(net, (3, 8, 8), 8, 4)
+    check_part(net, (3, 32, 32), 4, 4)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())

@@ -92,6 +92,21 @@ def wrong_size(num_classes):
     return Wrong(num_classes)
 
 
+def no_values(num_classes):
+    with torch.device("meta"):
+        return Linear(num_classes)
+
+
+def diverged(num_classes):
+    net = Linear(num_classes)
+    nn.init.constant_(net[1].bias, float("nan"))
+    return net
+
+
+def leaves(num_classes):
+    raise SystemExit("usage: train.py")
+
+
 number = 3
 """
 
@@ -191,6 +206,9 @@ def test_a_function_of_the_working_directory_is_found(tmp_path: Path, monkeypatc
         ("smal", "has no function 'smal': did you mean 'small'?"),
         ("number", "has no function 'number'"),
         ("fails", "it raises KeyError: 'first line"),
+        ("no_values", "1.weight has no values (it is on the meta device)"),
+        ("diverged", "1.bias holds nan or infinite values; initialise it, or load other weights"),
+        ("leaves", "it raises SystemExit: usage: train.py"),
         ("no_network", "returns list, not a torch.nn.Module"),
         ("width_first", "write it as function(num_classes, image_shape) or function(num_classes)"),
         ("nothing", "write it as function(num_classes, image_shape) or function(num_classes)"),
