@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
@@ -25,6 +26,8 @@ def open_standard_streams() -> None:
         if getattr(sys, name) is None:  # as Python starts with a closed one
             mode = "r" if number == 0 else "w"
             setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", errors="replace", closefd=False))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as standard error does by itself
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def require_working_directory() -> None:

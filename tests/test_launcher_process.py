@@ -44,3 +44,9 @@ def test_without_a_home_a_tilde_is_one_line(tmp_path: Path) -> None:
     done = shell(f"HOME= {COMMAND} show config run=x 'data.root=~/data'", tmp_path)
     assert done.returncode == 2
     assert "data.root = '~/data': the home folder of this user is not known; write ./~/data" in done.stderr
+
+
+def test_a_name_that_the_terminal_cannot_show_is_escaped(tmp_path: Path) -> None:
+    script = "from ghostmask.launcher.process import open_standard_streams as o; o(); print(chr(0x65e5), chr(0xdcff))"
+    done = shell(f'PYTHONIOENCODING=ascii {sys.executable} -c "{script}"', tmp_path)
+    assert (done.returncode, done.stdout) == (0, "\\u65e5 \\udcff\n")
