@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import warnings
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from ghostmask.data_pipelines.open import open_dataset
 from ghostmask.engine.checkpoint.store import CheckpointStore, Saved
 from ghostmask.engine.data import DataPipeline, Parts
-from ghostmask.engine.errors import InputError, RunStopped, bad_value
+from ghostmask.engine.errors import InputError, RunStopped
 from ghostmask.engine.hooks import Hook
 from ghostmask.engine.metrics import MetricWriter
 from ghostmask.engine.position import Duration, Phase
@@ -174,21 +173,6 @@ def build_method(config: RunConfig, world: World, data: DataPipeline) -> MaskMet
     recipe = Recipe(config.optim, config.finetune, config.train.epochs, config.seed, bf16)
     method: MaskMethod = resolve(METHODS[config.mask.method])(config.mask, net, recipe, world)
     return method
-
-
-def check_smallest_part(config: RunConfig, net: nn.Module, data: DataPipeline) -> None:
-    """Raise InputError where parts of one image leave batch norm a single value; `net` stays as it is."""
-    if config.data.batch_size // config.train.replicas > 1:
-        return
-    try:
-        with torch.no_grad():
-            copy.deepcopy(net).cpu().train()(torch.zeros(1, *data.image_shape))
-    except ValueError:
-        raise bad_value(
-            "data.batch_size", config.data.batch_size,
-            f"leaves one image to each of train.replicas = {config.train.replicas} parts, too few for batch norm where "
-            f"this network's maps are a single pixel; give at least {2 * config.train.replicas}",
-        ) from None  # fmt: skip
 
 
 def assemble(

@@ -18,7 +18,7 @@ from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.export import write_export
 from ghostmask.launcher.folder import resumed
 from ghostmask.launcher.open_run import OpenRun, open_owned
-from ghostmask.launcher.run import Run, Shares, assemble, build_method, check_smallest_part, open_data, settle
+from ghostmask.launcher.run import Run, Shares, assemble, build_method, open_data, settle
 from ghostmask.launcher.settings import run_folder, to_dict
 from ghostmask.launcher.source import Source
 from ghostmask.launcher.summary import closing_table
@@ -47,7 +47,6 @@ def train(
         data = open_data(config, world, shares.plain.parts)
         check_steps(config, data.steps_per_epoch)
         method = build_method(config, world, data)
-        check_smallest_part(config, method.net, data)
         opened = open_owned(folder, config, world, data, restart=restart, source=source, new_data=new_data)
         try:
             with assemble(config, folder, data, method, opened, shares).closing() as run:
