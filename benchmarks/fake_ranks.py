@@ -51,7 +51,7 @@ def _rank(function: Callable[..., Any], size: int, args: tuple[Any, ...], sender
     torch.set_num_threads(1)
     try:
         dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
-        value = function(World(0, size, 0, torch.device("cpu"), dist.group.WORLD), *args)
+        value = function(World(0, size, torch.device("cpu"), dist.group.WORLD), *args)
         sender.send((pickle.dumps(value), None))
     except BaseException:
         sender.send((None, traceback.format_exc()))

@@ -95,7 +95,7 @@ def start(numel: int, device: torch.device) -> Tensor:
 
 def _counts(bench: Bench, source: Tensor, z: Tensor, budget: float) -> list[Row]:
     world = bench.world
-    counting = CountingWorld(world.rank, world.size, world.local_rank, world.device, world.group, [])
+    counting = CountingWorld(world.rank, world.size, world.device, world.group, [])
     z.copy_(source)
     project_([[(z, 0)]], [budget], [len(z)], counting)
     assert counting.calls is not None

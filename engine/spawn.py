@@ -88,7 +88,7 @@ def _rank(function: Callable[..., Any], rank: int, size: int, port: int, args: t
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     try:
         dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(seconds=120))
-        world = World(rank, size, rank, torch.device("cpu"), dist.group.WORLD)
+        world = World(rank, size, torch.device("cpu"), dist.group.WORLD)
         # Bytes, not tensors: those would be handed over as shared memory that ends with this process.
         results.put((rank, pickle.dumps(function(world, *args)), None))
         dist.barrier()

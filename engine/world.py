@@ -22,13 +22,12 @@ from ghostmask.engine.errors import InputError, RunStopped, bad_value
 class World:
     """One process of a run. Passed in, never a global.
 
-    rank: this process's number in [0, size); local_rank: its number on its machine; device: where its tensors live;
+    rank: this process's number in [0, size); device: where its tensors live;
     group: the group of all ranks (gloo on the CPU, NCCL with gloo beside it for CPU tensors on GPUs).
     """
 
     rank: int
     size: int
-    local_rank: int
     device: torch.device
     group: dist.ProcessGroup | None = None
 
@@ -80,7 +79,7 @@ class World:
 
 def single(device: torch.device | None = None) -> World:
     """A world of one process (on the CPU), without a process group: its reductions are identities."""
-    return World(rank=0, size=1, local_rank=0, device=device or torch.device("cpu"))
+    return World(rank=0, size=1, device=device or torch.device("cpu"))
 
 
 def rank_from_environment() -> tuple[int, int, int]:
@@ -106,7 +105,7 @@ def connect(device: str = "auto", timeout_s: float = 1800.0) -> Iterator[World]:
             store = FileStore(os.path.join(folder, "store"), 1)
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
         try:
-            yield World(rank, size, local_rank, place, dist.group.WORLD)
+            yield World(rank, size, place, dist.group.WORLD)
         except (InputError, RunStopped):
             dist.destroy_process_group()
             raise

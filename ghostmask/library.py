@@ -25,7 +25,7 @@ from ghostmask.engine.sharding.placement import ParameterGroup, WholePlacement
 from ghostmask.engine.sharding.reparametrization import Plain
 from ghostmask.engine.sharding.rules import Sgd
 from ghostmask.engine.sharding.slices import Slice
-from ghostmask.engine.world import World, rank_from_environment, single
+from ghostmask.engine.world import World, single
 from ghostmask.masks.masked import PRUNABLE, FixedMask, Masked
 from ghostmask.masks.methods.gmp import Settings as GmpSettings
 from ghostmask.masks.methods.gmp import Shrinking
@@ -159,7 +159,7 @@ def initialize(model: nn.Module, optimizer: ShardedOptimizer, config: dict[str, 
     device = next(model.parameters()).device
     group = dist.group.WORLD if dist.is_initialized() else None
     rank, size = (dist.get_rank(), dist.get_world_size()) if group is not None else (0, 1)
-    world = World(rank, size, rank_from_environment()[2], device, group)
+    world = World(rank, size, device, group)
     return with_deepspeed(model, optimizer, config, world)
 
 

@@ -52,7 +52,7 @@ def _gray_levels(images: torch.Tensor) -> np.ndarray:
 
 def _open(config: DataConfig, rank: int = 0, size: int = 1):  # type: ignore[no-untyped-def]
     prepare(config, progress=False)
-    return open_dataset(config, 0, World(rank, size, rank, torch.device("cpu")), Parts(size, rank, 1))
+    return open_dataset(config, 0, World(rank, size, torch.device("cpu")), Parts(size, rank, 1))
 
 
 def _stored(root: Path) -> list[np.ndarray]:

@@ -47,7 +47,7 @@ def open_rank(root: Path) -> Iterator[Open]:
         prepare(config, progress=False)
         total = total or size
         parts = Parts(total, rank * (total // size), total // size)
-        opened.append(open_dataset(config, seed, World(rank, size, rank, torch.device("cpu")), parts))
+        opened.append(open_dataset(config, seed, World(rank, size, torch.device("cpu")), parts))
         return opened[-1]
 
     yield open_one

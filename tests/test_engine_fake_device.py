@@ -80,7 +80,7 @@ def step_on_a_fake_gpu(world: World, method: str, bf16: bool, spoil: str) -> str
     """Three steps and an evaluation on rank 0 of fake ranks; what was raised, or ""."""
     compiled.load_kernels = lambda module: None  # type: ignore[assignment]  # Triton needs a driver
     with_fused_kernels(library := Library("aten", "IMPL"))
-    world = World(world.rank, world.size, 0, CUDA, world.group)
+    world = World(world.rank, world.size, CUDA, world.group)
     try:
         with FakeTensorMode():
             with CUDA:

@@ -78,7 +78,7 @@ def test_a_value_with_the_name_of_a_tag_is_an_error(tmp_path: Path) -> None:
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    writer = MetricWriter(tmp_path / "run", World(1, 2, 1, torch.device("cpu")), 5)
+    writer = MetricWriter(tmp_path / "run", World(1, 2, torch.device("cpu")), 5)
     writer.scalars(1, {"loss": 1.0})
     writer.histogram(1, "s", torch.rand(3))
     writer.flush()

@@ -165,7 +165,7 @@ def test_a_log_files_time_left_is_that_of_the_rate_since_the_first_update() -> N
 
 def test_other_ranks_show_nothing() -> None:
     with _terminal() as terminal:
-        progress = Progress(World(1, 2, 1, torch.device("cpu")), 10, terminal.stream)
+        progress = Progress(World(1, 2, torch.device("cpu")), 10, terminal.stream)
         progress.update(1, FIELDS)
         progress.message("hello")
         progress.close()

@@ -131,7 +131,7 @@ class Listener(World):
 
 
 def types_gathered(world: World) -> list[torch.dtype]:
-    found_by_all(Listener(world.rank, world.size, world.local_rank, world.device, world.group))
+    found_by_all(Listener(world.rank, world.size, world.device, world.group))
     return Listener.gathered
 
 

@@ -33,7 +33,7 @@ class CountingWorld(World):
 
 
 def counting(world: World) -> CountingWorld:
-    return CountingWorld(world.rank, world.size, world.local_rank, world.device, world.group)
+    return CountingWorld(world.rank, world.size, world.device, world.group)
 
 
 def project(runs: Runs, budget: float, numel: int, world: World) -> Tensor:

@@ -102,4 +102,4 @@ def _subset(world: World, ranks: list[int]) -> World | None:
     group: Any = dist.new_group(ordered)
     if world.rank not in ranks:
         return None
-    return World(ordered.index(world.rank), len(ranks), world.local_rank, world.device, group)
+    return World(ordered.index(world.rank), len(ranks), world.device, group)
