@@ -133,6 +133,10 @@ class TrainConfig:
     """Optimizer steps between lines of metrics.jsonl, TensorBoard scalars and progress."""
     eval_every: int = may_change(1)
     """Epochs between evaluations; the last epoch of a phase is always evaluated."""
+    timeout_minutes: float = may_change(10.0)
+    """Minutes without progress after which several ranks end with code 77, the one that hangs having been named; six
+    times that before a phase's first step and while data are opened, networks compiled or checkpoints written; 0 =
+    hanging ranks are waited for."""
 
     def __post_init__(self) -> None:
         require_number("train.epochs", self.epochs, 0, 1e6)
@@ -149,6 +153,7 @@ class TrainConfig:
         require_number("train.threads", self.threads, 0, 1024)
         require_number("train.log_every", self.log_every, 1)
         require_number("train.eval_every", self.eval_every, 1)
+        require_number("train.timeout_minutes", self.timeout_minutes, 0, 1e6)
 
 
 @dataclass(frozen=True)

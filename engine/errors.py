@@ -30,6 +30,12 @@ class RunStopped(Exception):
         self.exit_code = exit_code
 
 
+class PeerFailed(Exception):
+    """Another rank has failed and says why: this one ends as it does, without a word."""
+
+
+EXIT_DEFECT = 1
+"""An error of the program, with its traceback."""
 EXIT_INPUT = 2
 """Wrong input, said in one line; what was there before stays as it was."""
 EXIT_NON_FINITE = 3
@@ -39,7 +45,11 @@ EXIT_NOT_SAVED = 4
 EXIT_NOT_OWNER = 5
 """Another process took the run's folder over while this one was stopped or cut off; it wrote nothing more."""
 EXIT_INTERRUPTED = 75
-"""SIGTERM or SIGUSR1 arrived: a checkpoint was saved; run the same command again to go on (EX_TEMPFAIL)."""
+"""SIGTERM, SIGUSR1 or SIGUSR2 arrived; run the same command again to go on (EX_TEMPFAIL)."""
+EXIT_LOST = 76
+"""A peer is gone without a word (killed, its machine lost, the network cut); run the same command again."""
+EXIT_HUNG = 77
+"""No rank got any further for train.timeout_minutes; stacks are in RUN/hang; run the same command again."""
 
 
 def to_stderr(text: str) -> None:

@@ -18,7 +18,7 @@ from ghostmask.engine.checkpoint.store import CheckpointStore, Saved
 from ghostmask.engine.config import CheckpointConfig, TrainConfig
 from ghostmask.engine.data import Batch, DataPipeline
 from ghostmask.engine.errors import EXIT_INTERRUPTED, EXIT_NON_FINITE, RunStopped
-from ghostmask.engine.evaluation import Score, score
+from ghostmask.engine.evaluation import EvaluationStopped, Score, score
 from ghostmask.engine.hooks import Hook
 from ghostmask.engine.loss import LossModule
 from ghostmask.engine.position import Phase, Position
@@ -108,6 +108,7 @@ class Trainer:
         """Train to the end of the phase. Raises RunStopped on a signal (after saving) or a non-finite loss."""
         try:
             with StopSignals() as signals:
+                self.world.pulse.enter(f"start of phase {self.phase.name} at step {self.position.step}")
                 for hook in self.task.hooks:
                     hook.on_start(self)
                 self.reporter.restart_clock()
@@ -134,15 +135,17 @@ class Trainer:
         self._check_gradient()
         entries = checkpoint_entries(self.model, self.sharded.optimizer, self.statistics, self.task.hooks)
         start = perf_counter()
+        self.world.pulse.enter(f"checkpoint of step {self.position.step}")
         self.reporter.writer.flush()  # what is logged up to a step is on disk before the step's checkpoint is
         self.store.save(self.position.step, entries, meta)
         self.reporter.checkpoint_stall_s += perf_counter() - start
         self._saved_step, self._saved_at = self.position.step, perf_counter()
 
-    def evaluate(self) -> Score:
-        """Score, on the evaluation images, of the network that would be delivered now."""
+    def evaluate(self, signals: StopSignals | None = None) -> Score:
+        """Score, on the evaluation images, of the network that would be delivered now. Raises EvaluationStopped."""
+        asked = None if signals is None else (lambda: signals.requested != 0)
         with self.evaluation_weights():
-            return score(self.model, self.data.evaluate(), self.world, self.config.precision)
+            return score(self.model, self.data.evaluate(), self.world, self.config.precision, asked_to_stop=asked)
 
     @contextmanager
     def evaluation_weights(self) -> Iterator[None]:
@@ -171,6 +174,7 @@ class Trainer:
 
         The other groups keep every bit of their state, in a new DeepSpeed engine.
         """
+        self.world.pulse.enter(f"parameter groups {', '.join(sorted(names))} leave at step {self.position.step}")
         before, parts = self.sharded.optimizer, self.statistics.entries()
         self.sharded.destroy()
         self.task = replace(self.task, groups=[g for g in self.task.groups if g.name not in names])
@@ -203,6 +207,7 @@ class Trainer:
         )  # fmt: skip
 
     def _run_epoch(self, signals: StopSignals) -> None:
+        self.world.pulse.enter(f"start of epoch {self.position.epoch}")
         self.model.train()
         for hook in self.task.hooks:
             hook.on_epoch_start(self)
@@ -214,7 +219,7 @@ class Trainer:
         for batch in batches:
             asked, due = self.step(batch, signals)
             if self.position.step_in_epoch == 0:
-                self._end_epoch(epoch)
+                asked = self._end_epoch(epoch, signals, asked)
             if asked or due or self._epoch_save_due():
                 self.save()
             if asked:
@@ -223,7 +228,8 @@ class Trainer:
     def _stop(self) -> None:
         saved = self.store.wait()
         what = f"saved at step {self.position.step}" if saved else "the save FAILED, an older checkpoint is left"
-        raise RunStopped(f"stopped by a signal; {what}", EXIT_INTERRUPTED)
+        again = "run the same command again, without --restart"
+        raise RunStopped(f"stopped by a signal; {what}; {again}", EXIT_INTERRUPTED)
 
     def _flag(self, *values: bool) -> Tensor:
         # Pinned: a copy from ordinary memory would wait for everything that the GPU has been given to do.
@@ -271,6 +277,7 @@ class Trainer:
         if self.world.device.type == "cpu":
             self._check_gradient()
         self.position = replace(self.position, step=self.position.step + 1)
+        self.world.pulse.step(f"step {self.position.step} of phase {self.phase.name}")
         for hook in self.task.hooks:
             hook.on_step_end(self)
         self.reporter.step(self, loss_value, correct_count / (self.data.batch_size * self.task.passes))
@@ -316,14 +323,22 @@ class Trainer:
             EXIT_NON_FINITE,
         )
 
-    def _end_epoch(self, epoch: int) -> None:
+    def _end_epoch(self, epoch: int, signals: StopSignals, asked: bool) -> bool:
+        """Evaluate and report; whether to stop, asked before or during the evaluation, which then has no result."""
+        self.world.pulse.enter(f"end of epoch {epoch}")
         self.statistics.average(self.world)
         last = self.position.step == self.phase.end_step
         done = epoch + 1 - self.phase.first_epoch
-        self.evaluation = self.evaluate() if last or done % self.config.eval_every == 0 else None
+        self.evaluation = None
+        if not asked and (last or done % self.config.eval_every == 0):
+            try:
+                self.evaluation = self.evaluate(signals)
+            except EvaluationStopped:
+                asked = True
         for hook in self.task.hooks:
             hook.on_epoch_end(self)
         self.reporter.epoch(self, self.evaluation)
+        return asked
 
     def _epoch_save_due(self) -> bool:
         if self.position.step_in_epoch:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, NoReturn
 from ghostmask.benchmarks.registry import BENCHMARKS
 from ghostmask.engine.config import DEVICES
 from ghostmask.engine.errors import InputError, bad_value
+from ghostmask.engine.launch import read_launch
 from ghostmask.launcher import locate, settings, show
 from ghostmask.launcher.checks import check_config, check_finder
 from ghostmask.launcher.environment import prepare_environment
@@ -44,6 +44,8 @@ def run_command(argv: Sequence[str]) -> int:
     if rest:
         arguments.overrides = [*arguments.overrides, *rest]
     handler: Callable[[Namespace], int] = arguments.handler
+    if getattr(arguments, "ranks", 1) > 1:
+        return _start_ranks(arguments.ranks, argv)
     return handler(arguments)
 
 
@@ -66,8 +68,10 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--new-data", action="store_true", help="go on although the data are others than the run was trained on"
     )
+    _add_ranks(train)
     evaluate = _add(commands, "evaluate", "print the accuracy and density of a run's network", _evaluate)
     evaluate.add_argument("run", metavar="RUN", help=RUN_HELP)
+    _add_ranks(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     export = _add(commands, "export", "write a run's network as a plain state dict", _export)
     export.add_argument("run", metavar="RUN", help=RUN_HELP)
@@ -89,6 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=_path("--out"),
         help="the file to write (default: mask.safetensors in the run folder)",
     )
+    _add_ranks(find)
     prepare = _add(commands, "prepare", "download a config's dataset and write its .beton files", _prepare)
     _add_settings(prepare)
     _add_bench(_add(commands, "bench", "time one part of the system against textbook code", _bench))
@@ -127,6 +132,13 @@ def _add(commands: Any, name: str, summary: str, handler: Callable[[Namespace], 
 def _add_settings(parser: _Parser) -> None:
     parser.add_argument("config", metavar="CONFIG", help=CONFIG_HELP)
     parser.add_argument("overrides", metavar="key=value", nargs="*", help=SETTINGS_HELP)
+
+
+def _add_ranks(parser: _Parser) -> None:
+    several = (
+        "start N ranks on this machine, one per GPU where there are GPUs (default: 1, or what torchrun or srun set)"
+    )
+    parser.add_argument("--ranks", metavar="N", type=_count, default=1, help=several)
 
 
 def _add_bench(parser: _Parser) -> None:
@@ -173,12 +185,19 @@ def _add_topics(parser: _Parser) -> None:
         topic.set_defaults(handler=lambda _, table=table: _print("\n".join(table())))
 
 
+def _start_ranks(count: int, argv: Sequence[str]) -> int:
+    _refuse_ranks("--ranks")
+    from ghostmask.launcher.local_ranks import start_ranks
+
+    return start_ranks(count, argv)
+
+
 def _train(arguments: Namespace) -> int:
     config = settings.load_config(arguments.config, arguments.overrides)
     if arguments.restart and arguments.source:
         raise InputError("--restart: starts the run over from its seed, --from from a checkpoint; leave one out")
     source = find_source(arguments.source) if arguments.source else None
-    check_config(resumed(config, restart=arguments.restart), int(os.environ.get("WORLD_SIZE", "1")))
+    check_config(resumed(config, restart=arguments.restart), read_launch().size)
     locate.check_writable(settings.run_folder(config), "run", config.run)
     prepare_environment(config.train.device)
     _check_network(config.model.name)
@@ -215,7 +234,7 @@ def _hessian(arguments: Namespace) -> int:
 
 def _find_mask(arguments: Namespace) -> int:
     config = settings.load_config(arguments.config, arguments.overrides)
-    check_config(config, int(os.environ.get("WORLD_SIZE", "1")))
+    check_config(config, read_launch().size)
     check_finder(config)
     out = arguments.out or settings.run_folder(config) / "mask.safetensors"
     if out.suffix != ".safetensors":
@@ -229,6 +248,7 @@ def _find_mask(arguments: Namespace) -> int:
 
 
 def _prepare(arguments: Namespace) -> int:
+    _refuse_ranks("prepare")
     config = settings.load_config(arguments.config, arguments.overrides)
     check_config(config, world_size=1)
     prepare_environment(config.train.device)
@@ -278,8 +298,8 @@ def _show_config(arguments: Namespace) -> int:
 
 
 def _refuse_ranks(command: str) -> None:
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise InputError(f"ghostmask {command}: starts what it needs by itself; run it without torchrun or srun")
+    if read_launch().size > 1:
+        raise InputError(f"ghostmask {command}: is not for several ranks; run it without torchrun, srun or --ranks")
 
 
 def _check_network(name: str) -> None:

@@ -32,7 +32,7 @@ def evaluate(run: Path, *, as_json: bool = False) -> int:
         raise InputError(
             f"RUN = {str(run)!r}: there is no {file}; finish the run, or write it with: ghostmask export {run}"
         )
-    with connect(config.train.device) as world:
+    with connect(config.train.device, config.train.timeout_minutes) as world:
         data = open_data(config, world)
         net = build_model(config.model, data.num_classes, data.image_shape, config.seed)
         fill(net, load_export(file, FIELD), FIELD, str(file))

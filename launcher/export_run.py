@@ -8,7 +8,8 @@ from pathlib import Path
 from ghostmask.engine.checkpoint.store import CheckpointError, CheckpointStore, Saved
 from ghostmask.engine.data import DataPipeline
 from ghostmask.engine.errors import InputError
-from ghostmask.engine.world import World, connect, rank_from_environment
+from ghostmask.engine.launch import read_launch
+from ghostmask.engine.world import World, connect
 from ghostmask.launcher.checks import check_reader
 from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.folder import check_saved, read_run
@@ -24,8 +25,8 @@ def export_run(run: Path, out: Path) -> int:
     density: what they prune later, they prune after more training.
     """
     config = read_run(run)
-    check_reader(config, rank_from_environment()[1])
-    with connect(config.train.device) as world:
+    check_reader(config, read_launch().size)
+    with connect(config.train.device, config.train.timeout_minutes) as world:
         config = settle(config, world)
         shares = Shares.of(config, world)
         data = open_data(config, world, shares.plain.parts)

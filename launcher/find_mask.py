@@ -22,7 +22,7 @@ def find_mask(config: RunConfig, out: Path) -> int:
 
     The ranks share the data. Loaded with mask.method=file, the file gives bit-identical masks.
     """
-    with connect(config.train.device) as world:
+    with connect(config.train.device, config.train.timeout_minutes) as world:
         config = settle(config, world)
         data = open_data(config, world, share(world, config.train.replicas).parts)
         method = build_method(config, world, data)

@@ -14,10 +14,11 @@ from ghostmask.engine.checkpoint.store import CheckpointError, CheckpointStore, 
 from ghostmask.engine.curvature import Curvature, Spectrum, top_eigenvalues
 from ghostmask.engine.data import Batch, DataPipeline
 from ghostmask.engine.errors import InputError
+from ghostmask.engine.launch import read_launch
 from ghostmask.engine.metrics import MetricWriter
 from ghostmask.engine.progress import Progress
 from ghostmask.engine.reporting import Reporter
-from ghostmask.engine.world import World, connect, rank_from_environment
+from ghostmask.engine.world import World, connect
 from ghostmask.launcher.checks import check_reader
 from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.folder import read_run
@@ -29,8 +30,8 @@ from ghostmask.masks.masked import present_masks
 def hessian(run: Path, out: Path, *, top: int, batches: int) -> int:
     """Print, and write to the folder `out`, the `top` largest eigenvalues at every checkpoint that the run holds."""
     config = read_run(run)
-    check_reader(config, rank_from_environment()[1])
-    with connect(config.train.device) as world:
+    check_reader(config, read_launch().size)
+    with connect(config.train.device, config.train.timeout_minutes) as world:
         config = settle(config, world)
         shares = Shares.of(config, world)
         data = open_data(config, world, shares.plain.parts)

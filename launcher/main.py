@@ -7,8 +7,8 @@ import select
 import sys
 from collections.abc import Sequence
 
-from ghostmask.engine.errors import EXIT_INPUT, InputError, RunStopped
-from ghostmask.launcher.cli import run_command
+from ghostmask.engine.errors import EXIT_DEFECT, EXIT_INPUT, EXIT_INTERRUPTED, InputError, RunStopped
+from ghostmask.engine.signals import Interrupted, RaisingSignals
 
 EXIT_CTRL_C = 130
 EXIT_BROKEN_PIPE = 141
@@ -18,32 +18,58 @@ EXIT_BROKEN_PIPE = 141
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one `ghostmask` command (default: the process's own arguments) and return the exit code.
 
-    0 done; 2 wrong input, said in one line; 3 and 75 see engine.errors; 130 after Ctrl-C. A defect is a traceback.
+    0 done; the others stand in docs/operations.md. A defect is a traceback. One of several ranks that fails tells the
+    others, and its process ends here.
     """
-    try:
-        code = run_command(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()
-    except InputError as error:
-        _say(f"error: {error}")
-        return EXIT_INPUT
-    except RunStopped as stop:
-        _say(str(stop))
-        return stop.exit_code
-    except KeyboardInterrupt:
-        _say("interrupted")
-        return EXIT_CTRL_C
-    except BrokenPipeError:
-        if not _reader_is_gone():
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_BROKEN_PIPE
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch prints C++ stacks of every broken connection
+    with RaisingSignals() as signals:
+        try:
+            from ghostmask.launcher import cli  # under the signal handlers, as every import after it
+
+            code = cli.run_command(sys.argv[1:] if argv is None else argv)
+            sys.stdout.flush()
+        except BaseException as error:
+            signals.quiet()
+            return _end(error, signals.requested)
     return code
 
 
-def _say(message: str) -> None:
-    """One line on stderr, from one rank only: all ranks stop for the same reason."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"ghostmask: {' '.join(message.splitlines())}", file=sys.stderr)
+def _end(error: BaseException, signal: int) -> int:
+    """Say why the command ends, on one rank, and return its code. Raises a defect of one rank alone."""
+    if isinstance(error, BrokenPipeError) and _reader_is_gone():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    code, text = _reason(error, signal)
+    if _is_one_of_several():
+        from ghostmask.launcher.last_words import end_together
+
+        end_together(error, code, text)
+    if code == EXIT_DEFECT:
+        raise error
+    print(f"ghostmask: {text}", file=sys.stderr)
+    return code
+
+
+def _reason(error: BaseException, signal: int) -> tuple[int, str]:
+    """Exit code and line. What a signal's exception was turned into on its way is that signal's doing."""
+    if isinstance(error, InputError):
+        return EXIT_INPUT, " ".join(f"error: {error}".splitlines())
+    if isinstance(error, RunStopped):
+        return error.exit_code, " ".join(str(error).splitlines())
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_CTRL_C, "interrupted"
+    if isinstance(error, Interrupted) or signal:
+        return EXIT_INTERRUPTED, str(error if isinstance(error, Interrupted) else Interrupted(signal))
+    return EXIT_DEFECT, ""
+
+
+def _is_one_of_several() -> bool:
+    from ghostmask.engine.launch import read_launch
+
+    try:
+        return read_launch().size > 1
+    except InputError:  # the environment itself is what is wrong
+        return False
 
 
 def _reader_is_gone() -> bool:

@@ -19,6 +19,7 @@ PACKAGES = ("ghostmask", "torch", "torchvision", "deepspeed", "ffcv", "numpy")
 WRITTEN = {
     "checkpoints": ("step-*", "latest", ".latest-new", ".writing-*", ".deleting-*"),
     "tensorboard": ("events.out.tfevents.*",),
+    "hang": ("stacks-rank-*.txt", "*_trace_*"),
     "profile": ("*.pt.trace.json*",),
     "export": ("model.safetensors", "summary.json", ".*.writing"),
     "hessian": ("metrics.jsonl", "tensorboard/events.out.tfevents.*", "tensorboard"),

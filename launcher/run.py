@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,9 +13,11 @@ from torch import Tensor, nn
 
 from ghostmask.data_pipelines.open import open_dataset
 from ghostmask.engine.checkpoint.store import CheckpointStore, Saved
+from ghostmask.engine.cores import usable_cores
 from ghostmask.engine.data import DataPipeline, Parts
 from ghostmask.engine.errors import InputError, RunStopped
 from ghostmask.engine.hooks import Hook
+from ghostmask.engine.launch import read_launch
 from ghostmask.engine.metrics import MetricWriter
 from ghostmask.engine.position import Duration, Phase
 from ghostmask.engine.profile import ProfileSteps
@@ -99,12 +100,14 @@ class Run:
     def closing(self) -> Iterator[Run]:
         """Collective: close at the end, also of a run that was stopped, which all ranks are at the same step.
 
-        After any other exception the peers are elsewhere and cannot be waited for: this rank just ends.
+        After any other exception the peers are elsewhere and cannot be waited for: this rank just ends. So it is after
+        wrong input, which one rank's share of the data alone may show.
         """
         try:
             yield self
-        except (RunStopped, InputError):
-            self.close()
+        except (RunStopped, InputError) as error:
+            if self.world.size == 1 or isinstance(error, RunStopped):
+                self.close()
             raise
         self.close()
 
@@ -226,7 +229,7 @@ def learning_rate(config: RunConfig, phase: Phase) -> LearningRate:
 def usable_threads(threads: int) -> int:
     """train.threads; 0 is this rank's share of the cores. More than there are would wait for each other, spinning, for
     minutes a step: then as many as there are, with a warning."""
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     if threads > cores:
         warnings.warn(f"train.threads = {threads}: this machine has {cores} cores, {cores} are used", stacklevel=2)
     return min(threads, cores) or threads_per_rank()
@@ -234,5 +237,4 @@ def usable_threads(threads: int) -> int:
 
 def threads_per_rank() -> int:
     """Cores this process may use, divided among the ranks of this machine."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, len(os.sched_getaffinity(0)) // ranks)
+    return max(1, usable_cores() // read_launch().local_size)

@@ -12,7 +12,8 @@ import torch
 from ghostmask.engine.agree import on_main
 from ghostmask.engine.errors import EXIT_NOT_SAVED, RunStopped, to_stderr
 from ghostmask.engine.evaluation import Score, score
-from ghostmask.engine.world import connect, rank_from_environment
+from ghostmask.engine.launch import read_launch
+from ghostmask.engine.world import connect
 from ghostmask.launcher.checks import check_config, check_steps
 from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.export import write_export
@@ -38,10 +39,10 @@ def train(
     new_data: go on although the data changed. Raises InputError when the folder has an owner, or holds another
     configuration, and RunStopped when the run ends early (docs/operations.md lists the exit codes).
     """
-    folder, (_, size, _) = run_folder(config), rank_from_environment()
+    folder = run_folder(config)
     config = resumed(config, restart=restart)
-    check_config(config, size)
-    with connect(config.train.device) as world:
+    check_config(config, read_launch().size)
+    with connect(config.train.device, config.train.timeout_minutes, folder / "hang") as world:
         config = settle(config, world)
         shares = Shares.of(config, world)
         data = open_data(config, world, shares.plain.parts)

@@ -65,11 +65,10 @@ def test_a_class_count_that_does_not_match_the_data_is_named(root: Path, refused
     assert "10" in line
 
 
-def test_a_batch_that_the_ranks_cannot_share_is_named(
-    root: Path, refused: Train, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_that_cannot_meet_do_not_train_alone(root: Path, refused: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert "data.batch_size" in refused(root, "data.batch_size=64")
+    monkeypatch.setenv("RANK", "1")
+    assert "MASTER_ADDR and MASTER_PORT: not set" in refused(root)
 
 
 def test_a_batch_larger_than_the_training_set_is_named(root: Path, refused: Train) -> None:
