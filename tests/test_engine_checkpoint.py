@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from ghostmask.engine.checkpoint.files import checkpoints
+from ghostmask.engine.checkpoint.index import from_json
 from ghostmask.engine.checkpoint.store import CheckpointError, CheckpointStore, Piece, PlanError, Saved
+from ghostmask.engine.errors import EXIT_NON_FINITE, RunStopped
 from ghostmask.engine.spawn import PRELOAD, run_distributed
 from ghostmask.engine.world import World, single
 
@@ -282,3 +284,42 @@ def test_an_empty_or_absent_folder_holds_no_checkpoint(tmp_path: Path) -> None:
 def test_a_piece_lies_inside_its_tensor(start: int, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"outside a tensor of 10|one-dimensional"):
         Piece(10, start, torch.zeros(shape))
+
+
+def poisoned(world: World, folder: Path) -> tuple[int, str, list[str]]:
+    """A value of one rank's piece is not finite: what every rank is told, and what is left."""
+    store = CheckpointStore(folder, world)
+    store.save(1, {"w": torch.ones(2)}, {})
+    value = torch.ones(3)
+    if world.rank == 1:
+        value[2] = float("nan")
+    store.save(2, {"w": torch.ones(2), "s": Piece(6, 3 * world.rank, value)}, {})
+    try:
+        store.wait()
+    except RunStopped as stop:
+        store.close()
+        return stop.exit_code, str(stop), sorted(path.name for path in folder.iterdir())
+    raise AssertionError("a checkpoint with nan in it was made")
+
+
+def test_a_value_that_is_not_finite_is_never_saved_and_every_rank_knows(tmp_path: Path) -> None:
+    one, two = run_distributed(poisoned, 2, tmp_path)
+    assert one == two
+    code, text, left = one
+    assert code == EXIT_NON_FINITE
+    assert text.startswith("s is not finite at step 2: no checkpoint was made of it; go on from the last one")
+    assert left == ["latest", "step-00000001"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "[]", "{}", b"\x80\x04cposix\nsystem\n", '{"tensors": {"w": 1}}',
+        '{"tensors": {"w": {"dtype": "load", "size": [1], "chunks": []}}}',
+        '{"tensors": {"w": {"dtype": "float32", "size": [1], "chunks": [{"offset": [0], "size": [1], "file": "../w", '
+        '"start": 0, "bytes": 1}]}}}',
+    ],
+)  # fmt: skip
+def test_an_index_that_is_none_executes_nothing_and_leads_nowhere_else(text: str | bytes) -> None:
+    with pytest.raises(ValueError, match=r"no index|no type of numbers|lies in|Expecting|decode"):
+        from_json(text)

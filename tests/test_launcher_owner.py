@@ -373,3 +373,25 @@ def test_the_resolved_configuration_data_and_versions_are_under_a_checkpoints_se
         "training images": 16, "evaluation images": 16, "classes": 2, "batch size": 8, "steps per epoch": 2,
         "training content": content, "evaluation content": meta["data"]["evaluation content"],
     }  # fmt: skip
+
+
+def test_an_export_that_the_disk_does_not_take_is_tried_again_and_then_has_a_code_of_its_own(
+    runs: Runs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ghostmask.launcher import train
+
+    write, waits, enough = train.write_export, [], 2
+    monkeypatch.setattr(train.time, "sleep", waits.append)
+
+    def full(*arguments: Any, **details: Any) -> Any:
+        if len(waits) < enough:
+            raise OSError(28, "No space left on device")
+        return write(*arguments, **details)
+
+    monkeypatch.setattr(train, "write_export", full)
+    assert runs.call("train") == 0
+    assert waits == [1.0, 2.0]
+    assert "export cannot be written (No space left on device); trying again in 2 s" in capsys.readouterr().err
+    enough = 99
+    assert runs.call("train") == EXIT_NOT_SAVED
+    assert "what is trained is in the checkpoints: free the disk" in last_words(capsys)
