@@ -87,7 +87,7 @@ def measured(world: World, folder: str, config: Any) -> tuple[list[tuple[int, li
     with redirect_stdout(StringIO()) as printed:
         shares = Shares.of(config, world)
         data = MemoryData(world, parts=shares.plain.parts)
-        spectra = measure(Path(folder), config, world, data, shares, top=2, num_batches=1)
+        spectra = measure(Path(folder), Path(folder) / "hessian", config, world, data, shares, top=2, num_batches=1)
     return [(step, s.eigenvalues, s.converged) for step, s in spectra], printed.getvalue()
 
 
@@ -119,7 +119,10 @@ def test_eigenvalues_along_the_checkpoints_of_a_run_are_written(tmp_path: Path) 
 def no_checkpoint(world: World, folder: str) -> str:
     CheckpointStore(Path(folder) / "checkpoints", world).close()
     with pytest.raises(InputError) as caught:
-        measure(Path(folder), CONFIG, world, MemoryData(world), Shares.of(CONFIG, world), top=1, num_batches=1)
+        measure(
+            Path(folder), Path(folder) / "hessian", CONFIG, world, MemoryData(world), Shares.of(CONFIG, world), top=1,
+            num_batches=1,
+        )  # fmt: skip
     return str(caught.value)
 
 

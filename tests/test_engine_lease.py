@@ -60,6 +60,14 @@ class OtherProcess:
         self.process.send_signal(number)
         if number == signal.SIGKILL:
             self.process.wait()
+        if number == signal.SIGSTOP:
+            await_stop(self.process.pid)
+
+
+def await_stop(pid: int) -> None:
+    """Return when a process that was sent SIGSTOP has stopped."""
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        time.sleep(0.01)
 
 
 @pytest.fixture

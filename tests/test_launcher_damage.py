@@ -44,7 +44,7 @@ def half_done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Runs, str]:
     """Runs with 3 checkpoints of which the last was lost, another run beside them, and the digest of the end."""
     runs = Runs(tmp_path_factory.mktemp("half"))
     runs.pictures(0, 8)
-    assert runs.call("prepare") == 0
+    runs.prepare()
     assert runs.call("train") == 0
     assert runs.call("train", "other", "seed=4") == 0
     end = digest(runs.folder / "run")
