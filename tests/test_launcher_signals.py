@@ -72,12 +72,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("engine/evaluation.py", "score", "SIGTERM"),
         ("masks/method.py", "leave", "SIGUSR1"),
         ("launcher/train.py", "finish", "SIGUSR2"),
+        ("launcher/open_run.py", "open_owned", "SIGTERM"),
+        ("models/rescaling.py", "learn_factors", "SIGTERM"),
     ],
 )
 def test_train_stops_at_once_and_the_same_command_ends_the_run(
     file: str, function: str, number: str, root: Path, tmp_path: Path
 ) -> None:
-    command = ["train", "digits_probmask", f"run={tmp_path / 'run'}", f"data.root={root}", *SMALL]
+    lrsi = ["tost.lrsi=true"] if "rescaling" in file else []
+    command = ["train", "digits_probmask", f"run={tmp_path / 'run'}", f"data.root={root}", *SMALL, *lrsi]
     code, said, took_s = at(file, function, number, *command)
     assert code == 75, said
     assert took_s < 30
