@@ -8,6 +8,7 @@ import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ghostmask.engine.atomic import read_small
 from ghostmask.engine.errors import InputError
 
 FORMAT = 2
@@ -64,7 +65,7 @@ def read_manifest(beton: Path) -> Manifest:
 def peek_manifest(beton: Path) -> Manifest | None:
     """What the JSON says, without a look at the .beton; None if there is none that can be read."""
     try:
-        return Manifest(**json.loads(manifest_path(beton).read_text()))
+        return Manifest(**json.loads(read_small(manifest_path(beton))))
     except (OSError, ValueError, TypeError):
         return None
 

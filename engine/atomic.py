@@ -46,6 +46,14 @@ def sync_handle(handle: int) -> None:
             raise
 
 
+def require_file(path: Path) -> None:
+    """Raise OSError where something lies at `path` that is no file: a folder, or a pipe or device, which one would read
+    for ever."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, f"is {_kind(mode)}, not a file", str(path))
+
+
 def read_small(path: Path, largest: int = 1 << 26) -> bytes:
     """The content of a file of at most `largest` bytes. Raises OSError for a larger one, and for what is no file (a
     folder, a pipe, a device), which it does not wait for."""
@@ -53,11 +61,14 @@ def read_small(path: Path, largest: int = 1 << 26) -> bytes:
     try:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
-            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or device"
-            raise OSError(errno.EINVAL, f"is {kind}, not a file", str(path))
+            raise OSError(errno.EINVAL, f"is {_kind(status.st_mode)}, not a file", str(path))
         if status.st_size > largest:
             raise OSError(errno.EFBIG, f"has {status.st_size:,} bytes, more than {largest:,}", str(path))
         with os.fdopen(os.dup(handle), "rb") as file:
             return file.read(largest)
     finally:
         os.close(handle)
+
+
+def _kind(mode: int) -> str:
+    return "a folder" if stat.S_ISDIR(mode) else "a pipe or device"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ghostmask.engine.appending import Appender
-from ghostmask.engine.atomic import replacing
+from ghostmask.engine.atomic import replacing, require_file
 from ghostmask.engine.errors import InputError, to_stderr
 from ghostmask.engine.events import EventFile
 from ghostmask.engine.world import World
@@ -131,6 +131,7 @@ def _drop_lines_after(path: Path, last_step: int) -> None:
     """Keep the whole lines of metrics.jsonl with step <= last_step; a line torn by a kill is dropped."""
     with replacing(path) as writing, writing.open("wb") as kept:
         if path.exists():
+            require_file(path)
             shutil.copymode(path, writing)
             with path.open("rb") as old:
                 kept.writelines(line.rstrip(b"\n") + b"\n" for line in old if _step_of(line) <= last_step)

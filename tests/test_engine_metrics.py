@@ -216,3 +216,10 @@ def test_a_start_on_a_full_disk_is_one_line(small_disk: Path) -> None:
     with pytest.raises(InputError, match=r"its metrics cannot be written \(No space left on device\)") as caught:
         MetricWriter(small_disk / "run", single(), None)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_metrics_that_are_no_file_are_one_line_and_not_read_for_ever(make: Any, tmp_path: Path) -> None:
+    make(tmp_path / "metrics.jsonl")
+    with pytest.raises(InputError, match=r"its metrics cannot be written \((is a|Is a directory)"):
+        MetricWriter(tmp_path, single(), 3)

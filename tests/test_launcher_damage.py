@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import resource
 import shutil
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -29,6 +30,7 @@ pytestmark = pytest.mark.timeout(120)
 PATIENCE = 24
 """Seeds in the ordinary tests; the campaign has CAMPAIGN."""
 CAMPAIGN = 500
+MOST_BYTES = 12 << 30
 LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -156,6 +158,7 @@ def survive(source: Runs, end: str, folder: Path, seed: int) -> bool:
 
 def survive_some(world: World, source: str, end: str, folder: str, first: int, last: int) -> int:
     """How many of the seeds first to last - 1 went on. In a process of its own: what main() leaves behind adds up."""
+    resource.setrlimit(resource.RLIMIT_DATA, (MOST_BYTES, MOST_BYTES))  # /dev/zero is endless
     lease.SILENCE_S = 0.5
     for name in LAUNCH:
         os.environ.pop(name, None)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SMALL = ["train.epochs=1", "finetune.epochs=1", "mask.density=0.1", "train.threads=1"]
+SMALL = ["train.epochs=2", "finetune.epochs=1", "mask.density=0.1", "train.threads=1"]
 AT_FUNCTION = """
 import os, signal, sys, threading, time
 file, function, number, *command = sys.argv[1:]
