@@ -206,7 +206,7 @@ def _await_silence(folder: Path, generation: int, owner: Owner, say: Callable[[s
         waited = time.monotonic() - start
         if waited > silence_s:
             return
-        if not told and waited > 1.0:
+        if not told:
             say(f"{folder} belongs to {owner}, which is not seen; waiting up to {silence_s:.0f} s for a sign of it")
             told = True
         time.sleep(min(0.5, silence_s / 20))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from test_launcher_owner import Runs
+from image_runs import Runs
 
 from ghostmask.engine import lease
 from ghostmask.engine.errors import EXIT_NOT_SAVED
