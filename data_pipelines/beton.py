@@ -30,7 +30,7 @@ class Manifest:
     num_bytes: int
     crc32: int
     """Of the whole file, or of both ends of a large one."""
-    content: str
+    content: str = ""
     """Of the images and labels in their order, before they are encoded: equal wherever and however they are written."""
     format: int = FORMAT
 

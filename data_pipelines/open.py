@@ -14,6 +14,7 @@ from ghostmask.data_pipelines.beton import Manifest, beton_path, peek_manifest, 
 from ghostmask.data_pipelines.config import DataConfig
 from ghostmask.data_pipelines.registry import DATASETS
 from ghostmask.data_pipelines.source import SPLITS, Source
+from ghostmask.engine.cores import usable_cores
 from ghostmask.engine.errors import InputError, bad_value
 from ghostmask.engine.registry import resolve
 
@@ -153,7 +154,7 @@ def _write(source: Source, split: str, path: Path, progress: bool) -> None:
     with torch_threads_kept():
         from ghostmask.data_pipelines.write import write_images
 
-    num_workers = len(os.sched_getaffinity(0)) if source.augmentation.resized_crop else 1
+    num_workers = usable_cores() if source.augmentation.resized_crop else 1
     partial = path.with_name(f".{path.stem}.partial")
     try:
         content = write_images(

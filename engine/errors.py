@@ -38,6 +38,8 @@ EXIT_DEFECT = 1
 """An error of the program, with its traceback."""
 EXIT_INPUT = 2
 """Wrong input, said in one line; what was there before stays as it was."""
+FROM_CHECKPOINT = "start a new run from the last checkpoint: ghostmask train CONFIG --from RUN run=NAME optim.lr=..."
+"""The way out where values are not finite: other settings cannot go on with the same run."""
 EXIT_NON_FINITE = 3
 """A loss or gradient was not finite; stopped before the optimizer step."""
 EXIT_NOT_SAVED = 4
@@ -52,9 +54,14 @@ EXIT_HUNG = 77
 """No rank got any further for train.timeout_minutes; stacks are in RUN/hang; run the same command again."""
 
 
+def say(text: str) -> None:
+    """Print a line on stderr."""
+    print(f"ghostmask: {text}", file=sys.stderr, flush=True)
+
+
 def to_stderr(text: str) -> None:
     """Print a warning."""
-    print(f"ghostmask: warning: {text}", file=sys.stderr, flush=True)
+    say(f"warning: {text}")
 
 
 def printable(text: str) -> str:

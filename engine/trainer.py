@@ -17,7 +17,7 @@ from ghostmask.engine.checkpoint.entries import checkpoint_entries, restore
 from ghostmask.engine.checkpoint.store import CheckpointStore, Saved
 from ghostmask.engine.config import CheckpointConfig, TrainConfig
 from ghostmask.engine.data import Batch, DataPipeline
-from ghostmask.engine.errors import EXIT_INTERRUPTED, EXIT_NON_FINITE, RunStopped
+from ghostmask.engine.errors import EXIT_INTERRUPTED, EXIT_NON_FINITE, FROM_CHECKPOINT, RunStopped
 from ghostmask.engine.evaluation import EvaluationStopped, Score, score
 from ghostmask.engine.hooks import Hook
 from ghostmask.engine.loss import LossModule
@@ -319,7 +319,7 @@ class Trainer:
         step = self.position.step
         return RunStopped(
             f"the {what} of step {step} (epoch {self.position.epoch}, phase {self.phase.name}) is not finite; stopped "
-            "before its optimizer update: resume from the last checkpoint with a lower optim.lr, or set optim.clip",
+            f"before its optimizer update; with a lower rate or optim.clip, {FROM_CHECKPOINT}",
             EXIT_NON_FINITE,
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ import torch
 from ghostmask.benchmarks.registry import BENCHMARKS
 from ghostmask.benchmarks.row import not_met, table, write_json
 from ghostmask.benchmarks.timing import Bench, machine
-from ghostmask.engine.errors import InputError
+from ghostmask.engine.errors import InputError, say
 from ghostmask.engine.registry import resolve
 from ghostmask.engine.world import connect
 from ghostmask.launcher.run import threads_per_rank
@@ -32,5 +31,5 @@ def bench(name: str, *, device: str, quick: bool, file: Path | None, strict: boo
         write_json(rows, file)
     missed = not_met(rows) if strict else []
     if missed:
-        print(f"ghostmask: bar not met: {'; '.join(missed)}", file=sys.stderr)
+        say(f"bar not met: {'; '.join(missed)}")
     return 1 if missed else 0

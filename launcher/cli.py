@@ -91,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--out",
         metavar="FILE",
         type=_path("--out"),
-        help="the file to write (default: mask.safetensors in the run folder)",
+        help=OUT_HELP,
     )
     _add_ranks(find)
     prepare = _add(commands, "prepare", "download a config's dataset and write its .beton files", _prepare)

@@ -12,8 +12,8 @@ from ghostmask.engine.launch import read_launch
 from ghostmask.engine.world import World, connect
 from ghostmask.launcher.checks import check_reader
 from ghostmask.launcher.config import RunConfig
-from ghostmask.launcher.folder import check_saved, read_run
-from ghostmask.launcher.open_run import open_to_read, still_there
+from ghostmask.launcher.folder import read_run
+from ghostmask.launcher.open_run import check_reading, open_to_read, still_there
 from ghostmask.launcher.run import Shares, assemble_to_read, build_method, open_data, settle
 from ghostmask.launcher.train import finish
 
@@ -35,7 +35,7 @@ def export_run(run: Path, out: Path) -> int:
             if saved is None:
                 store.close()
                 raise InputError(f"RUN = {str(run)!r}: it holds no checkpoint yet; train it first")
-            check_saved(run, saved, config)
+            check_reading(run, saved, config, data, world)
             try:
                 _export(run, out, config, world, data, shares, saved, store)
                 return 0
@@ -45,8 +45,8 @@ def export_run(run: Path, out: Path) -> int:
 
 
 def _export(
-    run: Path, out: Path, config: RunConfig, world: World, data: DataPipeline, shares: Shares, saved: Saved, store:
-    CheckpointStore,
+    run: Path, out: Path, config: RunConfig, world: World, data: DataPipeline, shares: Shares, saved: Saved,
+    store: CheckpointStore,
 ) -> None:  # fmt: skip
     method = build_method(config, world, data)
     with assemble_to_read(config, data, method, store, shares).closing() as built:

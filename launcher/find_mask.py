@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
+from ghostmask.engine.errors import say
 from ghostmask.engine.sharding.replicas import share
 from ghostmask.engine.world import connect
 from ghostmask.launcher.config import RunConfig
@@ -33,7 +33,7 @@ def find_mask(config: RunConfig, out: Path) -> int:
         data.close()
         if world.is_main:
             for line in mask_lines(masks, config.mask):
-                print(f"ghostmask: {line}", file=sys.stderr, flush=True)
+                say(line)
             meta = {"method": config.mask.method, "density": density_of(masks), "config": to_dict(config)}
             write_masks(out, masks, meta)
             print(out, flush=True)

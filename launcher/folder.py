@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ghostmask.engine.atomic import read_small
 from ghostmask.engine.errors import InputError
 from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.settings import GONE, differences, from_dict, load_config, run_folder
-from ghostmask.launcher.yaml_text import read_yaml
+from ghostmask.launcher.yaml_text import read_yaml_file
 
 if TYPE_CHECKING:
     from ghostmask.engine.checkpoint.store import Saved
-
-META = "meta.json"
 
 
 def read_run(folder: Path) -> RunConfig:
@@ -92,20 +88,18 @@ def older(folder: Path, sign: str) -> InputError:
 
 
 def _newest_config(folder: Path) -> RunConfig | None:
-    """The configuration in the newest checkpoint's meta.json; None where that cannot be read."""
-    for path in sorted((folder / "checkpoints").glob(f"step-*/{META}"), reverse=True):
-        try:
-            return from_dict(json.loads(read_small(path))["config"])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return None
+    """What the newest sealed checkpoint says of the run's configuration; None where there is none."""
+    from ghostmask.launcher.record import sealed_meta  # imports torch's checkpoints, which most commands do without
+
+    meta = sealed_meta(folder)
+    return sealed_config(folder, meta) if meta else None
 
 
 def _gone(file: Path) -> str:
     """The first setting of older versions that stands in a config file, with its value; "" where none does."""
     try:
-        values = read_yaml(read_small(file).decode(), str(file))
-    except (InputError, OSError, UnicodeDecodeError):
+        values = read_yaml_file(file)
+    except InputError:
         return ""
     for name in GONE:
         section, _, key = name.partition(".")

@@ -22,7 +22,7 @@ from ghostmask.engine.world import World, connect
 from ghostmask.launcher.checks import check_reader
 from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.folder import read_run
-from ghostmask.launcher.open_run import reading_store, still_there
+from ghostmask.launcher.open_run import check_reading, reading_store, still_there
 from ghostmask.launcher.run import Run, Shares, build_method, open_data, plan, settle
 from ghostmask.masks.masked import present_masks
 
@@ -57,6 +57,7 @@ def measure(
     if not saves:
         store.close()
         raise InputError(f"RUN = {str(folder)!r}: it holds no checkpoint; train it, with checkpoint.keep for more")
+    check_reading(folder, saves[-1], config, data, world)
     with closing(data.train(0)) as loaded:
         batches = [Batch(b.images.clone(), b.labels.clone()) for b in islice(loaded, num_batches)]
     reporter = Reporter(MetricWriter(out, world, None), Progress(world, saves[-1].step), world)

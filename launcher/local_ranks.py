@@ -12,7 +12,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from ghostmask.engine.errors import EXIT_INTERRUPTED, EXIT_LOST
+from ghostmask.engine.errors import EXIT_INTERRUPTED, EXIT_LOST, say
 
 SAVE_S = 600
 """After a signal the ranks have this long for the step's save; torchrun's default is 30 s."""
@@ -40,7 +40,7 @@ def start_ranks(count: int, argv: Sequence[str]) -> int:
         if failure.exitcode > 0:
             return failure.exitcode
         name = signal.Signals(-failure.exitcode).name
-        print(f"ghostmask: rank {rank} (process {failure.pid}) was ended by {name}", file=sys.stderr, flush=True)
+        say(f"rank {rank} (process {failure.pid}) was ended by {name}")
         return EXIT_LOST
     return 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from ghostmask.engine.atomic import replacing
 from ghostmask.engine.checkpoint.files import clear_unfinished
 from ghostmask.engine.checkpoint.store import CheckpointError, CheckpointStore, Saved
 from ghostmask.engine.data import DataPipeline
-from ghostmask.engine.errors import InputError, to_stderr
+from ghostmask.engine.errors import InputError, say, to_stderr
 from ghostmask.engine.lease import Lease
 from ghostmask.engine.world import World
 from ghostmask.launcher.config import RunConfig
@@ -52,10 +51,15 @@ class OpenRun:
 
 
 def open_owned(
-    folder: Path, config: RunConfig, world: World, data: DataPipeline, *, restart: bool = False, source: Source | None =
-    None,
+    folder: Path,
+    config: RunConfig,
+    world: World,
+    data: DataPipeline,
+    *,
+    restart: bool = False,
+    source: Source | None = None,
     new_data: bool = False,
-) -> OpenRun:  # fmt: skip
+) -> OpenRun:
     """Collective: own the run folder, and find the newest intact checkpoint of the run, or of the run to start from.
 
     restart: remove what the run before wrote. new_data: go on although the data are others than before. Raises
@@ -68,11 +72,11 @@ def open_owned(
 
     def take() -> Record:
         check_folder(folder)
-        leases.append(Lease.take(folder, config.checkpoint.takeover_s, say=_say))
+        leases.append(Lease.take(folder, config.checkpoint.takeover_s, say=say))
         if restart and read_record(folder) is not None:
             left = remove_written(folder)
             if left:
-                _say(f"{folder}: --restart left what no run wrote: {', '.join(left)}")
+                say(f"{folder}: --restart left what no run wrote: {', '.join(left)}")
         clear_unfinished(folder / "checkpoints")
         begun = any((folder / "checkpoints").glob("step-*"))
         return (read_record(folder) if begun else None) or new_record(str(source or ""))
@@ -117,6 +121,15 @@ def reading_store(folder: Path, world: World) -> CheckpointStore:
     """Collective: the checkpoints of the run in `folder`, to be read only."""
     record = on_main(world, lambda: read_record(folder))
     return CheckpointStore(folder / "checkpoints", world, run=record.run if record else "")
+
+
+def check_reading(folder: Path, saved: Saved, config: RunConfig, data: DataPipeline, world: World) -> None:
+    """Raise InputError where a checkpoint is of another configuration than config.yaml says; warn where the data, on
+    which its network is now looked at, are others than it was trained on."""
+    check_saved(folder, saved, config)
+    changes = data_changes(saved, data.identity)
+    if changes and world.is_main:
+        to_stderr(f"the data changed since {saved.path.name} ({'; '.join(changes)}); what follows is measured on them")
 
 
 def still_there(saved: Saved, world: World) -> bool:
@@ -170,7 +183,7 @@ def _start_from(source: Source, config: RunConfig, data: DataPipeline, world: Wo
     if world.is_main:
         changes = differences(sealed_config(source.folder, saved.meta), config)
         words = f" ({'; '.join(changes)})" if changes else ""
-        _say(f"a new run, from {saved.path} at step {saved.step}, phase {saved.meta['phase']}{words}")
+        say(f"a new run, from {saved.path} at step {saved.step}, phase {saved.meta['phase']}{words}")
     return saved
 
 
@@ -194,12 +207,8 @@ def _write_once(folder: Path, record: Record, config: RunConfig, saved: Saved | 
             write_record(folder, record)
         if (folder / "config.yaml").exists():
             return
-        _say(f"{folder / 'config.yaml'} was not there; it is written again, from {saved.path.name}")
+        say(f"{folder / 'config.yaml'} was not there; it is written again, from {saved.path.name}")
     else:
         write_record(folder, record)
     with replacing(folder / "config.yaml") as writing:
         writing.write_text(to_yaml(config), encoding="utf-8")
-
-
-def _say(text: str) -> None:
-    print(f"ghostmask: {text}", file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ import uuid
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from ghostmask.engine.atomic import read_small, replacing
 from ghostmask.engine.checkpoint.files import META, Damaged, check_digests, checkpoints, read_manifest
@@ -51,7 +52,8 @@ def read_record(folder: Path) -> Record | None:
     try:
         return Record(**json.loads(read_small(folder / FILE)))
     except (FileNotFoundError, NotADirectoryError):
-        return _sealed_record(folder)
+        meta = sealed_meta(folder) or {}
+        return Record(meta["run"], "", meta.get("versions", {})) if meta.get("run") else None
     except (OSError, ValueError, TypeError) as error:
         raise InputError(
             f"run = {str(folder)!r}: its {FILE} cannot be read ({error}); restore it, or give another run=NAME"
@@ -101,16 +103,14 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _sealed_record(folder: Path) -> Record | None:
-    """What the newest checkpoint with an unbroken seal says of the run."""
+def sealed_meta(folder: Path) -> dict[str, Any] | None:
+    """The meta of the newest checkpoint of the run in `folder` whose seal and meta are whole; None where none is."""
     for path in checkpoints(folder / "checkpoints"):
         try:
             check_digests(path, {META: read_manifest(path)[META]})
-            meta = json.loads(read_small(path / META))
+            return dict(json.loads(read_small(path / META)))
         except (OSError, ValueError, Damaged):
             continue
-        if meta.get("run"):
-            return Record(meta["run"], "", meta.get("versions", {}))
     return None
 
 

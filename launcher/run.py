@@ -189,17 +189,15 @@ def assemble(
 
 
 def assemble_to_read(
-    config: RunConfig, data: DataPipeline, method: MaskMethod, store: CheckpointStore, shares: Shares, numbers: Path |
-    None = None,
-) -> Run:  # fmt: skip
-    """A run to be looked at: it writes no metrics, or those of the look to the folder `numbers`."""
-    return _run(config, data, method, store, shares, MetricWriter(numbers, method.world, None), ())
+    config: RunConfig, data: DataPipeline, method: MaskMethod, store: CheckpointStore, shares: Shares
+) -> Run:
+    """A run to be looked at: it writes no metrics."""
+    return _run(config, data, method, store, shares, MetricWriter(None, method.world, None), ())
 
 
 def _run(
-    config: RunConfig, data: DataPipeline, method: MaskMethod, store: CheckpointStore, shares: Shares, writer:
-    MetricWriter,
-    hooks: tuple[Hook, ...],
+    config: RunConfig, data: DataPipeline, method: MaskMethod, store: CheckpointStore, shares: Shares,
+    writer: MetricWriter, hooks: tuple[Hook, ...],
 ) -> Run:  # fmt: skip
     phases = plan(method, data.steps_per_epoch)
     reporter = Reporter(writer, Progress(method.world, phases[-1].end_step), method.world)

@@ -29,9 +29,7 @@ EXPORT_TRIES = 5
 """Of an export to a disk that takes nothing, with 1, 2, 4 and 8 s between them."""
 
 
-def train(
-    config: RunConfig, *, restart: bool = False, source: Source | None = None, new_data: bool = False
-) -> int:  # fmt: skip
+def train(config: RunConfig, *, restart: bool = False, source: Source | None = None, new_data: bool = False) -> int:
     """Train `config` in its run folder, from the newest intact checkpoint there if there is one; returns the exit code,
     0, or EXIT_NOT_SAVED where the last checkpoints could not be saved.
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import codecs
-import os
-import stat
 import unicodedata
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
+from ghostmask.engine.atomic import read_small
 from ghostmask.engine.errors import InputError, cut, printable
 
 LONGEST_TEXT = 100_000
@@ -40,18 +39,13 @@ class Plain(str):
 def read_yaml_file(file: Path) -> Any:
     """As read_yaml, of a file in UTF-8. Raises InputError for one that is none, is not a regular file or too long."""
     try:
-        # A pipe that nobody writes to would block the open itself.
-        with open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as opened:
-            if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
-                raise InputError(f"{file}: is not a file but a pipe, device or folder; give a YAML file")
-            content = opened.read(4 * LONGEST_TEXT + 1)
+        content = read_small(file, 4 * LONGEST_TEXT)
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from None
     other = next((name for mark, name in ENCODINGS.items() if content.startswith(mark)), None)
     if other:
         raise InputError(f"{file}: is {other}; save it as UTF-8")
     try:
-        # What is cut off here is refused by its length.
         return read_yaml(content.removeprefix(codecs.BOM_UTF8).decode("utf-8"), str(file))
     except UnicodeDecodeError as error:
         line, byte = content[: error.start].count(b"\n") + 1, content[error.start]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ghostmask.engine.atomic import replacing
 from ghostmask.engine.checkpoint.state_file import read_state_dict, values_of
 from ghostmask.engine.errors import bad_value
+from ghostmask.masks.trained import weights_file
 
 FIELD = "mask.path"
 
@@ -37,10 +38,7 @@ def read_masks(path: str, net: nn.Module, weights: Mapping[str, Tensor]) -> dict
     for some weight or with two, a wrong shape, a name that the network does not have, values that are not finite, a
     mask that keeps nothing, and for zeros in a layer that mask.dense_layers leaves unpruned.
     """
-    file = Path(path)
-    if file.is_dir():
-        file = file / "export" / "model.safetensors"
-    named = _by_weight(path, read_state_dict(file, FIELD, net.state_dict()), net.state_dict())
+    named = _by_weight(path, read_state_dict(weights_file(path), FIELD, net.state_dict()), net.state_dict())
     missing = [name for name in weights if name not in named]
     if missing:
         raise bad_value(FIELD, path, f"has no mask for {_few(missing)}; leave them unpruned with mask.dense_layers")

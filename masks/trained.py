@@ -13,14 +13,18 @@ from ghostmask.engine.checkpoint.state_file import read_state_dict, values_of
 from ghostmask.engine.errors import bad_value
 
 
+def weights_file(path: str) -> Path:
+    """The file that mask.path means: of a finished run's folder its export, else itself."""
+    file = Path(path)
+    return file / "export" / "model.safetensors" if file.is_dir() else file
+
+
 def load_trained(net: nn.Module, path: str) -> None:
     """Fill `net` from a run folder (its export), or a file with a state dict (`read_state_dict`).
 
     Raises InputError, also for a weight that is nan or infinite.
     """
-    file = Path(path)
-    if file.is_dir():
-        file = file / "export" / "model.safetensors"
+    file = weights_file(path)
     if not os.path.exists(file):
         raise bad_value("mask.path", path, f"{file} is missing; give a finished run's folder or a file with weights")
     fill(net, read_state_dict(file, "mask.path", net.state_dict()), "mask.path", path)
@@ -36,7 +40,7 @@ def fill(net: nn.Module, state: Mapping[str, Tensor], field: str, path: str) -> 
     }
     try:
         net.load_state_dict(state, strict=True)
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise bad_value(field, path, f"does not hold this network's weights ({reason})") from None
     for name, value in net.state_dict().items():

@@ -202,7 +202,7 @@ def test_files_that_hold_no_weights_are_refused_in_one_line(tmp_path: Path, monk
         "numbers.pt": "holds no state dict",
         "nothing.pt": "holds no state dict",
         "absent.pt": "there is no such file",
-        "folder.pt": "is not a file but a pipe, device or folder",
+        "folder.pt": "is a folder, not a file",
         "net.onnx": "cannot be read",
     }
     for name, reason in reasons.items():

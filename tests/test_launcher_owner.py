@@ -76,6 +76,9 @@ def test_a_stopped_run_is_taken_over_and_its_first_process_writes_nothing_when_i
         assert runs.call("train", "run", *long) == 2
         owned = f"error: run = '{tmp_path / 'run'}': process {first.pid} on "
         assert owned in last_words(capsys)
+        assert main([*runs.arguments("train", "run", *long), "--restart"]) == 2
+        assert owned in last_words(capsys)
+        assert any((tmp_path / "run" / "checkpoints").glob("step-*")), "--restart removed a live run's files"
         first.send_signal(signal.SIGSTOP)
         await_stop(first.pid)
         before = content(tmp_path / "run")
@@ -206,6 +209,8 @@ def test_data_that_changed_are_refused_unless_they_are_accepted(runs: Runs, caps
     assert {k: v for k, v in content(runs.folder / "run").items() if ".lease" not in k} == {
         k: v for k, v in before.items() if ".lease" not in k
     }
+    assert main(["export", str(runs.folder / "run")]) == 0
+    assert "warning: the data changed since step-00000006 (training content: " in capsys.readouterr().err
     assert main([*runs.arguments("train"), "--new-data"]) == 0
     assert "going on at step 6 with what is there now, as --new-data says" in capsys.readouterr().err
     runs.pictures(8, 8)

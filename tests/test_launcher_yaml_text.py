@@ -112,7 +112,7 @@ def test_the_same_holds_on_the_command_line() -> None:
         ("a: 1\n".encode("utf-16"), "FILE: is UTF-16; save it as UTF-8"),
         ("a: 1\n".encode("utf-32"), "FILE: is UTF-32; save it as UTF-8"),
         ("a: 1\n".encode("utf-16-le"), "FILE:1: holds an invisible character (U+0000); save it as plain text"),
-        (b"a: 1 #" + b"x" * 500_000, "FILE: is longer than 100000 characters"),
+        (b"a: 1 #" + b"x" * 500_000, "FILE: cannot be read: has 500,006 bytes, more than 400,000"),
     ],
 )  # fmt: skip
 def test_a_file_in_another_encoding_or_without_end_is_named(tmp_path: Path, content: bytes, expected: str) -> None:
@@ -131,5 +131,5 @@ def test_what_is_no_file_is_never_waited_for(tmp_path: Path) -> None:
     for name in ("pipe", "zero", "loop", "folder"):
         with pytest.raises(InputError, match=r"pipe or device|no such file|is a folder"):
             load_config(str(tmp_path / f"{name}.yaml"))
-        with pytest.raises(InputError, match=r"not a file but a pipe|cannot be read"):
+        with pytest.raises(InputError, match=r"cannot be read: (is a|Is a|Too many)"):
             read_yaml_file(tmp_path / f"{name}.yaml")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import stat
 import warnings
 import zipfile
 from argparse import Namespace
@@ -16,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ghostmask.engine.atomic import require_file
 from ghostmask.engine.errors import bad_value
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
@@ -90,13 +89,11 @@ def values_of(tensor: Tensor, name: str, path: str, field: str) -> Tensor:
 
 def _require_file(path: Path, field: str) -> None:
     try:
-        found = os.stat(path)
+        require_file(path)
     except OSError as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else f"{error.strerror}"
-        raise bad_value(field, str(path), reason) from None
-    if not stat.S_ISREG(found.st_mode):
-        raise bad_value(field, str(path), "is not a file but a pipe, device or folder; give a file with a state dict")
-    if found.st_size == 0:
+        raise bad_value(field, str(path), f"{reason}; give a file with a state dict") from None
+    if path.stat().st_size == 0:
         raise bad_value(field, str(path), "is empty; give a file with a state dict")
 
 

@@ -38,7 +38,7 @@ from ghostmask.engine.checkpoint.files import (
     step_of,
 )
 from ghostmask.engine.checkpoint.pieces import FragmentTensor, Piece
-from ghostmask.engine.errors import EXIT_NON_FINITE, RunStopped, to_stderr
+from ghostmask.engine.errors import EXIT_NON_FINITE, FROM_CHECKPOINT, RunStopped, to_stderr
 from ghostmask.engine.lease import Lease
 from ghostmask.engine.world import World
 
@@ -313,8 +313,7 @@ def _check_finite(step: int, tensors: Mapping[str, Tensor]) -> None:
     if bad:
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
         raise RunStopped(
-            f"{bad[0]}{more} is not finite at step {step}: no checkpoint was made of it; go on from the last one with "
-            "a lower optim.lr: ghostmask train CONFIG --from RUN optim.lr=...",
+            f"{bad[0]}{more} is not finite at step {step}: no checkpoint was made of it; {FROM_CHECKPOINT}",
             EXIT_NON_FINITE,
         )
 
