@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import os
 import pickle
 import traceback
 from collections.abc import Callable
 from typing import Any
 
-from ghostmask.engine.spawn import PRELOAD
+from ghostmask.engine.spawn import PRELOAD, fork_server
 
 TIMEOUT_S = 300
 
@@ -19,8 +18,7 @@ def on_fake_ranks(function: Callable[..., Any], size: int, *args: Any) -> Any:
 
     function must be importable and its result picklable. Raises RuntimeError with the process's traceback.
     """
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = fork_server(*PRELOAD)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_rank, args=(function, size, args, sender))
     process.start()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing as mp
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
@@ -22,6 +21,7 @@ from ghostmask.data_pipelines.config import DataConfig
 from ghostmask.data_pipelines.open import open_dataset, prepare
 from ghostmask.data_pipelines.source import SPLITS, Source
 from ghostmask.engine.data import DataPipeline, Parts
+from ghostmask.engine.spawn import fork_server
 from ghostmask.engine.world import World
 
 WORKERS = 2
@@ -48,7 +48,6 @@ def rows(bench: Bench) -> list[Row]:
             )
             for case, fraction in (("loader_imagenet", 0.5), ("loader_imagenet_jpeg", 1.0))
         }
-        # All files first: writing forks processes, and reading starts threads, which a fork does not like.
         for config in configs.values():
             prepare(config, progress=False)
         pixels, kind = small_images(bench.quick)
@@ -143,8 +142,7 @@ class _Pixels(Dataset[Any]):
 
 def _data_loader(dataset: Any, size: int) -> Iterable[Any]:
     # Not a fork: this process has threads of numba's. The workers start before the clock does, and stay.
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torchvision.transforms.v2", "ghostmask.benchmarks.loader"])
+    context = fork_server("torchvision.transforms.v2", "ghostmask.benchmarks.loader")
     return DataLoader(
         dataset, size, shuffle=True, num_workers=WORKERS, drop_last=True, persistent_workers=True,
         multiprocessing_context=context,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def _read_folder(root: Path, split: str, max_resolution: int) -> Any:
     if not folder.is_dir():
         raise bad_value("data.root", str(root), f"there is no folder {folder}; give one with train/CLASS and val/CLASS")
     try:
-        dataset = ImageFolder(str(folder), loader=lambda path: load_rgb(path, max_resolution))
+        dataset = ImageFolder(str(folder), loader=partial(load_rgb, max_resolution=max_resolution))
     except FileNotFoundError as error:  # no class folder, or one without an image
         raise bad_value("data.root", str(root), f"{folder}: {error}") from error
     _say_what_is_left_out(folder, {path for path, _ in dataset.samples})

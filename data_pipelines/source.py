@@ -19,7 +19,7 @@ SPLITS = ("train", "eval")
 
 
 class Images(Protocol):
-    """One split, indexable: (image (H, W, 3) uint8, label in [0, num_classes)). May be pickled or forked."""
+    """One split, indexable: (image (H, W, 3) uint8, label in [0, num_classes)). Is pickled and forked."""
 
     def __len__(self) -> int: ...
 

@@ -10,6 +10,7 @@ import socket
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 PRELOAD = [
@@ -25,14 +26,25 @@ PRELOAD = [
 """Imported once by the fork server, so that a rank starts in milliseconds instead of the 10-20 s of these imports."""
 
 
+_preload: list[str] = []
+
+
+def fork_server(*modules: str) -> ForkServerContext:
+    """multiprocessing's fork server: a process without threads that has imported `modules`, and those named before it
+    was started. A script whose top level starts work needs `if __name__ == "__main__"`, as with every such context."""
+    _preload.extend(module for module in modules if module not in _preload)
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(_preload)
+    return context
+
+
 def run_distributed(function: Callable[..., Any], size: int, *args: Any, timeout_s: float = 300.0) -> list[Any]:
     """[function(world, *args) of rank 0, rank 1, ...], each rank a process of its own with one torch thread.
 
     function must be importable (module level) and its result picklable. Raises RuntimeError with the first failing
     rank's traceback; the other ranks are then killed.
     """
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = fork_server(*PRELOAD)
     results: Any = context.Queue()
     port = free_port()
     ranks = [context.Process(target=_rank, args=(function, r, size, port, args, results)) for r in range(size)]

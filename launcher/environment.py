@@ -13,19 +13,9 @@ def prepare_environment(device: str) -> None:
     """
     import torch
 
-    avoid_tbb_on_one_core()
     if device == "cpu" or not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         use_whole_vectors()
-
-
-def avoid_tbb_on_one_core() -> None:
-    """With one core for this process, numba prefers its other threading layers to TBB: once FFCV's writer has forked,
-    TBB waits for ever at exit, for a task that it gave to a second thread. A layer that the user has set stays."""
-    from numba import config
-
-    if len(os.sched_getaffinity(0)) == 1:
-        vars(config)["THREADING_LAYER_PRIORITY"].sort(key="tbb".__eq__)
 
 
 def use_whole_vectors() -> None:

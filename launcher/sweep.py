@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import multiprocessing
 import os
 import statistics
 import sys
@@ -18,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ghostmask.engine.errors import InputError, RunStopped, bad_value
-from ghostmask.engine.spawn import PRELOAD
+from ghostmask.engine.spawn import PRELOAD, fork_server
 from ghostmask.launcher.checks import check_config
 from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.environment import prepare_environment
@@ -120,9 +119,7 @@ def _exit_code(command: list[str]) -> int:
 
     It is forked from a server that has imported torch and DeepSpeed once.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    process = context.Process(target=_run, args=(command,))
+    process = fork_server(*PRELOAD).Process(target=_run, args=(command,))
     process.start()
     try:
         process.join()

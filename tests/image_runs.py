@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +41,7 @@ class Runs:
         return [command, str(self.folder / "empty.yaml"), *kept, *more]
 
     def prepare(self) -> None:
-        """In a process of its own: the writer's workers are forked, and this process has many threads."""
-        subprocess.run([sys.executable, "-m", "ghostmask", *self.arguments("prepare")], check=True, timeout=120)
+        assert self.call("prepare") == 0
 
     def call(self, command: str, run: str = "run", *more: str) -> int:
         return main(self.arguments(command, run, *more))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing as mp
+import contextlib
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -63,31 +65,44 @@ def test_a_changed_source_is_written_again_and_an_absent_one_keeps_the_files(tmp
     assert open_dataset(config, 0, single(), Parts()).num_classes == 2
 
 
-def _prepare_quietly(config: DataConfig) -> None:
-    os.setsid()
-    prepare(config, progress=False)
-
-
 def test_a_killed_writer_leaves_no_beton_and_no_process_and_the_next_one_recovers(tmp_path: Path) -> None:
     config = _config(tmp_path, num_train=400, image_size=256)
-    prepare(_config(tmp_path), progress=False)  # FFCV is imported before the fork
-    writer = mp.get_context("fork").Process(target=_prepare_quietly, args=(config,))
-    writer.start()
+    (tmp_path / "run.yaml").write_text(
+        f"data: {{dataset: synthetic, root: {tmp_path}, num_train: 400, num_eval: 8, image_size: 256}}\n"
+    )
+    before = _shared_memory()
+    command = [sys.executable, "-m", "ghostmask", "prepare", str(tmp_path / "run.yaml")]
+    writer = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
     path = beton_path(tmp_path, "synthetic-n400-e8-c10-s256", "train")
     partial = path.with_name(f".{path.stem}.partial")
     _wait_until(lambda: partial.exists() and partial.stat().st_size > 1 << 23)
-    children = Path(f"/proc/{writer.pid}/task/{writer.pid}/children").read_text().split()
-    assert writer.pid is not None
+    children = [pid for pid in _session(writer.pid) if pid != writer.pid]
     os.kill(writer.pid, signal.SIGKILL)
-    writer.join()
+    writer.wait()
     assert partial.exists(), "killed too late to test anything"
     assert not path.exists()
-    assert children
-    _wait_until(lambda: not any(_runs(int(child)) for child in children))
+    assert len(children) > 1
+    _wait_until(lambda: not any(_runs(child) for child in children))
+    assert not _shared_memory() - before, "what is in shared memory stays until the next start of the machine"
     with pytest.raises(InputError, match=r"there is no .*s256-train\.beton; run `ghostmask prepare CONFIG`"):
         open_dataset(config, 0, single(), Parts())
     assert read_manifest(prepare(config, progress=False)["train"]).num_images == 400
     assert not partial.exists()
+
+
+def _session(leader: int) -> list[int]:
+    """The processes of a session."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            pid, rest = stat.read_text().split(" ", 1)
+            if int(rest.rsplit(")", 1)[1].split()[3]) == leader:
+                found.append(int(pid))
+    return found
+
+
+def _shared_memory() -> set[str]:
+    return set(os.listdir("/dev/shm"))
 
 
 def _wait_until(condition: object, timeout_s: float = 60.0) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import threading
 import warnings
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from ghostmask.engine.checkpoint.files import checkpoints
 from ghostmask.engine.checkpoint.index import from_json
 from ghostmask.engine.checkpoint.store import CheckpointError, CheckpointStore, Piece, PlanError, Saved
 from ghostmask.engine.errors import EXIT_NON_FINITE, RunStopped
-from ghostmask.engine.spawn import PRELOAD, run_distributed
+from ghostmask.engine.spawn import PRELOAD, fork_server, run_distributed
 from ghostmask.engine.world import World, single
 
 CUTS = {1: [0, 101], 2: [0, 1, 101], 3: [0, 37, 37, 101], 4: [0, 0, 64, 100, 101]}
@@ -202,8 +201,7 @@ def leave(folder: Path) -> None:
 
 
 def test_a_process_that_ends_without_close_still_finishes_its_save(tmp_path: Path) -> None:
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = fork_server(*PRELOAD)
     process = context.Process(target=leave, args=(tmp_path,))
     process.start()
     process.join()
@@ -307,7 +305,7 @@ def test_a_value_that_is_not_finite_is_never_saved_and_every_rank_knows(tmp_path
     assert one == two
     code, text, left = one
     assert code == EXIT_NON_FINITE
-    assert text.startswith("s is not finite at step 2: no checkpoint was made of it; go on from the last one")
+    assert text.startswith("s is not finite at step 2: no checkpoint was made of it; start a new run from the last")
     assert left == ["latest", "step-00000001"]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import os
 import random
 import signal
@@ -17,7 +16,7 @@ import torch
 
 from ghostmask.engine.checkpoint.files import checkpoints, read_manifest
 from ghostmask.engine.checkpoint.store import CheckpointError, CheckpointStore, Piece
-from ghostmask.engine.spawn import PRELOAD, run_distributed
+from ghostmask.engine.spawn import PRELOAD, fork_server, run_distributed
 from ghostmask.engine.world import World, single
 
 NUMEL = 3000
@@ -166,8 +165,7 @@ def die_at(folder: Path, step: int, event: int) -> None:
 
 
 def test_a_kill_at_any_operation_of_a_save_leaves_the_old_or_the_new_checkpoint_whole(tmp_path: Path) -> None:
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = fork_server(*PRELOAD)
     outcomes: list[int | None] = []
     for event in range(1, 100):
         folder = tmp_path / str(event)

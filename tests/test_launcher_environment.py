@@ -1,11 +1,9 @@
-"""Do processes that the launcher prepares use the processor's whole vectors, with the same numbers, and do they end?"""
+"""Do processes that the launcher prepares use the processor's whole vectors, with the same numbers?"""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from llvmlite import binding
@@ -39,12 +37,3 @@ def test_kernels_take_whole_avx512_registers_and_give_the_same_bits() -> None:
     prepared, plain = lines("prepared"), lines("plain")
     assert prepared[0] == plain[0]
     assert prepared[1] == "True"
-
-
-def test_a_process_with_one_core_writes_its_images_and_ends(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ghostmask", "prepare", "digits_tost", f"data.root={tmp_path}"]
-    core = {min(os.sched_getaffinity(0))}
-    done = subprocess.run(
-        command, capture_output=True, timeout=120, check=True, preexec_fn=lambda: os.sched_setaffinity(0, core)
-    )
-    assert done.stdout.count(b".beton") == 2

@@ -170,7 +170,12 @@ def test_no_file_is_waited_for_unpacked_without_end_or_executed(tmp_path: Path) 
     ):
         for entry in archive.infolist():
             bomb.writestr(entry.filename, archive.read(entry) + bytes(10**7 if "data/" in entry.filename else 0))
-    reasons = {"pipe": "is a pipe or device, not a file", "zero": "is a pipe or device, not a file", "empty": "is empty", "bomb": "that unpacks to"}
+    reasons = {
+        "pipe": "is a pipe or device, not a file",
+        "zero": "is a pipe or device, not a file",
+        "empty": "is empty",
+        "bomb": "that unpacks to",
+    }
     for name, reason in reasons.items():
         with pytest.raises(InputError, match=reason):
             load_trained(network(), str(tmp_path / f"{name}.pt"))
