@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from multiprocessing import connection, parent_process
+from multiprocessing import connection, parent_process, set_start_method
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ def died(exit_code: int | None) -> str:
 def _answer(there: connection.Connection, job: dict[str, Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends this process
     signal.signal(signal.SIGTERM, _leave)
+    set_start_method("fork", force=True)  # the locks of FFCV's allocator are made for the default way to start
     from ghostmask.data_pipelines.writer import write
 
     content, error = "", None

@@ -192,6 +192,14 @@ def owner_of(folder: Path) -> Owner | None:
     return None
 
 
+def newest_owner(folder: Path) -> Owner | None:
+    """Who owns the folder, or owned it last, without taking it; None where nobody did."""
+    try:
+        return _newest(folder)[1]
+    except OSError:
+        return None
+
+
 def _await_silence(folder: Path, generation: int, owner: Owner, say: Callable[[str], None]) -> None:
     """Return when the owner is gone, was silent for its time, or is not the newest any more. Raises InputError."""
     file, silence_s = folder / FOLDER / _name(generation), owner.silence_s

@@ -25,7 +25,7 @@ class Progress:
     def __init__(self, world: World, total_steps: int, stream: TextIO | None = None) -> None:
         """stream: standard error by default; a terminal gets the bar."""
         self._stream = (stream or sys.stderr) if world.is_main else None
-        self._total = total_steps
+        self.total_steps = total_steps
         self._bar: Any = None
         self._first: tuple[int, float] | None = None
 
@@ -37,7 +37,7 @@ class Progress:
             self._update_bar(step, fields)
             return
         left = self._time_left(step)
-        texts = [f"step {step}/{self._total}", *_texts(fields), *([f"{left} left"] if left else [])]
+        texts = [f"step {step}/{self.total_steps}", *_texts(fields), *([f"{left} left"] if left else [])]
         self._print(" ".join(texts))
 
     def message(self, text: str) -> None:
@@ -60,7 +60,7 @@ class Progress:
             # Time left stands before the fields: a narrow terminal cuts off the end of the line.
             layout = "{desc}|{bar:10}|{percentage:4.0f}% {remaining} left{postfix}"
             self._bar = tqdm(
-                total=self._total,
+                total=self.total_steps,
                 initial=step,
                 file=self._stream,
                 bar_format=layout,
@@ -84,7 +84,7 @@ class Progress:
             self._first = self._first or (step, now)
             return ""
         first_step, first_time = self._first
-        return str(timedelta(seconds=round((now - first_time) / (step - first_step) * max(0, self._total - step))))
+        return str(timedelta(seconds=round((now - first_time) / (step - first_step) * max(0, self.total_steps - step))))
 
     def _print(self, line: str) -> None:
         # A closed terminal or a full log disk must not end a run of days.

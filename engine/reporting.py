@@ -71,7 +71,10 @@ class Reporter:
         for hook in trainer.task.hooks:
             values.update(_numbers(hook.scalars(trainer)))
         epoch = (position.step - 1) // position.steps_per_epoch
-        self.writer.scalars(position.step, values, phase=position.phase, epoch=epoch, samples=position.samples)
+        self.writer.scalars(
+            position.step, values, phase=position.phase, epoch=epoch, samples=position.samples,
+            total_steps=self.progress.total_steps,
+        )  # fmt: skip
         self.progress.update(position.step, _line(trainer, epoch, values))
         self._loss, self._accuracy, self._steps = 0.0, 0.0, 0
         self.restart_clock()

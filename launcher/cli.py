@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 from ghostmask.benchmarks.registry import BENCHMARKS
 from ghostmask.engine.config import DEVICES
@@ -14,11 +16,14 @@ from ghostmask.engine.errors import InputError, bad_value
 from ghostmask.engine.launch import read_launch
 from ghostmask.launcher import locate, settings, show
 from ghostmask.launcher.checks import check_config, check_finder
+from ghostmask.launcher.cluster.options import CLUSTERS, ClusterOptions, read_options, typed
 from ghostmask.launcher.environment import prepare_environment
 from ghostmask.launcher.examples import EXAMPLES
 from ghostmask.launcher.folder import read_run, resumed
+from ghostmask.launcher.grid import combinations, run_name
 from ghostmask.launcher.process import open_standard_streams, require_working_directory
 from ghostmask.launcher.source import find_source
+from ghostmask.launcher.values import as_text
 
 CONFIG_HELP = "YAML file, or the name of a shipped config (ghostmask show configs)"
 SETTINGS_HELP = "settings that go before the file's, such as mask.density=0.05 optim.milestones=[90,135]"
@@ -96,6 +101,21 @@ def build_parser() -> argparse.ArgumentParser:
     _add_ranks(find)
     prepare = _add(commands, "prepare", "download a config's dataset and write its .beton files", _prepare)
     _add_settings(prepare)
+    _add_submit(_add(commands, "submit", "train on a cluster: hand one run or a sweep to Slurm", _submit))
+    status = _add(commands, "status", "print how runs stand: queued, running, failed and why, time left", _status)
+    status.add_argument(
+        "runs", metavar="RUN", nargs="*", help=f"{RUN_HELP}, or a sweep's folder (default: all in runs/)"
+    )
+    status.add_argument("--json", action="store_true", help="print JSON objects instead of a table")
+    cancel = _add(commands, "cancel", "end the jobs of runs for good; what was saved stays", _cancel)
+    cancel.add_argument("runs", metavar="RUN", nargs="+", help=RUN_HELP)
+    logs = _add(commands, "logs", "print what a rank of a run's job has printed", _logs)
+    logs.add_argument("run", metavar="RUN", help=RUN_HELP)
+    logs.add_argument("--rank", metavar="R", type=_number, default=0, help="which rank (default: 0)")
+    logs.add_argument("--follow", action="store_true", help="go on until the run ends")
+    table = _add(commands, "table", "print mean and spread of runs that differ by their seeds", _table)
+    table.add_argument("runs", metavar="RUN", nargs="+", help=f"{RUN_HELP}, or the folder of several")
+    table.add_argument("--csv", metavar="FILE", type=_path("--csv"), help="also write the table to FILE")
     _add_bench(_add(commands, "bench", "time one part of the system against textbook code", _bench))
     _add_sweep(_add(commands, "sweep", "train several settings over several seeds and print a table", _sweep))
     _add_tost_table(_add(commands, "tost-table", "train masks without and with ToST and print a table", _tost_table))
@@ -139,6 +159,30 @@ def _add_ranks(parser: _Parser) -> None:
         "start N ranks on this machine, one per GPU where there are GPUs (default: 1, or what torchrun or srun set)"
     )
     parser.add_argument("--ranks", metavar="N", type=_count, default=1, help=several)
+
+
+def _add_submit(parser: _Parser) -> None:
+    _add_settings(parser)
+    several = "runs with every combination of these values, as one job array: mask.density=0.1,0.05 seed=0,1,2"
+    parser.add_argument("--sweep", metavar="KEY=A,B,...", nargs="+", default=[], help=several)
+    parser.add_argument("--parallel", metavar="N", type=_count, default=0, help="of a sweep's jobs at a time (all)")
+    parser.add_argument(
+        "--chain",
+        metavar="N",
+        type=_count,
+        default=1,
+        help="N jobs, one after the other, where none may requeue itself",
+    )
+    parser.add_argument("--cluster", choices=CLUSTERS, default="slurm", help="slurm, this machine, or this process")
+    parser.add_argument("--dry-run", action="store_true", help="print the script and the configuration only")
+    parser.add_argument("--from", dest="source", metavar="RUN[@STEP]", help="as of ghostmask train")
+    parser.add_argument("--new-data", action="store_true", help="as of ghostmask train")
+    hints, docs = get_type_hints(ClusterOptions), settings.field_docs(ClusterOptions)
+    for option in fields(ClusterOptions):
+        flag, kind = f"--{option.name.replace('_', '-')}", hints[option.name]
+        listed: dict[str, Any] = {} if kind in (int, str) else {"action": "append"}
+        shown = f"{docs[option.name]} ({as_text(option.default)})"
+        parser.add_argument(flag, metavar=option.name.upper(), help=shown.replace("%", "%%"), **listed)
 
 
 def _add_bench(parser: _Parser) -> None:
@@ -257,6 +301,54 @@ def _prepare(arguments: Namespace) -> int:
     return _print("\n".join(f"{split}: {path}" for split, path in prepare(config.data).items()))
 
 
+def _submit(arguments: Namespace) -> int:
+    _refuse_ranks("submit")
+    options = read_options(typed(vars(arguments)))
+    configs = [settings.load_config(arguments.config, arguments.overrides)]
+    if arguments.sweep:
+        group = settings.run_folder(configs[0])
+        configs = [
+            settings.load_config(
+                arguments.config, [*_unset(arguments.overrides, "run"), *chosen, f"run={group / run_name(chosen)}"]
+            )
+            for chosen in combinations("--sweep", arguments.sweep)
+        ]
+    flags = [*(["--from", str(find_source(arguments.source))] if arguments.source else [])]
+    flags += ["--new-data"] if arguments.new_data else []
+    _check_network(configs[0].model.name)
+    from ghostmask.launcher.cluster.submit import submit
+
+    return submit(
+        configs, options, cluster=arguments.cluster, flags=flags, chain=arguments.chain, parallel=arguments.parallel,
+        dry_run=arguments.dry_run, command=sys.argv[1:],
+    )  # fmt: skip
+
+
+def _status(arguments: Namespace) -> int:
+    from ghostmask.launcher.cluster.status import status
+
+    return status(arguments.runs, as_json=arguments.json)
+
+
+def _cancel(arguments: Namespace) -> int:
+    from ghostmask.launcher.cluster.status import cancel
+
+    return cancel(arguments.runs)
+
+
+def _logs(arguments: Namespace) -> int:
+    from ghostmask.launcher.cluster.status import logs
+
+    return logs(arguments.run, rank=arguments.rank, follow=arguments.follow)
+
+
+def _table(arguments: Namespace) -> int:
+    from ghostmask.launcher.cluster.status import known_runs
+    from ghostmask.launcher.table import table
+
+    return table(known_runs(arguments.runs), arguments.csv)
+
+
 def _bench(arguments: Namespace) -> int:
     _refuse_ranks("bench")
     if arguments.strict and arguments.quick:
@@ -315,6 +407,15 @@ def _count(text: str) -> int:
     if not text.isdecimal() or len(text) > 5 or not 1 <= int(text) <= 10_000:
         raise argparse.ArgumentTypeError(f"{text!r}: give a whole number of at least 1, at most 10000")
     return int(text)
+
+
+def _number(text: str) -> int:
+    """A command-line number of at least 0."""
+    return 0 if text == "0" else _count(text)
+
+
+def _unset(overrides: Sequence[str], key: str) -> list[str]:
+    return [text for text in overrides if text.partition("=")[0] != key]
 
 
 def _output(asked: Path | None, usual: Path) -> Path:

@@ -28,6 +28,9 @@ WRITTEN = {
 }
 """Folder -> what a run writes into it, and so what --restart removes; the folder too, where nothing else is in it."""
 
+OTHERS = (".lease", "job", "job.json", "code")
+"""In a run folder, but of its owner and its jobs: --restart leaves them alone."""
+
 
 @dataclass(frozen=True)
 class Record:
@@ -89,7 +92,7 @@ def remove_written(folder: Path) -> list[str]:
             _remove(path)
         if name != "." and place.is_dir() and not place.is_symlink() and not any(place.iterdir()):
             place.rmdir()
-    return sorted(path.name for path in folder.iterdir() if path.name != ".lease")
+    return sorted(path.name for path in folder.iterdir() if path.name not in OTHERS)
 
 
 def versions() -> dict[str, str]:

@@ -91,6 +91,11 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
     ]
 
 
+def flat(config: RunConfig) -> dict[str, Any]:
+    """Every setting by its dotted key."""
+    return {name: value for name, (value, _) in _leaves(config)}
+
+
 def run_folder(config: RunConfig) -> Path:
     """The folder of the run: runs/NAME, or `run` itself where it has a slash. Raises InputError where that is no place
     for a run's files (launcher.locate)."""

@@ -9,19 +9,20 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import statistics
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ghostmask.engine.errors import InputError, RunStopped, bad_value
+from ghostmask.engine.errors import InputError, RunStopped
 from ghostmask.engine.spawn import PRELOAD, fork_server
 from ghostmask.launcher.checks import check_config
 from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.environment import prepare_environment
+from ghostmask.launcher.grid import combinations
 from ghostmask.launcher.settings import differences, from_dict, load_config
+from ghostmask.launcher.table import markdown, spread
 
 
 def sweep(arguments: Sequence[str], *, vary: Sequence[str], seeds: int, folder: Path) -> int:
@@ -35,9 +36,8 @@ def sweep(arguments: Sequence[str], *, vary: Sequence[str], seeds: int, folder: 
     if not configs:
         raise InputError("ghostmask sweep: name at least one CONFIG, such as digits_probmask")
     settings = [text for text in arguments if "=" in text]
-    varied = [_values(text) for text in vary]
     plans: dict[tuple[str, ...], list[PlannedRun]] = {}
-    for config, *chosen in itertools.product(configs, *varied):
+    for config, chosen in itertools.product(configs, combinations("--vary", vary)):
         name = "-".join([Path(config).stem, *(text.partition("=")[2] for text in chosen)])
         plans[config, *chosen] = [
             planned(config, [*settings, *chosen, f"seed={seed}", f"run={os.path.join(folder, f'{name}-seed{seed}')}"])
@@ -48,7 +48,7 @@ def sweep(arguments: Sequence[str], *, vary: Sequence[str], seeds: int, folder: 
         scores = [trained(run) for run in runs]
         rows.append([config, *(text.partition("=")[2] for text in chosen), spread(scores)])
         print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
-    print(table(["config", *(text.partition("=")[0] for text in vary), f"test accuracy, {seeds} seeds"], rows))
+    print(markdown(["config", *(text.partition("=")[0] for text in vary), f"test accuracy, {seeds} seeds"], rows))
     return 0
 
 
@@ -100,20 +100,6 @@ def accuracy(config: RunConfig) -> float | None:
     return 100 * float(found["accuracy"])
 
 
-def spread(scores: Sequence[float]) -> str:
-    """Mean and, of several, sample standard deviation, such as "98.61 +- 0.28"; "-" of none."""
-    if not scores:
-        return "-"
-    mean = f"{statistics.mean(scores):.2f}"
-    return f"{mean} +- {statistics.stdev(scores):.2f}" if len(scores) > 1 else mean
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def _exit_code(command: list[str]) -> int:
     """Of a `ghostmask` command in a process of its own: DeepSpeed keeps the process group of a process's first run.
 
@@ -136,11 +122,3 @@ def _run(command: list[str]) -> None:
 
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
         sys.exit(main(command))
-
-
-def _values(text: str) -> list[str]:
-    """["key=a", "key=b"] of "key=a,b"."""
-    key, equals, values = text.partition("=")
-    if not equals or not all(values.split(",")):
-        raise bad_value("--vary", text, "give a setting and its values, such as mask.density=0.1,0.05")
-    return [f"{key}={value}" for value in values.split(",")]

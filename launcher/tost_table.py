@@ -16,7 +16,8 @@ from pathlib import Path
 from ghostmask.engine.errors import unknown_name
 from ghostmask.launcher.checks import READ_BY_TWEAK
 from ghostmask.launcher.settings import load_config
-from ghostmask.launcher.sweep import PlannedRun, accuracy, planned, spread, trained
+from ghostmask.launcher.sweep import PlannedRun, accuracy, planned, trained
+from ghostmask.launcher.table import markdown, spread
 from ghostmask.launcher.values import as_text
 
 TRAINED = {"magnitude": ["finetune.epochs=0"], "lth": ["mask.round_fraction=0.5"]}
@@ -62,7 +63,7 @@ def table(
     Mean +- sample standard deviation, and that of the differences seed by seed to the run without ToST.
     """
     columns = ["mask", "density", "without ToST", *(f"{tweak}, difference" for tweak in tweaks), "seeds"]
-    lines = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
+    rows_: list[list[str]] = []
     for mask, density in itertools.product(masks, densities):
         rows = [[scores[seed, density, mask, tweak] for tweak in (WITHOUT, *tweaks)] for seed in range(seeds)]
         whole = [[score for score in row if score is not None] for row in rows if None not in row]
@@ -70,8 +71,8 @@ def table(
         for column in range(1, len(tweaks) + 1):
             differences = spread([row[column] - row[0] for row in whole])
             cells.append(f"{spread([row[column] for row in whole])}, {differences}")
-        lines.append(f"| {mask} | {density} | {' | '.join(cells)} | {len(whole)} |")
-    return "\n".join(lines)
+        rows_.append([mask, density, *cells, str(len(whole))])
+    return markdown(columns, rows_)
 
 
 def _run(name: str, settings: Sequence[str], folder: Path, cell: Cell) -> PlannedRun:

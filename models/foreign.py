@@ -115,10 +115,11 @@ def _own_function(name: str) -> Callable[..., object]:
 
 
 def _imported(name: str, module_name: str) -> ModuleType:
-    # As `python -m` has it; the command `ghostmask` by itself does not look in the working directory.
+    # As `python -m` has it; the command `ghostmask` by itself does not look in the working directory. A job on a
+    # cluster, which has a copy of the module on its path, looks there last (PYTHONSAFEPATH).
     here = os.getcwd()
     if not {"", here} & {*sys.path}:
-        sys.path.insert(0, here)
+        sys.path.insert(len(sys.path) if sys.flags.safe_path else 0, here)
     try:
         return importlib.import_module(module_name)
     except ModuleNotFoundError as error:

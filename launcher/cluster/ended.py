@@ -1,0 +1,90 @@
+"""The last line of a job's script: its ranks have ended, with this code; is the job started again?
+
+    python -m ghostmask.launcher.cluster.ended FOLDER CODE
+
+Decided here and not by submitit, whose decision falls in a signal handler of rank 0, which may be waiting in a
+collective, or gone. It runs on the job's first machine, which no rank's failure ends; where that machine itself is
+lost, Slurm starts the job again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ghostmask.engine.errors import EXIT_HUNG, EXIT_INTERRUPTED, EXIT_LOST, say
+from ghostmask.launcher.cluster import slurm
+from ghostmask.launcher.cluster.job import MARK
+from ghostmask.launcher.cluster.record import add_attempt, attempts, job_id, read_job
+
+AGAIN = (EXIT_INTERRUPTED, EXIT_LOST, EXIT_HUNG)
+"""Codes after which the same command goes on."""
+FUTILE = 3
+"""Attempts in a row that ended, for whatever reason, without a new checkpoint: another one would do so too."""
+LAST_LINES, LINE = 20, 400
+"""Of what a failed rank said, and how long a line of it may be."""
+RUNS = "runs.json"
+"""In submitit's folder: the run folder of each of an array's jobs, in order."""
+
+
+def ended(run: Path, code: int) -> int:
+    """Write the attempt's end down and queue the job again where that makes sense; returns the job's exit code."""
+    if code > 128:  # a task that a signal has ended: out of memory, or Slurm
+        code = EXIT_LOST
+    step = newest_step(run)
+    again = code in AGAIN and not _is_over()
+    before = [a for a in attempts(run) if a.get("event") == "end"][-(FUTILE - 1) :]
+    futile = again and len(before) == FUTILE - 1 and all(a.get("step") == step and a.get("again") for a in before)
+    why = "" if code == 0 else last_words(run)
+    if futile:
+        again = False
+        say(
+            f"{FUTILE} attempts in a row ended at step {step} without a new checkpoint: not started again; "
+            "save more often (checkpoint.every_minutes), ask for more time, or look at the log"
+        )
+    add_attempt(run, event="end", code=code, step=step, again=again, futile=futile, said=why)
+    if again and (refused := slurm.requeue(job_id())):
+        say(f"the job could not be queued again ({refused}); submit the run again, it goes on at step {step}")
+    return code
+
+
+def newest_step(run: Path) -> int:
+    """The step of the newest checkpoint by its name; -1 where there is none."""
+    names = [path.name.partition("-")[2].partition(".")[0] for path in (run / "checkpoints").glob("step-*")]
+    return max((int(name) for name in names if name.isdecimal()), default=-1)
+
+
+def last_words(run: Path) -> str:
+    """Why the attempt failed: what the rank that speaks for all of them said last, with its traceback."""
+    record = read_job(run)
+    said: list[list[str]] = []
+    for log in record.logs() if record else ():
+        lines = log.read_text(errors="replace").rpartition(MARK)[2].splitlines()[1:]
+        starts = [i for i, line in enumerate(lines) if line.startswith("ghostmask: ") and ": warning" not in line]
+        if starts:
+            said.append([line[:LINE] for line in lines[starts[-1] :]])
+    if not said:
+        return ""
+    words = max(said, key=len)  # a traceback before the lines of those who lost a peer
+    return "\n".join([*words[:1], *words[1:][-LAST_LINES:]])
+
+
+def _is_over() -> bool:
+    """Whether the job was cancelled: its ranks end as after any other signal."""
+    found = slurm.ask([job_id()]).get(job_id())
+    return found is not None and found.state == "CANCELLED"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """See above; a job that is one of an array finds its run by its number."""
+    folder, code = Path(arguments[0]), int(arguments[1])
+    runs: list[Any] = json.loads((folder / RUNS).read_text())
+    return ended(Path(runs[int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))]), code)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
