@@ -36,6 +36,23 @@ methods: magnitude (with mask.path), random, snip, grasp, synflow, mlprune, file
     "prepare": """examples:
   ghostmask prepare cifar10_resnet32_probmask                   downloads CIFAR-10, writes data/beton/
   ghostmask prepare imagenet_resnet50_probmask data.root=/data/imagenet""",
+    "submit": """examples:
+  ghostmask submit imagenet_resnet50_probmask --nodes 4 --gpus-per-node 8 --partition gpu --time 12:00:00
+  ghostmask submit digits_probmask run=here --cluster local --tasks-per-node 2
+  ghostmask submit cifar10_resnet32_probmask run=sweep --sweep mask.density=0.1,0.05,0.02 seed=0,1,2
+
+A site's defaults: ~/.config/ghostmask/cluster.yaml, or the file that $GHOSTMASK_CLUSTER names; docs/cluster.md.""",
+    "status": """examples:
+  ghostmask status                                              all runs in runs/
+  ghostmask status first /scratch/me/sweep --json""",
+    "cancel": """examples:
+  ghostmask cancel first""",
+    "logs": """examples:
+  ghostmask logs first --follow                                 of rank 0
+  ghostmask logs first --rank 3""",
+    "table": """examples:
+  ghostmask table sweep --csv sweep.csv                         the runs in runs/sweep/
+  ghostmask table first second""",
     "bench": """examples:
   ghostmask bench mask                                          the mask operator against textbook code
   ghostmask bench step --json step.json

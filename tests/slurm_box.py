@@ -24,9 +24,15 @@ WAIT_S = 150.0
 class Box:
     """The running cluster: nodes node1 to node3 of 8 cores and 8 GPUs each."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, net: str) -> None:
         self.folder, self.data = folder, folder.with_name("data")
-        self.env = {"BOX": str(folder), "NET": "ns", "NODES": "3", "SLURM_CONF": str(folder / "etc" / "slurm.conf")}
+        self.env = {
+            "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
+            "BOX": str(folder),
+            "NET": net,
+            "NODES": "3",
+            "SLURM_CONF": str(folder / "etc" / "slurm.conf"),
+        }
 
     def do(self, *words: str) -> None:
         """A command of box.sh."""
@@ -45,8 +51,8 @@ class Box:
         ).stdout
 
 
-def started_box(folder: Path) -> Iterator[Box]:
-    """The body of a fixture: a box, which is always stopped."""
+def started_box(folder: Path, net: str = "lo") -> Iterator[Box]:
+    """The body of a fixture: a box, which is always stopped. net: "ns" where a node is to be cut off its network."""
     missing = [name for name in NEEDED if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None]
     reason = f"no Slurm here ({', '.join(missing)} missing; see .ci/slurm.sh)" if missing else ""
     if not reason and os.geteuid() != 0:
@@ -55,7 +61,7 @@ def started_box(folder: Path) -> Iterator[Box]:
         pytest.fail(reason)
     if reason:
         pytest.skip(reason)
-    box = Box(folder / "box")
+    box = Box(folder / "box", net)
     try:
         box.do("start")
         yield box

@@ -36,6 +36,16 @@ COMMAND_LINE = {
     "ghostmask hessian": ["RUN", "-h --help", "--out", "--top", "--batches"],
     "ghostmask find-mask": ["CONFIG", "[key=value ...]", "-h --help", "--out", "--ranks"],
     "ghostmask prepare": ["CONFIG", "[key=value ...]", "-h --help"],
+    "ghostmask submit": [
+        "CONFIG", "[key=value ...]", "-h --help", "--sweep", "--parallel", "--chain", "--cluster", "--dry-run",
+        "--from", "--new-data", "--nodes", "--gpus-per-node", "--tasks-per-node", "--cpus-per-task", "--mem-gb", "--time",
+        "--signal-s", "--partition", "--account", "--qos", "--constraint", "--exclude", "--comment", "--interface",
+        "--setup", "--sbatch", "--srun",
+    ],
+    "ghostmask status": ["[RUN ...]", "-h --help", "--json"],
+    "ghostmask cancel": ["[RUN ...]", "-h --help"],
+    "ghostmask logs": ["RUN", "-h --help", "--rank", "--follow"],
+    "ghostmask table": ["[RUN ...]", "-h --help", "--csv"],
     "ghostmask bench": ["BENCHMARK", "-h --help", "--json", "--device", "--quick", "--strict"],
     "ghostmask sweep": ["[CONFIG or key=value ...]", "-h --help", "--vary", "--seeds", "--folder"],
     "ghostmask tost-table": [

@@ -27,8 +27,8 @@ class Net(nn.Module):
             raise ValueError("this network gives up")
         return self.body(images)
 
-def build(classes, image_shape):
-    return Net(classes)
+def build(num_classes):
+    return Net(num_classes)
 """
 
 
@@ -127,7 +127,8 @@ def test_the_script_is_printed_and_what_is_wrong_is_one_line(cluster: Cluster) -
     assert "error: nodes = 0: give a whole number from 1 to " in refused("--nodes", "0")
     assert "time = 'soon'" in refused("--time", "soon")
     assert "1, 2, 4" in refused("--nodes", "3")
-    assert "sbatch refused the job" in refused("--partition", "nowhere")
+    said = cluster.call("submit", "plain.yaml", *cluster.settings(), "--partition", "nowhere", code=2)
+    assert "error: --cluster slurm: sbatch refused the job: " in said.splitlines()[-1]
     cluster.env["GHOSTMASK_CLUSTER"] = str(cluster.folder / "no.yaml")
     assert "there is no such file" in refused()
     (cluster.folder / "no.yaml").write_text("gpus: 3\n")

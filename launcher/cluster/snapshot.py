@@ -5,23 +5,25 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import site
+import sys
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 
-import ghostmask
 from ghostmask.engine.errors import InputError
 
 
-def take_snapshot(folder: Path, model: str) -> None:
-    """Copy ghostmask, and the module of a model of the user's own ("package.module:function"), into `folder`, in whose
-    place it then stands as a whole. Raises InputError where it cannot be written."""
+def take_snapshot(folder: Path, models: Iterable[str]) -> None:
+    """Copy ghostmask, and the modules of models of the user's own ("package.module:function"), into `folder`, in whose
+    place they then stand as a whole. Raises InputError where it cannot be written."""
     new = folder.with_name(f".{folder.name}-new")
     try:
         shutil.rmtree(new, ignore_errors=True)
-        package = Path(ghostmask.__file__).parent
+        package = Path(sys.modules[__name__.partition(".")[0]].__file__ or "").parent
         shutil.copytree(package, new / package.name, ignore=_left_out)
-        if ":" in model:
-            _copy_module(model.partition(":")[0].partition(".")[0], new)
+        for model in models:
+            if ":" in model:
+                _copy_module(model.partition(":")[0].partition(".")[0], new)
         shutil.rmtree(folder, ignore_errors=True)
         new.rename(folder)
     except (OSError, shutil.Error) as error:

@@ -58,8 +58,9 @@ def submit(
             print(_script(executor, len(runs)))
         print("\n".join(f"# {run / 'job' / 'config.yaml'}\n{to_yaml(c)}" for run, c in zip(runs, configs, strict=True)))
         return 0
-    take_snapshot(code, configs[0].model.name)
+    take_snapshot(code, {config.model.name for config in configs})
     tasks = [_task(config, run, options, cluster, flags) for config, run in zip(configs, runs, strict=True)]
+    jobs.mkdir(parents=True, exist_ok=True)
     with replacing(jobs / RUNS) as writing:
         writing.write_text(json.dumps([str(run) for run in runs]))
     if cluster == "debug":
