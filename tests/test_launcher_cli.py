@@ -38,8 +38,8 @@ COMMAND_LINE = {
     "ghostmask prepare": ["CONFIG", "[key=value ...]", "-h --help"],
     "ghostmask submit": [
         "CONFIG", "[key=value ...]", "-h --help", "--sweep", "--parallel", "--chain", "--cluster", "--dry-run",
-        "--from", "--new-data", "--nodes", "--gpus-per-node", "--tasks-per-node", "--cpus-per-task", "--mem-gb", "--time",
-        "--signal-s", "--partition", "--account", "--qos", "--constraint", "--exclude", "--comment", "--interface",
+        "--from", "--new-data", "--nodes", "--gpus-per-node", "--tasks-per-node", "--cpus-per-task", "--mem-gb",
+        "--time", "--signal-s", "--partition", "--account", "--qos", "--constraint", "--exclude", "--comment", "--interface",
         "--setup", "--sbatch", "--srun",
     ],
     "ghostmask status": ["[RUN ...]", "-h --help", "--json"],
