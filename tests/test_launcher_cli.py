@@ -39,8 +39,8 @@ COMMAND_LINE = {
     "ghostmask submit": [
         "CONFIG", "[key=value ...]", "-h --help", "--sweep", "--parallel", "--chain", "--cluster", "--dry-run",
         "--from", "--new-data", "--nodes", "--gpus-per-node", "--tasks-per-node", "--cpus-per-task", "--mem-gb",
-        "--time", "--signal-s", "--partition", "--account", "--qos", "--constraint", "--exclude", "--comment", "--interface",
-        "--setup", "--sbatch", "--srun",
+        "--time", "--signal-s", "--partition", "--account", "--qos", "--constraint", "--exclude", "--comment",
+        "--interface", "--setup", "--sbatch", "--srun",
     ],
     "ghostmask status": ["[RUN ...]", "-h --help", "--json"],
     "ghostmask cancel": ["[RUN ...]", "-h --help"],
