@@ -38,9 +38,9 @@ COMMAND_LINE = {
     "ghostmask prepare": ["CONFIG", "[key=value ...]", "-h --help"],
     "ghostmask submit": [
         "CONFIG", "[key=value ...]", "-h --help", "--sweep", "--parallel", "--chain", "--cluster", "--dry-run",
-        "--from", "--new-data", "--nodes", "--gpus-per-node", "--tasks-per-node", "--cpus-per-task", "--mem-gb",
-        "--time", "--signal-s", "--partition", "--account", "--qos", "--constraint", "--exclude", "--comment",
-        "--interface", "--setup", "--sbatch", "--srun",
+        "--from", "--new-data", "--nodes", "--min-nodes", "--gpus-per-node", "--tasks-per-node", "--cpus-per-task",
+        "--mem-gb", "--time", "--signal-s", "--partition", "--account", "--qos", "--constraint", "--exclude",
+        "--comment", "--interface", "--setup", "--sbatch", "--srun",
     ],
     "ghostmask status": ["[RUN ...]", "-h --help", "--json"],
     "ghostmask cancel": ["[RUN ...]", "-h --help"],

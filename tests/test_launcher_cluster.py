@@ -123,6 +123,10 @@ def test_the_script_is_printed_and_what_is_wrong_is_one_line(cluster: Cluster) -
         assert line in said.splitlines()
     assert re.search(r"^srun .*--cpus-per-task=6", said, re.M)
     assert "  density: 0.05" in said
+    fewer = ("--nodes", "3", "--min-nodes", "1")
+    twelve = cluster.settings("train.replicas=12", "data.batch_size=60")
+    assert "#SBATCH --nodes=1-3" in cluster.call("submit", "plain.yaml", *twelve, *fewer, "--dry-run").splitlines()
+    assert "1, 2, 4" in refused(*fewer)
     assert not (cluster.folder / "runs").exists(), "nothing was written"
     assert "error: nodes = 0: give a whole number from 1 to " in refused("--nodes", "0")
     assert "time = 'soon'" in refused("--time", "soon")

@@ -28,6 +28,8 @@ class ClusterOptions:
 
     nodes: int = 1
     """Machines."""
+    min_nodes: int = 0
+    """Start, or go on, on as few machines where no more are free; 0 = on all or none. Needs train.replicas."""
     gpus_per_node: int = 0
     """GPUs on each of them; one rank each."""
     tasks_per_node: int = 0
@@ -67,6 +69,8 @@ class ClusterOptions:
             if not low <= value <= LARGEST:
                 raise bad_value(name, value, f"give a whole number from {low} to {LARGEST}")
         seconds(self.time)
+        if self.min_nodes > self.nodes:
+            raise bad_value("min_nodes", self.min_nodes, f"is more than nodes = {self.nodes}; give less")
         if self.signal_s >= seconds(self.time):
             raise bad_value("signal_s", self.signal_s, f"is not below the time limit, {self.time}; give less")
         for text in self.sbatch:
@@ -79,12 +83,20 @@ class ClusterOptions:
         return self.tasks_per_node or self.gpus_per_node or 1
 
     @property
-    def ranks(self) -> int:
-        """Ranks of the job."""
-        return self.nodes * self.ranks_per_node
+    def ranks(self) -> list[int]:
+        """Ranks that the job may have, from the least."""
+        return [nodes * self.ranks_per_node for nodes in range(self.min_nodes or self.nodes, self.nodes + 1)]
 
 
-LOWEST = {"nodes": 1, "gpus_per_node": 0, "tasks_per_node": 0, "cpus_per_task": 0, "mem_gb": 0, "signal_s": 1}
+LOWEST = {
+    "nodes": 1,
+    "min_nodes": 0,
+    "gpus_per_node": 0,
+    "tasks_per_node": 0,
+    "cpus_per_task": 0,
+    "mem_gb": 0,
+    "signal_s": 1,
+}
 
 
 def read_options(given: Mapping[str, Any]) -> ClusterOptions:

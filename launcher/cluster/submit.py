@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ghostmask.engine.atomic import replacing
-from ghostmask.engine.errors import InputError
+from ghostmask.engine.errors import InputError, bad_value
 from ghostmask.launcher.checks import check_config
 from ghostmask.launcher.cluster import slurm
 from ghostmask.launcher.cluster.ended import RUNS
@@ -71,7 +72,7 @@ def submit(
     ids = _hand_over(executor, tasks, chain)
     for number, run in enumerate(runs):
         mine = ids if len(runs) == 1 else [ids[number]]
-        tasks_of = 1 if cluster == "local" else options.ranks
+        tasks_of = 1 if cluster == "local" else options.ranks[-1]
         write_job(run, JobRecord(cluster, mine, str(jobs), time.time(), tasks_of, list(command)))
         print(f"{run_folder(configs[number])}: job {', '.join(mine)}")
     print(f"ghostmask status {run_folder(configs[0])}      ghostmask logs {run_folder(configs[0])} --follow")
@@ -80,7 +81,13 @@ def submit(
 
 def _checked(config: RunConfig, options: ClusterOptions) -> RunConfig:
     config = resumed(config)
-    check_config(config, options.ranks)
+    for ranks in options.ranks:
+        check_config(config, ranks)
+    if len(options.ranks) > 1 and not config.train.replicas:
+        raise bad_value(
+            "train.replicas", 0, f"with min_nodes give a number that all of {options.ranks} ranks divide, such as "
+            f"{math.lcm(*options.ranks)}"
+        )  # fmt: skip
     run = run_folder(config)
     check_folder(run)
     check_writable(run, "run", config.run)
@@ -115,7 +122,7 @@ def _executor(cluster: str, jobs: Path, code: Path, options: ClusterOptions, nam
         "cpus_per_task": options.cpus_per_task or None, "mem_gb": options.mem_gb or None,
         "slurm_setup": _setup(code, options), "slurm_teardown": _teardown(jobs),
         "slurm_srun_args": _srun(options), "slurm_array_parallelism": parallel or None,
-        "slurm_additional_parameters": {"requeue": True, "wckey": "ghostmask", **_sbatch(options)},
+        "slurm_additional_parameters": {"requeue": True, "wckey": "ghostmask", **_nodes(options), **_sbatch(options)},
     }  # fmt: skip
     names = ("partition", "account", "qos", "constraint", "exclude", "comment")
     wanted |= {f"slurm_{name}": getattr(options, name) or None for name in names}
@@ -174,6 +181,10 @@ def _srun(options: ClusterOptions) -> list[str]:
     # Ranks end by themselves when one has failed: they say why first, and finish a save.
     given = ["--open-mode=append", "--kill-on-bad-exit=0", "--wait=0", *options.srun]
     return [*given, f"--cpus-per-task={options.cpus_per_task}"] if options.cpus_per_task else given
+
+
+def _nodes(options: ClusterOptions) -> dict[str, Any]:
+    return {"nodes": f"{options.min_nodes}-{options.nodes}"} if options.min_nodes else {}
 
 
 def _sbatch(options: ClusterOptions) -> dict[str, Any]:
