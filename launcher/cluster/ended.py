@@ -19,7 +19,8 @@ from typing import Any
 from ghostmask.engine.errors import EXIT_HUNG, EXIT_INTERRUPTED, EXIT_LOST, say
 from ghostmask.launcher.cluster import slurm
 from ghostmask.launcher.cluster.job import MARK
-from ghostmask.launcher.cluster.record import add_attempt, attempts, job_id, read_job
+from ghostmask.launcher.cluster.record import add_attempt, attempts, job_id, read_job, restarts
+from ghostmask.launcher.cluster.slurm import SlurmJob
 
 AGAIN = (EXIT_INTERRUPTED, EXIT_LOST, EXIT_HUNG)
 """Codes after which the same command goes on."""
@@ -33,10 +34,14 @@ RUNS = "runs.json"
 
 def ended(run: Path, code: int) -> int:
     """Write the attempt's end down and queue the job again where that makes sense; returns the job's exit code."""
+    known = slurm.ask([job_id()]).get(job_id(), SlurmJob(""))
+    if known.restarts > restarts():
+        say("Slurm has started this job again meanwhile (this machine was cut off): nothing is left to do here")
+        return code
     if code > 128:  # a task that a signal has ended: out of memory, or Slurm
         code = EXIT_LOST
     step = newest_step(run)
-    again = code in AGAIN and not _is_over()
+    again = code in AGAIN and known.state != "CANCELLED"  # whose ranks end as after any other signal
     before = [a for a in attempts(run) if a.get("event") == "end"][-(FUTILE - 1) :]
     futile = again and len(before) == FUTILE - 1 and all(a.get("step") == step and a.get("again") for a in before)
     why = "" if code == 0 else last_words(run)
@@ -71,12 +76,6 @@ def last_words(run: Path) -> str:
         return ""
     words = max(said, key=len)  # a traceback before the lines of those who lost a peer
     return "\n".join([*words[:1], *words[1:][-LAST_LINES:]])
-
-
-def _is_over() -> bool:
-    """Whether the job was cancelled: its ranks end as after any other signal."""
-    found = slurm.ask([job_id()]).get(job_id())
-    return found is not None and found.state == "CANCELLED"
 
 
 def main(arguments: Sequence[str]) -> int:
