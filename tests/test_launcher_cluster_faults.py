@@ -176,6 +176,29 @@ def _command(path: Path) -> bytes:
         return b""
 
 
+def test_jobs_in_a_chain_go_on_where_the_one_before_stopped(cluster: Cluster, undisturbed: bytes) -> None:
+    """A site where no job may queue itself again: there the first one ends with its signal."""
+    cluster.submit("run", *STEPS, options=(*TWO, "--chain", "3", "--sbatch", "no-requeue"))
+    first, second, third = json.loads((cluster.folder / "run" / "job.json").read_text())["ids"]
+    cluster.wait_for_step("run", 30)
+    assert cluster.standing("run")["job"] == first
+    cluster.box.ask("scancel", "--signal=TERM", first)
+    cluster.wait("run", "finished", seconds=400)
+    cluster.wait_for("run", lambda: not cluster.in_queue(third))
+    assert [a["job"] for a in cluster.attempts("run", "start")] == [first, second, third]
+    assert [a["code"] for a in cluster.attempts("run", "end")] == [75, 0, 0]
+    assert cluster.exported("run") == undisturbed
+
+
+def test_a_site_that_shows_each_task_its_own_gpu(cluster: Cluster) -> None:
+    options = ("--nodes", "2", "--gpus-per-node", "2", "--time", "5", "--sbatch", "gpus-per-task=1")
+    cluster.submit("run", "train.epochs=2", "finetune.epochs=1", options=options)
+    cluster.wait("run", "finished")
+    for rank in range(4):
+        assert f"rank {rank} of 4 on node{rank // 2 + 1}, number {rank % 2} there, GPUs " in cluster.log("run", rank)
+    assert len({cluster.log("run", rank).partition("GPUs ")[2].split()[0] for rank in range(2)}) == 2
+
+
 def test_srun_in_a_script_of_ones_own(cluster: Cluster, undisturbed: bytes) -> None:
     (cluster.folder / "job.sh").write_text(
         "#!/bin/bash\n"
