@@ -178,7 +178,7 @@ def _command(path: Path) -> bytes:
 
 def test_jobs_in_a_chain_go_on_where_the_one_before_stopped(cluster: Cluster, undisturbed: bytes) -> None:
     """A site where no job may queue itself again: there the first one ends with its signal."""
-    cluster.submit("run", *STEPS, options=(*TWO, "--chain", "3", "--sbatch", "no-requeue"))
+    cluster.submit("run", *STEPS, options=(*TWO, "--chain", "3"))
     first, second, third = json.loads((cluster.folder / "run" / "job.json").read_text())["ids"]
     cluster.wait_for_step("run", 30)
     assert cluster.standing("run")["job"] == first

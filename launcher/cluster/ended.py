@@ -52,7 +52,9 @@ def ended(run: Path, code: int) -> int:
             "save more often (checkpoint.every_minutes), ask for more time, or look at the log"
         )
     add_attempt(run, event="end", code=code, step=step, again=again, futile=futile, said=why)
-    if again and (refused := slurm.requeue(job_id())):
+    record = read_job(run)
+    followed = record is not None and job_id() in record.ids[:-1]  # by the next job of a chain
+    if again and not followed and (refused := slurm.requeue(job_id())):
         say(f"the job could not be queued again ({refused}); submit the run again, it goes on at step {step}")
     return code
 

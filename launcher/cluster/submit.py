@@ -53,7 +53,8 @@ def submit(
         _refuse_active(run)
     home = runs[0] if len(runs) == 1 else Path(os.path.commonpath(runs))
     code, jobs = home / "code", home / "job"
-    executor = _executor(cluster, jobs, code, options, configs[0].run if len(runs) == 1 else home.name, parallel)
+    name = configs[0].run if len(runs) == 1 else home.name
+    executor = _executor(cluster, jobs, code, options, name, parallel, chain)
     if dry_run:
         if cluster == "slurm":
             print(_script(executor, len(runs)))
@@ -103,7 +104,9 @@ def _refuse_active(run: Path) -> None:
         raise InputError(f"run = {str(run)!r}: has job {', '.join(active)}; wait for it, or: ghostmask cancel {run}")
 
 
-def _executor(cluster: str, jobs: Path, code: Path, options: ClusterOptions, name: str, parallel: int) -> Any:
+def _executor(
+    cluster: str, jobs: Path, code: Path, options: ClusterOptions, name: str, parallel: int, chain: int
+) -> Any:
     import submitit
 
     try:
@@ -122,7 +125,7 @@ def _executor(cluster: str, jobs: Path, code: Path, options: ClusterOptions, nam
         "cpus_per_task": options.cpus_per_task or None, "mem_gb": options.mem_gb or None,
         "slurm_setup": _setup(code, options), "slurm_teardown": _teardown(jobs),
         "slurm_srun_args": _srun(options), "slurm_array_parallelism": parallel or None,
-        "slurm_additional_parameters": {"requeue": True, "wckey": "ghostmask", **_nodes(options), **_sbatch(options)},
+        "slurm_additional_parameters": _sbatch(options, chained=chain > 1),
     }  # fmt: skip
     names = ("partition", "account", "qos", "constraint", "exclude", "comment")
     wanted |= {f"slurm_{name}": getattr(options, name) or None for name in names}
@@ -183,12 +186,10 @@ def _srun(options: ClusterOptions) -> list[str]:
     return [*given, f"--cpus-per-task={options.cpus_per_task}"] if options.cpus_per_task else given
 
 
-def _nodes(options: ClusterOptions) -> dict[str, Any]:
-    return {"nodes": f"{options.min_nodes}-{options.nodes}"} if options.min_nodes else {}
-
-
-def _sbatch(options: ClusterOptions) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _sbatch(options: ClusterOptions, chained: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {"no-requeue" if chained else "requeue": True, "wckey": "ghostmask"}
+    if options.min_nodes:
+        found["nodes"] = f"{options.min_nodes}-{options.nodes}"
     for text in options.sbatch:
         name, equals, value = text.partition("=")
         found[name] = value if equals else True
