@@ -81,8 +81,11 @@ def test_preemption_by_a_higher_partition(cluster: Cluster, undisturbed: bytes) 
 def test_a_node_is_powered_off(cluster: Cluster, undisturbed: bytes, node: str) -> None:
     cluster.submit("run", *STEPS, options=TWO)
     cluster.wait_for_step("run", 30)
+    began = time.monotonic()
     cluster.box.do("fail", node)
     try:
+        cluster.wait_for("run", lambda: len(cluster.attempts("run", "start")) == 2)
+        print(f"node {node} off: {time.monotonic() - began:.1f} s until it runs again")
         finished(cluster, undisturbed, 1)
     finally:
         cluster.box.do("node", node)
@@ -93,9 +96,11 @@ def test_a_node_is_cut_off_and_comes_back(cluster: Cluster, undisturbed: bytes) 
     """Of rank 0, which owns the folder: it must not write once another has taken it over."""
     cluster.submit("run", *STEPS, "checkpoint.takeover_s=10", options=TWO)
     cluster.wait_for_step("run", 30)
+    began = time.monotonic()
     cluster.box.do("cut", "1")
     try:
         cluster.wait_for("run", lambda: len(cluster.attempts("run", "start")) == 2)
+        print(f"cut off: {time.monotonic() - began:.1f} s until it runs again")
     finally:
         cluster.box.do("heal", "1")
     finished(cluster, undisturbed, 1)
