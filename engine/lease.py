@@ -124,7 +124,7 @@ class Lease:
                     break
         except OSError as error:
             raise InputError(
-                f"run = {str(folder)!r}: cannot be owned ({error.strerror or error}: {error.filename}); "
+                f"run = {str(folder)!r}: cannot be owned ({error.strerror or error}); "
                 "free the disk, or give another run=NAME"
             ) from None
         for old in _generations(folder):
