@@ -151,7 +151,7 @@ def test_checkpoints_that_cannot_be_written_and_a_full_disk_end_with_code_4(clus
 
 
 def test_a_hung_rank_is_named_and_the_job_goes_on(cluster: Cluster, undisturbed: bytes) -> None:
-    cluster.submit("run", *STEPS, "train.timeout_minutes=1", options=TWO)
+    cluster.submit("run", *STEPS, "train.timeout_minutes=1", options=(*TWO, "--srun=--wait=20"))
     cluster.wait_for_step("run", 30)
     stopped = [
         int(path.name)

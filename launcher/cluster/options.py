@@ -61,7 +61,7 @@ class ClusterOptions:
     sbatch: tuple[str, ...] = ()
     """Other arguments of sbatch, such as "reservation=night", or "exclusive" without a value."""
     srun: tuple[str, ...] = ()
-    """Other arguments of srun, such as "--cpu-bind=cores"."""
+    """Other arguments of srun, such as --srun=--cpu-bind=cores."""
 
     def __post_init__(self) -> None:
         for name, low in LOWEST.items():

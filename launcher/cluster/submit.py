@@ -28,6 +28,8 @@ from ghostmask.launcher.locate import check_writable
 from ghostmask.launcher.record import check_folder
 from ghostmask.launcher.settings import run_folder, to_yaml
 
+LAST_S = 300
+"""After the first rank has ended the others are given so long, before Slurm ends them."""
 FIRST_USE_S = 60
 """Between the time limit's signal and the limit on `local`, where there is no Slurm that requeues."""
 
@@ -181,8 +183,8 @@ def _teardown(jobs: Path) -> list[str]:
 
 
 def _srun(options: ClusterOptions) -> list[str]:
-    # Ranks end by themselves when one has failed: they say why first, and finish a save.
-    given = ["--open-mode=append", "--kill-on-bad-exit=0", "--wait=0", *options.srun]
+    # Ranks end by themselves when one has failed: they say why first, and finish a save. One that is stopped cannot.
+    given = ["--open-mode=append", "--kill-on-bad-exit=0", f"--wait={LAST_S}", *options.srun]
     return [*given, f"--cpus-per-task={options.cpus_per_task}"] if options.cpus_per_task else given
 
 
