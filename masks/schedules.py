@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-LONGEST_SEARCHED = 100_000
-"""Epochs or steps beyond which no length is proposed any more."""
-
 
 def cubic_density(t: float, start: float, end: float, target: float) -> float:
     """Density in [target, 1] at time t: 1 until `start`, falling as a cubic to `target` at `end`, constant after it.
@@ -38,30 +33,3 @@ def linear_temperature(t: float, total: float, end: float = 0.03) -> float:
         raise ValueError(f"end = {end}: give a temperature in (0, 1]")
     fraction = min(max(t / total, 0.0), 1.0)
     return (1 - end) * (1 - fraction) + end
-
-
-def epoch_window(start_fraction: float, end_fraction: float, epochs: int) -> tuple[int, int]:
-    """(t1, t2) of eq. 7 in whole epochs, counted from 0, as in the authors' code."""
-    return int(start_fraction * epochs), int(end_fraction * epochs)
-
-
-def step_window(start_fraction: float, end_fraction: float, steps: int) -> tuple[int, int]:
-    """The numbers of the updates, counted from 1, after which GMP's density is 1 for the last time and reached."""
-    return round(start_fraction * steps), round(end_fraction * steps)
-
-
-def falls_by_epochs(start_fraction: float, end_fraction: float, epochs: int) -> bool:
-    """Whether there is an epoch in which the density falls, and a later one that trains at the target."""
-    start, end = epoch_window(start_fraction, end_fraction, epochs)
-    return start < end < epochs
-
-
-def falls_by_steps(start_fraction: float, end_fraction: float, steps: int) -> bool:
-    """Whether an update reaches the target density after one that does not."""
-    first, last = step_window(start_fraction, end_fraction, steps)
-    return first < last
-
-
-def shortest(falls: Callable[[int], bool]) -> int | None:
-    """The smallest length with falls(length); None where there is none that anybody would train."""
-    return next((length for length in range(1, LONGEST_SEARCHED) if falls(length)), None)

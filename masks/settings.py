@@ -6,19 +6,30 @@ A method's `Settings` lists all that it reads: what is not in it is refused, wit
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any
 
-from ghostmask.engine.config import path_field, require, require_number
+from ghostmask.engine.config import LARGEST, path_field, require, require_number
 from ghostmask.engine.errors import bad_value, unknown_name
-from ghostmask.masks.schedules import shortest
 
-CONSTRAINTS = ("global", "layerwise")
+LONGEST_SEARCHED = 100_000
+"""Epochs beyond which no length is proposed any more."""
 
 
-def require_name(name: str, value: str, known: tuple[str, ...]) -> None:
-    """Raise the InputError of setting `name` unless its value is one of the known ones."""
-    if value not in known:
-        raise unknown_name(name, value, known)
+def number(default: float, low: float, high: float = LARGEST, *, above: bool = False) -> Any:
+    """A field whose value must lie within these limits (see `require_number`)."""
+    return field(default=default, metadata={"check": partial(require_number, low=low, high=high, above=above)})
+
+
+def choice(*known: str) -> Any:
+    """A field whose value must be one of the known names; the first is its default."""
+
+    def check(name: str, value: str) -> None:
+        if value not in known:
+            raise unknown_name(name, value, known)
+
+    return field(default=known[0], metadata={"check": check})
 
 
 @dataclass(frozen=True)
@@ -33,43 +44,37 @@ class MaskSettings:
     """Patterns of the weights that may be pruned; empty = all convolutions, linear layers and attention projections."""
 
     def __post_init__(self) -> None:
-        """Raises InputError for a value out of range; subclasses call it."""
+        """Raises InputError for a value that its field does not allow; a subclass adds what concerns several fields."""
+        for each in fields(self):
+            if "check" in each.metadata:
+                each.metadata["check"](f"mask.{each.name}", getattr(self, each.name))
 
 
 @dataclass(frozen=True)
 class WithDensity(MaskSettings):
     """A method that is told how many weights to keep."""
 
-    density: float = 0.1
+    density: float = number(0.1, 0, 1, above=True)
     """Fraction of all prunable weights that is kept, in (0, 1]; 1 - sparsity."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_number("mask.density", self.density, 0, 1, above=True)
 
 
 @dataclass(frozen=True)
 class Ranked(WithDensity):
     """A method that keeps the largest of something."""
 
-    constraint: str = "global"
+    constraint: str = choice("global", "layerwise")
     """global (one budget for the network) or layerwise (the same density in every layer)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_name("mask.constraint", self.constraint, CONSTRAINTS)
 
 
 @dataclass(frozen=True)
 class Protecting(Ranked):
     """A ranking method that can save layers from losing all their weights."""
 
-    min_per_layer: int = 0
+    min_per_layer: int = number(0, 0)
     """With constraint=global, weights that every layer keeps at least."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_number("mask.min_per_layer", self.min_per_layer, 0)
         require(
             self.min_per_layer == 0 or self.constraint == "global",
             "mask.min_per_layer", self.min_per_layer, "is not read with mask.constraint=layerwise; leave it out",
@@ -88,39 +93,37 @@ class FromTrained(MaskSettings):
 class ScoringImages(MaskSettings):
     """A finder that looks at images."""
 
-    score_batch: int = 128
+    score_batch: int = number(128, 1)
     """Images of all ranks that are scored at once (grasp, which needs more memory per image: a third of them). On
     ResNet-50 at 224 pixels, 128 take 9 GB (grasp) to 13 GB (mlprune)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_number("mask.score_batch", self.score_batch, 1)
 
 
 @dataclass(frozen=True)
 class Scheduled(WithDensity):
     """A method whose density falls while it trains. Fractions refer to train.epochs."""
 
-    start_fraction: float = 0.16
+    start_fraction: float = number(0.16, 0, 1)
     """Where the density begins to fall (t1 of eq. 7), as a fraction of train.epochs."""
-    end_fraction: float = 0.6
+    end_fraction: float = number(0.6, 0, 1)
     """Where the density reaches its target (t2 of eq. 7), as a fraction of train.epochs."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_number("mask.start_fraction", self.start_fraction, 0, 1)
-        require_number("mask.end_fraction", self.end_fraction, 0, 1)
         require(
             self.start_fraction < self.end_fraction,
             "mask.start_fraction", self.start_fraction, f"give less than mask.end_fraction = {self.end_fraction:g}",
         )  # fmt: skip
+
+    def window(self, whole: Callable[[float], int], length: int) -> tuple[int, int]:
+        """Where the density begins to fall and where it is reached, in `length` epochs or steps, made `whole`."""
+        return whole(self.start_fraction * length), whole(self.end_fraction * length)
 
     def require_fall(self, epochs: int, falls: Callable[[int], bool]) -> None:
         """Raise the InputError of train.epochs = `epochs` where the density is not reached in them, unless nothing is
         pruned. falls: whether it is in a number of epochs."""
         if self.density == 1 or falls(epochs):
             return
-        enough = shortest(falls)
+        enough = next((length for length in range(1, LONGEST_SEARCHED) if falls(length)), None)
         window = f"mask.start_fraction = {self.start_fraction:g} to mask.end_fraction = {self.end_fraction:g}"
         fix = f"give at least {enough}" if enough else "give fractions that lie further apart, and an end below 1"
         why = f"the density has no time to fall to {self.density:g} from {window}"

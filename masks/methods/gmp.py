@@ -5,28 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ghostmask.engine.config import require_number
 from ghostmask.engine.position import Phase
 from ghostmask.engine.sharding.reparametrization import Reparametrization, State
 from ghostmask.engine.sharding.rules import UpdateRule
 from ghostmask.engine.sharding.slices import Slice
 from ghostmask.masks.masked import FixedMask
 from ghostmask.masks.method import MaskMethod
-from ghostmask.masks.schedules import cubic_density, falls_by_steps, step_window
+from ghostmask.masks.schedules import cubic_density
 from ghostmask.masks.scoring.largest import Budget, largest
-from ghostmask.masks.settings import Ranked, Scheduled
+from ghostmask.masks.settings import Ranked, Scheduled, number
 
 
 @dataclass(frozen=True)
 class Settings(Ranked, Scheduled):
     """gmp."""
 
-    update_every: int = 100
+    update_every: int = number(100, 1)
     """Optimizer steps between updates of the mask."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_number("mask.update_every", self.update_every, 1)
 
 
 class GradualMagnitude(MaskMethod):
@@ -38,13 +33,17 @@ class GradualMagnitude(MaskMethod):
 
     @classmethod
     def check_steps(cls, settings: Any, run: Any, steps_per_epoch: int) -> None:
-        start, end = settings.start_fraction, settings.end_fraction
-        settings.require_fall(run.train.epochs, lambda epochs: falls_by_steps(start, end, epochs * steps_per_epoch))
+        def falls(epochs: int) -> bool:
+            """Whether an update reaches the target density after one that does not."""
+            first, last = settings.window(round, epochs * steps_per_epoch)
+            return bool(first < last)
+
+        settings.require_fall(run.train.epochs, falls)
 
     def reparametrization(self, phase: Phase) -> Reparametrization:
         s, total = self.settings, phase.epochs * phase.steps_per_epoch
         budget = Budget(s.density, s.constraint, seed=self.recipe.seed)
-        return Shrinking(self.rule(), budget, *step_window(s.start_fraction, s.end_fraction, total), s.update_every)
+        return Shrinking(self.rule(), budget, *s.window(round, total), s.update_every)
 
 
 class Shrinking(FixedMask):

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ghostmask.engine.config import require_number
 from ghostmask.engine.data import DataPipeline
 from ghostmask.engine.sharding.slices import Slice
 from ghostmask.masks.one_shot import Scored
 from ghostmask.masks.scoring.gradient_scores import ScoreLoss
 from ghostmask.masks.scoring.score_images import Choice, Chunk, chosen_images
-from ghostmask.masks.settings import FromTrained, Protecting, ScoringImages
+from ghostmask.masks.settings import FromTrained, Protecting, ScoringImages, number
 
 TEMPERATURE = 200.0
 """T that the logits are divided by, as in the authors' code."""
@@ -26,12 +25,8 @@ image (ResNet-50 at 224 pixels: 0.20 GB), and one setting should bound the memor
 class Settings(Protecting, FromTrained, ScoringImages):
     """grasp."""
 
-    samples_per_class: int = 0
+    samples_per_class: int = number(0, 0)
     """Images of each class that are scored; 0 = the paper's 10, but 1 with more than 100 classes."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_number("mask.samples_per_class", self.samples_per_class, 0)
 
 
 class Grasp(Scored):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ghostmask.engine.config import require, require_number
+from ghostmask.engine.config import require
 from ghostmask.engine.hooks import Hook
 from ghostmask.engine.position import Duration, Phase, require_steps
 from ghostmask.engine.sharding.placement import ParameterGroup
@@ -20,7 +20,7 @@ from ghostmask.engine.sharding.slices import Slice
 from ghostmask.masks.masked import PRUNABLE, FixedMask
 from ghostmask.masks.method import MaskMethod, Start
 from ghostmask.masks.scoring.largest import Budget, largest
-from ghostmask.masks.settings import Protecting
+from ghostmask.masks.settings import Protecting, number
 
 if TYPE_CHECKING:
     from ghostmask.engine.trainer import Trainer
@@ -32,14 +32,13 @@ MOST_ROUNDS = 1000
 class Settings(Protecting):
     """lth."""
 
-    round_fraction: float = 0.2
+    round_fraction: float = number(0.2, 0, 0.99, above=True)
     """Share of the remaining weights that each round prunes."""
     rewind: str = "0ep"
     """How far into the first round's training the weights are rewound, such as 500st or 2ep; 0ep = to init."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_number("mask.round_fraction", self.round_fraction, 0, 0.99, above=True)
         Duration.parse(self.rewind, "mask.rewind")
         enough = 1 - self.density ** (1 / MOST_ROUNDS)
         require(

@@ -7,28 +7,22 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ghostmask.engine.config import require_number
 from ghostmask.engine.data import DataPipeline
 from ghostmask.engine.sharding.slices import Slice
 from ghostmask.masks.one_shot import Scored
 from ghostmask.masks.scoring.kronecker import KroneckerFactors, inverse_diagonals, scores_of
 from ghostmask.masks.scoring.score_images import Choice, Chunk, chosen_images
-from ghostmask.masks.settings import FromTrained, Protecting, ScoringImages
+from ghostmask.masks.settings import FromTrained, Protecting, ScoringImages, number
 
 
 @dataclass(frozen=True)
 class Settings(Protecting, FromTrained, ScoringImages):
     """mlprune: meant for a trained network, give mask.path."""
 
-    score_batches: int = 10
+    score_batches: int = number(10, 1)
     """How many batches of score_batch images the factors are summed over."""
-    damping: float = 1e-3
+    damping: float = number(1e-3, 0, above=True)
     """Share of a Kronecker factor's mean diagonal that is added to its diagonal before it is inverted."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_number("mask.score_batches", self.score_batches, 1)
-        require_number("mask.damping", self.damping, 0, above=True)
 
 
 class MlPrune(Scored):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ import torch
 
 from ghostmask.engine.batchnorm import batch_statistics
 from ghostmask.engine.compiled import agree_on_kernels
-from ghostmask.engine.config import require, require_number
+from ghostmask.engine.config import require
 from ghostmask.engine.evaluation import score
 from ghostmask.engine.hooks import Hook
 from ghostmask.engine.position import Phase
@@ -24,45 +23,37 @@ from ghostmask.masks.masked import PRUNABLE, FixedMask
 from ghostmask.masks.method import FINETUNE, MaskMethod, Setup
 from ghostmask.masks.probability_report import ProbabilityReport
 from ghostmask.masks.relaxed import RelaxedMask, Search
-from ghostmask.masks.schedules import epoch_window, falls_by_epochs
-from ghostmask.masks.settings import Ranked, Scheduled, require_name
+from ghostmask.masks.settings import Ranked, Scheduled, choice, number
 
 if TYPE_CHECKING:
     from ghostmask.engine.trainer import Trainer
 
 CANDIDATE_BATCHES = 50
 """Training batches on which final=best_of compares its candidates."""
-FINALS = ("topk", "sample", "best_of")
 
 
 @dataclass(frozen=True)
 class Settings(Ranked, Scheduled):
     """probmask."""
 
-    lr: float = 6e-3
+    lr: float = number(6e-3, 0, above=True)
     """Peak learning rate of Adam on the probabilities."""
-    samples: int = 2
+    samples: int = number(2, 1, 10_000)
     """Noise samples I that every part of the batch is computed with, over which the loss is averaged (eq. 3-5)."""
-    noises: int = 1
+    noises: int = number(1, 1, 65_536)
     """Noise groups S: the parts of the batch share S samples of the noise per step. 1 = the probabilities are sharded
     over all ranks; S = ranks: every rank its own noise, the probabilities replicated."""
-    temperature_end: float = 0.03
+    temperature_end: float = number(0.03, 0, 1, above=True)
     """Temperature in the last epoch; tau = (1 - temperature_end)(1 - t/T) + temperature_end in epoch t = 1 ... T."""
     train_weights: bool = True
     """false = supermask: the weights stay at their initialisation and only probabilities are trained."""
-    final: str = "topk"
+    final: str = choice("topk", "sample", "best_of")
     """How the final mask comes from s: topk (exactly round(density n) largest), sample, or best_of."""
-    candidates: int = 10
+    candidates: int = number(10, 1, 1e5)
     """Masks that final=best_of samples and compares on training data."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_number("mask.lr", self.lr, 0, above=True)
-        require_number("mask.samples", self.samples, 1, 10_000)
-        require_number("mask.noises", self.noises, 1, 65_536)
-        require_number("mask.temperature_end", self.temperature_end, 0, 1, above=True)
-        require_name("mask.final", self.final, FINALS)
-        require_number("mask.candidates", self.candidates, 1, 1e5)
         require(
             self.candidates == 10 or self.final == "best_of",
             "mask.candidates", self.candidates, f"is not read with mask.final={self.final}; leave it out",
@@ -84,7 +75,11 @@ class ProbMask(MaskMethod):
 
     @classmethod
     def check(cls, settings: Any, run: Any) -> None:
-        falls = partial(falls_by_epochs, settings.start_fraction, settings.end_fraction)
+        def falls(epochs: int) -> bool:
+            """Whether there is an epoch in which the density falls, and a later one that trains at the target."""
+            start, end = settings.window(int, epochs)
+            return bool(start < end < epochs)
+
         settings.require_fall(run.train.epochs, falls)
         if settings.train_weights:
             return
@@ -105,7 +100,7 @@ class ProbMask(MaskMethod):
             return FixedMask(self.rule(), self.found or None)
         s = self.settings
         search = Search(
-            s.density, s.constraint, s.temperature_end, *epoch_window(s.start_fraction, s.end_fraction, phase.epochs),
+            s.density, s.constraint, s.temperature_end, *s.window(int, phase.epochs),
             phase.epochs, phase.steps_per_epoch, self.recipe.seed,
         )  # fmt: skip
         return RelaxedMask(search, self.rule() if s.train_weights else None, s.lr / self.recipe.optim.lr)

@@ -9,27 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ghostmask.engine.config import require_number
 from ghostmask.engine.data import DataPipeline
 from ghostmask.engine.errors import bad_value
 from ghostmask.masks.one_shot import OneShot
 from ghostmask.masks.scoring.allocation import layer_counts
-from ghostmask.masks.settings import FromTrained, WithDensity, require_name
+from ghostmask.masks.settings import FromTrained, WithDensity, choice, number
 
 
 @dataclass(frozen=True)
 class Settings(WithDensity, FromTrained):
     """random."""
 
-    allocation: str = "erk"
+    allocation: str = choice("erk", "er", "uniform")
     """uniform (the same density in every layer), er or erk (by the layers' shapes; erk counts kernel sizes)."""
-    min_per_layer: int = 0
+    min_per_layer: int = number(0, 0)
     """Weights that every layer keeps at least."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_name("mask.allocation", self.allocation, ("uniform", "er", "erk"))
-        require_number("mask.min_per_layer", self.min_per_layer, 0)
 
 
 class Random(OneShot):

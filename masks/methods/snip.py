@@ -7,25 +7,20 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ghostmask.engine.config import require_number
 from ghostmask.engine.data import DataPipeline
 from ghostmask.engine.sharding.slices import Slice
 from ghostmask.masks.one_shot import Scored
 from ghostmask.masks.scoring.gradient_scores import ScoreLoss
 from ghostmask.masks.scoring.score_images import Choice, Chunk, chosen_images
-from ghostmask.masks.settings import FromTrained, Protecting, ScoringImages
+from ghostmask.masks.settings import FromTrained, Protecting, ScoringImages, number
 
 
 @dataclass(frozen=True)
 class Settings(Protecting, FromTrained, ScoringImages):
     """snip."""
 
-    score_batches: int = 1
+    score_batches: int = number(1, 1)
     """How many batches of score_batch images are scored; the paper scores one."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_number("mask.score_batches", self.score_batches, 1)
 
 
 class Snip(Scored):

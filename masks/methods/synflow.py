@@ -8,24 +8,19 @@ import torch
 from torch import Tensor
 
 from ghostmask.engine.batchnorm import batch_norms
-from ghostmask.engine.config import require_number
 from ghostmask.engine.data import DataPipeline
 from ghostmask.masks.one_shot import OneShot
 from ghostmask.masks.scoring.largest import largest
 from ghostmask.masks.scoring.scored_copy import scored_copy
-from ghostmask.masks.settings import FromTrained, Protecting
+from ghostmask.masks.settings import FromTrained, Protecting, number
 
 
 @dataclass(frozen=True)
 class Settings(Protecting, FromTrained):
     """synflow."""
 
-    iterations: int = 100
+    iterations: int = number(100, 1, 1e5)
     """Pruning steps from density 1 to mask.density."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_number("mask.iterations", self.iterations, 1, 1e5)
 
 
 class SynFlow(OneShot):
