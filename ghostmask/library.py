@@ -11,7 +11,6 @@ these differ (probmask), forward a few batches in training mode after `eval()` b
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +31,6 @@ from ghostmask.masks.methods.gmp import Shrinking
 from ghostmask.masks.methods.probmask import Settings as ProbMaskSettings
 from ghostmask.masks.prunable import prunable_weights
 from ghostmask.masks.relaxed import RelaxedMask, Search
-from ghostmask.masks.schedules import epoch_window, falls_by_epochs, falls_by_steps, shortest, step_window
 from ghostmask.masks.scoring.largest import Budget, largest
 from ghostmask.masks.settings import Protecting
 
@@ -82,17 +80,14 @@ def probmask(
     steps: optimizer steps of the whole search; its schedules move every steps_per_epoch of them. What decides the
     probabilities is lr x steps (the paper: 6e-3 over 58,800 steps). seed: of ties. Raises InputError.
     """
-    ProbMaskSettings(  # raises what the setting of that name would
+    settings = ProbMaskSettings(  # raises what the setting of that name would
         density=density, lr=lr, constraint=constraint, temperature_end=temperature_end, start_fraction=start_fraction,
         end_fraction=end_fraction,
     )  # fmt: skip
     epochs = max(1, steps // steps_per_epoch)
-    falls = partial(falls_by_epochs, start_fraction, end_fraction)
-    _require_fall(density, steps, falls(epochs), lambda: (shortest(falls) or 0) * steps_per_epoch)
-    search = Search(
-        density, constraint, temperature_end, *epoch_window(start_fraction, end_fraction, epochs), epochs,
-        steps_per_epoch, seed,
-    )  # fmt: skip
+    settings.require_fall("steps", steps, settings.falls, steps_per_epoch)
+    start, end = settings.window(int, epochs)
+    search = Search(density, constraint, temperature_end, start, end, epochs, steps_per_epoch, seed)
     return lambda rule, rate: RelaxedMask(search, rule if train_weights else None, lr / rate)
 
 
@@ -102,22 +97,13 @@ def gmp(
 ) -> Method:  # fmt: skip
     """Gradual magnitude pruning: the largest |w| stay, chosen anew every `every` of `steps` steps. Raises
     InputError."""
-    GmpSettings(
+    settings = GmpSettings(
         density=density, constraint=constraint, update_every=every, start_fraction=start_fraction,
         end_fraction=end_fraction,
     )  # fmt: skip
-    budget = Budget(density, constraint, seed=seed)
-    falls = partial(falls_by_steps, start_fraction, end_fraction)
-    _require_fall(density, steps, falls(steps), lambda: shortest(falls) or 0)
-    window = step_window(start_fraction, end_fraction, steps)
-    return lambda rule, _: Shrinking(rule, budget, *window, every)
-
-
-def _require_fall(density: float, steps: int, falls: bool, enough: Callable[[], int]) -> None:
-    if density < 1 and not falls:
-        least = enough()
-        fix = f"give at least {least}" if least else "give fractions that lie further apart, and an end below 1"
-        raise bad_value("steps", steps, f"the density has no time to fall to {density:g}; {fix}")
+    settings.require_fall("steps", steps, settings.falls)
+    budget, (first, last) = Budget(density, constraint, seed=seed), settings.window(round, steps)
+    return lambda rule, _: Shrinking(rule, budget, first, last, every)
 
 
 def fixed(masks: Mapping[str, Tensor]) -> Method:

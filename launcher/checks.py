@@ -62,10 +62,10 @@ def check_steps(config: RunConfig, steps_per_epoch: int) -> None:
 
 def check_finder(config: RunConfig) -> None:
     """Raise InputError unless the method finds its mask without training."""
-    from ghostmask.masks.method import Finder  # imports torch
+    from ghostmask.masks.one_shot import OneShot  # imports torch
 
     method = config.mask.method
-    finders = {name: found for name in METHODS if issubclass(found := _method(name), Finder)}
+    finders = {name: found for name in METHODS if issubclass(found := _method(name), OneShot)}
     fix = f"finds its mask by training: use ghostmask train; find-mask knows {', '.join(finders)}"
     require(method in finders, "mask.method", method, fix)
     finders[method].check_find(config.mask)

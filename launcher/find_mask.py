@@ -12,8 +12,7 @@ from ghostmask.launcher.run import build_method, open_data, settle
 from ghostmask.launcher.settings import to_dict
 from ghostmask.masks.mask_file import write_masks
 from ghostmask.masks.masked import density_of
-from ghostmask.masks.method import Finder, check_agreement
-from ghostmask.masks.report import mask_lines
+from ghostmask.masks.one_shot import OneShot
 
 
 def find_mask(config: RunConfig, out: Path) -> int:
@@ -26,14 +25,12 @@ def find_mask(config: RunConfig, out: Path) -> int:
         config = settle(config, world)
         data = open_data(config, world, share(world, config.train.replicas).parts)
         method = build_method(config, world, data)
-        assert isinstance(method, Finder)  # launcher.checks.check_finder
+        assert isinstance(method, OneShot)  # launcher.checks.check_finder
         method.prepare()
         masks = method.find(data)
-        check_agreement(masks, world)
         data.close()
+        method.settle(masks, say if world.is_main else lambda line: None)
         if world.is_main:
-            for line in mask_lines(masks, config.mask):
-                say(line)
             meta = {"method": config.mask.method, "density": density_of(masks), "config": to_dict(config)}
             write_masks(out, masks, meta)
             print(out, flush=True)

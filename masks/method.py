@@ -98,11 +98,6 @@ class MaskMethod(ABC):
         self.weights: dict[str, nn.Parameter] = prunable_weights(net, settings.dense_layers, settings.only)
         self.found: dict[str, Tensor] = {}
 
-    @property
-    def num_prunable(self) -> int:
-        """n: the number of weights that may be pruned, over the whole network."""
-        return sum(w.numel() for w in self.weights.values())
-
     @classmethod  # noqa: B027
     def check(cls, settings: Any, run: Any) -> None:
         """Raise InputError where the method's settings do not fit the rest of a run (launcher.config.RunConfig)."""
@@ -165,7 +160,7 @@ class MaskMethod(ABC):
 
     def settle(self, masks: dict[str, Tensor], say: Callable[[str], None]) -> None:
         """Collective: from now on these are the masks, which every rank has found alike; say what they are."""
-        check_agreement(masks, self.world)
+        _check_agreement(masks, self.world)
         self.found = masks
         for line in mask_lines(masks, self.settings):
             say(line)
@@ -175,29 +170,10 @@ class MaskMethod(ABC):
         return self.found
 
 
-class Finder(MaskMethod):
-    """A method that finds its mask without training: `ghostmask find-mask` knows it too."""
-
-    @classmethod
-    def check_find(cls, settings: Any) -> None:
-        """Raise InputError where `ghostmask find-mask` would have nothing to find the mask from."""
-
-    @abstractmethod
-    def find(self, data: DataPipeline) -> dict[str, Tensor]:
-        """Collective: the masks, equal on every rank; the network, as `prepare` left it, stays exactly as it is."""
-
-
-def check_agreement(masks: Mapping[str, Tensor], world: World) -> None:
+def _check_agreement(masks: Mapping[str, Tensor], world: World) -> None:
     """Collective: raises RuntimeError unless every rank holds the same masks (compared by position-weighted sums)."""
-    if not masks:
-        return
-    sums = torch.stack([_fingerprint(m) for m in masks.values()]).to(world.device)
-    every = world.all_gather(sums)
-    if not bool((every == every[0]).all()):
-        wrong = [n for n, column in zip(masks, every.T, strict=True) if len(set(column.tolist())) > 1]
+    kept = [mask.reshape(-1).nonzero().reshape(-1) for mask in masks.values()]
+    every = world.all_gather(torch.stack([((k + 1) * 2654435761 % 2**31).sum() + k.numel() for k in kept]))
+    wrong = [name for name, column in zip(masks, every.T, strict=True) if not bool((column == column[0]).all())]
+    if wrong:
         raise RuntimeError(f"the masks differ between ranks in {', '.join(wrong[:5])}: please report this as a bug")
-
-
-def _fingerprint(mask: Tensor) -> Tensor:
-    kept = mask.reshape(-1).nonzero().reshape(-1)
-    return ((kept + 1) * 2654435761 % 2**31).sum() + kept.numel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 from torch import Tensor
 
@@ -11,16 +12,25 @@ from ghostmask.engine.position import Phase
 from ghostmask.engine.sharding.reparametrization import Reparametrization
 from ghostmask.engine.sharding.slices import Slice
 from ghostmask.masks.masked import FixedMask
-from ghostmask.masks.method import Finder, Start
+from ghostmask.masks.method import MaskMethod, Start
 from ghostmask.masks.scoring.largest import Budget, largest
 from ghostmask.masks.trained import load_trained
 
 
-class OneShot(Finder):
+class OneShot(MaskMethod):
     """Phase "train" under masks that `find` gives before its first step; a method is its `find`.
 
-    The weights are the initialisation, or with mask.path a trained network's, and train for train.epochs.
+    The weights are the initialisation, or with mask.path a trained network's, and train for train.epochs. These are the
+    methods that `ghostmask find-mask` knows.
     """
+
+    @classmethod
+    def check_find(cls, settings: Any) -> None:
+        """Raise InputError where `ghostmask find-mask` would have nothing to find the mask from."""
+
+    @abstractmethod
+    def find(self, data: DataPipeline) -> dict[str, Tensor]:
+        """Collective: the masks, equal on every rank; the network, as `prepare` left it, stays exactly as it is."""
 
     def prepare(self) -> None:
         if self.settings.path:

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from ghostmask.engine.metrics import Counts
-from ghostmask.engine.sharding.reparametrization import State
 from ghostmask.engine.sharding.slices import Slice
-from ghostmask.masks.masked import Masked
+from ghostmask.masks.masked import PRUNABLE
 from ghostmask.masks.relaxed import RelaxedMask
 from ghostmask.masks.report import DensityReport
 
@@ -31,8 +30,9 @@ class ProbabilityReport(DensityReport):
     def __init__(self, form: RelaxedMask) -> None:
         self.form = form
 
-    def kept(self, form: Masked, state: State, part: Slice) -> Tensor:
-        return state["probability"]
+    def kept(self, trainer: Trainer) -> tuple[Tensor, Slice]:
+        _, state, part = trainer.sharded.optimizer.group(PRUNABLE)
+        return state["probability"], part
 
     def on_step_start(self, trainer: Trainer) -> None:
         following = trainer.position.step + 1
@@ -64,11 +64,10 @@ class ProbabilityReport(DensityReport):
         return values
 
     def histograms(self, trainer: Trainer) -> Mapping[str, Tensor | Counts]:
-        found = layer_histograms(*self._kept(trainer))
-        return {f"probability/{name}": counts for name, counts in found.items()}
+        return {f"probability/{name}": counts for name, counts in layer_histograms(*self.kept(trainer)).items()}
 
     def _decided(self, trainer: Trainer) -> Tensor:
-        s, part = self._kept(trainer)
+        s, part = self.kept(trainer)
         return part.sum((s < DECIDED) | (s > 1 - DECIDED)) / part.total
 
 

@@ -67,7 +67,8 @@ class RelaxedMask(Masked):
         self.limit_share: Tensor | None = None
         self.watching = False
         """Whether `limit_share` is computed: the share of the squared gradient norm of s from elements at a limit."""
-        self._fixed: Tensor | None = None
+        self.fixed: Tensor | None = None
+        """(n,) bool: once it is known, the mask that is delivered."""
 
     def start(self, weight: Tensor, part: Slice) -> State:
         return {"weight": weight, "probability": torch.full_like(weight, START)}
@@ -105,22 +106,27 @@ class RelaxedMask(Masked):
         return {name: found[name] for name in self.rules}
 
     def constrain(self, state: State, part: Slice, updates: int) -> None:
-        self._project(state, part, self.density)
+        """s <- proj_C(s), eq. 6, over the network or over each layer."""
+        s, numels = state["probability"], [part.total]
+        runs = [[(own, run.first) for run, own in part.views(s)]]
+        if self.search.constraint == "layerwise":
+            numels = part.layout.numels
+            begins = [sum(numels[:i]) for i in range(len(numels))]
+            runs = [[] for _ in numels]
+            for x in part.segments:
+                runs[x.layer].append((s[x.start : x.start + x.numel], begins[x.layer] + x.offset))
+        self.threshold = project_(runs, [self.density * n for n in numels], numels, part.world).mean()
 
     def finish(self, state: State, part: Slice) -> None:
         """Collective: hold the probabilities to the final density, wherever the schedule is."""
         self.density = self.search.density
-        self._project(state, part, self.density)
+        self.constrain(state, part, 0)
 
     def mask(self, state: State, part: Slice) -> Tensor:
         """(n,) bool: the round(density n) most probable weights, at the present density, or what was fixed."""
-        if self._fixed is not None:
-            return self._fixed
+        if self.fixed is not None:
+            return self.fixed
         return largest(part, state["probability"], Budget(self.density, self.search.constraint, seed=self.search.seed))
-
-    def fix(self, mask: Tensor) -> None:
-        """From now on this mask, (n,) bool, is the one that is delivered."""
-        self._fixed = mask
 
     def sampled(self, state: State, part: Slice, candidate: int) -> Tensor:
         """(n,) bool: m ~ Bernoulli(s), a function of (seed, candidate, index)."""
@@ -129,15 +135,3 @@ class RelaxedMask(Masked):
         for run, own in part.views(s):
             mask[run.start : run.start + run.numel] = uniforms(key, run.first, run.numel, s.device) < own
         return mask
-
-    def _project(self, state: State, part: Slice, density: float) -> None:
-        """s <- proj_C(s), eq. 6, over the network or over each layer."""
-        s, layout = state["probability"], part.layout
-        if self.search.constraint == "global":
-            runs, numels = [[(own, run.first) for run, own in part.views(s)]], [part.total]
-        else:
-            runs, numels = [[] for _ in layout.numels], layout.numels
-            begins = [sum(numels[:i]) for i in range(len(numels))]
-            for x in part.segments:
-                runs[x.layer].append((s[x.start : x.start + x.numel], begins[x.layer] + x.offset))
-        self.threshold = project_(runs, [density * n for n in numels], numels, part.world).mean()

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ghostmask.engine.hooks import Hook
-from ghostmask.engine.sharding.reparametrization import State
 from ghostmask.engine.sharding.slices import Slice
 from ghostmask.masks.masked import PRUNABLE, Masked
 from ghostmask.masks.scoring.largest import empty_layers
@@ -22,23 +21,20 @@ class DensityReport(Hook):
 
     shown = "mask/density"
 
-    def kept(self, form: Masked, state: State, part: Slice) -> Tensor:
-        """Collective: (n,) how much of each weight counts as kept, in [0, 1]."""
-        return form.mask(state, part)
+    def kept(self, trainer: Trainer) -> tuple[Tensor, Slice]:
+        """Collective: (n,) how much of each weight of this rank's slice counts as kept, in [0, 1], and the slice."""
+        group, state, part = trainer.sharded.optimizer.group(PRUNABLE)
+        assert isinstance(group.reparametrization, Masked)
+        return group.reparametrization.mask(state, part), part
 
     def scalars(self, trainer: Trainer) -> Mapping[str, float | Tensor]:
-        kept, part = self._kept(trainer)
+        kept, part = self.kept(trainer)
         return {"mask/density": part.sum(kept) / part.total}
 
     def epoch_scalars(self, trainer: Trainer) -> Mapping[str, float | Tensor]:
-        kept, part = self._kept(trainer)
+        kept, part = self.kept(trainer)
         sums = part.layer_sums(kept).tolist()
         return {f"density/{n}": k / size for n, k, size in zip(part.names, sums, part.layout.numels, strict=True)}
-
-    def _kept(self, trainer: Trainer) -> tuple[Tensor, Slice]:
-        group, state, part = trainer.sharded.optimizer.group(PRUNABLE)
-        assert isinstance(group.reparametrization, Masked)
-        return self.kept(group.reparametrization, state, part), part
 
 
 def mask_lines(masks: Mapping[str, Tensor], settings: Any) -> list[str]:
@@ -46,8 +42,6 @@ def mask_lines(masks: Mapping[str, Tensor], settings: Any) -> list[str]:
 
     settings: of the method that made them; one with `min_per_layer` can save layers.
     """
-    if not masks:
-        return []
     kept, total = sum(int(m.sum()) for m in masks.values()), sum(m.numel() for m in masks.values())
     lines = [f"mask: density {kept / total:.6g}, {kept:,} of {total:,} weights in {len(masks)} layers"]
     empty = empty_layers(masks)

@@ -14,7 +14,7 @@ from ghostmask.engine.config import LARGEST, path_field, require, require_number
 from ghostmask.engine.errors import bad_value, unknown_name
 
 LONGEST_SEARCHED = 100_000
-"""Epochs beyond which no length is proposed any more."""
+"""Epochs or steps beyond which no length is proposed any more."""
 
 
 def number(default: float, low: float, high: float = LARGEST, *, above: bool = False) -> Any:
@@ -118,13 +118,15 @@ class Scheduled(WithDensity):
         """Where the density begins to fall and where it is reached, in `length` epochs or steps, made `whole`."""
         return whole(self.start_fraction * length), whole(self.end_fraction * length)
 
-    def require_fall(self, epochs: int, falls: Callable[[int], bool]) -> None:
-        """Raise the InputError of train.epochs = `epochs` where the density is not reached in them, unless nothing is
-        pruned. falls: whether it is in a number of epochs."""
-        if self.density == 1 or falls(epochs):
+    def require_fall(self, name: str, length: int, falls: Callable[[int], bool], unit: int = 1) -> None:
+        """Raise the InputError of `name` = `length` where the density is not reached in it, unless nothing is pruned.
+
+        falls: whether it is, in a number of `unit`s.
+        """
+        if self.density == 1 or falls(length // unit):
             return
-        enough = next((length for length in range(1, LONGEST_SEARCHED) if falls(length)), None)
+        enough = next((unit * number for number in range(1, LONGEST_SEARCHED) if falls(number)), None)
         window = f"mask.start_fraction = {self.start_fraction:g} to mask.end_fraction = {self.end_fraction:g}"
         fix = f"give at least {enough}" if enough else "give fractions that lie further apart, and an end below 1"
         why = f"the density has no time to fall to {self.density:g} from {window}"
-        raise bad_value("train.epochs", epochs, f"{why}; {fix}")
+        raise bad_value(name, length, f"{why}; {fix}")

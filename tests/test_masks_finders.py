@@ -27,7 +27,8 @@ from ghostmask.engine.world import World, single
 from ghostmask.launcher.checks import check_finder
 from ghostmask.masks.mask_file import write_masks
 from ghostmask.masks.masked import density_of
-from ghostmask.masks.method import Finder, Recipe
+from ghostmask.masks.method import Recipe
+from ghostmask.masks.one_shot import OneShot
 from ghostmask.masks.registry import METHODS
 from ghostmask.masks.report import mask_lines
 from ghostmask.masks.scoring.largest import empty_layers
@@ -188,8 +189,8 @@ def test_find_mask_is_for_exactly_the_methods_that_have_a_finder() -> None:
         reads_path = "path" in {field.name for field in fields(resolve(entry).Settings)}
         config = configured(CONFIG, mask={"method": name, **({"path": "x"} if reads_path else {})})
         cls = resolve(entry)
-        assert issubclass(cls, Finder) == hasattr(cls, "find")
-        if issubclass(cls, Finder):
+        assert issubclass(cls, OneShot) == hasattr(cls, "find")
+        if issubclass(cls, OneShot):
             check_finder(config)
         else:
             with pytest.raises(InputError, match=f"mask.method = '{name}': finds its mask by training"):

@@ -23,6 +23,11 @@ class Settings(Ranked, Scheduled):
     update_every: int = number(100, 1)
     """Optimizer steps between updates of the mask."""
 
+    def falls(self, steps: int) -> bool:
+        """Whether an update reaches the target density after one that does not."""
+        first, last = self.window(round, steps)
+        return first < last
+
 
 class GradualMagnitude(MaskMethod):
     """GMP (Zhu & Gupta 2017): every mask.update_every steps between mask.start_fraction and mask.end_fraction of
@@ -33,17 +38,14 @@ class GradualMagnitude(MaskMethod):
 
     @classmethod
     def check_steps(cls, settings: Any, run: Any, steps_per_epoch: int) -> None:
-        def falls(epochs: int) -> bool:
-            """Whether an update reaches the target density after one that does not."""
-            first, last = settings.window(round, epochs * steps_per_epoch)
-            return bool(first < last)
-
-        settings.require_fall(run.train.epochs, falls)
+        settings.require_fall("train.epochs", run.train.epochs, lambda epochs: settings.falls(epochs * steps_per_epoch))
 
     def reparametrization(self, phase: Phase) -> Reparametrization:
         s, total = self.settings, phase.epochs * phase.steps_per_epoch
-        budget = Budget(s.density, s.constraint, seed=self.recipe.seed)
-        return Shrinking(self.rule(), budget, *s.window(round, total), s.update_every)
+        first, last = s.window(round, total)
+        return Shrinking(
+            self.rule(), Budget(s.density, s.constraint, seed=self.recipe.seed), first, last, s.update_every
+        )
 
 
 class Shrinking(FixedMask):

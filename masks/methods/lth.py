@@ -15,7 +15,6 @@ from ghostmask.engine.hooks import Hook
 from ghostmask.engine.position import Duration, Phase, require_steps
 from ghostmask.engine.sharding.placement import ParameterGroup
 from ghostmask.engine.sharding.reparametrization import Plain, Reparametrization, State
-from ghostmask.engine.sharding.rules import UpdateRule
 from ghostmask.engine.sharding.slices import Slice
 from ghostmask.masks.masked import PRUNABLE, FixedMask
 from ghostmask.masks.method import MaskMethod, Start
@@ -88,12 +87,16 @@ class LotteryTicket(MaskMethod):
             self.point.rewind()
 
     def reparametrization(self, phase: Phase) -> Reparametrization:
-        return Rewindable(self.rule(), self.found or None, self.points.get(PRUNABLE))
+        return RewindingMask(self.rule(), self.found or None)
 
     def groups(self, form: Reparametrization, lr: float) -> list[ParameterGroup]:
-        prunable, *others = super().groups(form, lr)
-        plain = [PlainRewindable(self.rule(), self.points.get(g.name)) for g in others]
-        return [prunable, *(replace(g, reparametrization=form) for g, form in zip(others, plain, strict=True))]
+        groups = []
+        for group in super().groups(form, lr):
+            made = form if group.name == PRUNABLE else RewindingPlain({"weight": self.rule()})
+            assert isinstance(made, Rewinding)
+            made.point = self.points.get(group.name)
+            groups.append(replace(group, reparametrization=made))
+        return groups
 
     def hooks(self, phase: Phase, form: Reparametrization) -> Sequence[Hook]:
         rewind = Duration.parse(self.settings.rewind).steps(phase.steps_per_epoch)
@@ -113,42 +116,26 @@ class LotteryTicket(MaskMethod):
             return
         _, state, part = optimizer.group(PRUNABLE)
         budget = Budget(densities[following], s.constraint, s.min_per_layer, self.recipe.seed)
-        self.settle(part.gathered(surviving(state, part, budget)), trainer.reporter.progress.message)
+        among_kept = torch.where(state["mask"], state["weight"].abs(), -1.0)  # nothing pruned returns
+        self.settle(part.gathered(largest(part, among_kept, budget)), trainer.reporter.progress.message)
 
 
-def surviving(state: State, part: Slice, budget: Budget) -> Tensor:
-    """Collective: (n,) bools: the largest |w| among those that the mask keeps; nothing pruned returns."""
-    return largest(part, torch.where(state["mask"], state["weight"].abs(), -1.0), budget)
+class Rewinding(Reparametrization):
+    """Weights that start at the rewind point, where there is one yet, and keep it in their state."""
 
-
-class Rewindable(FixedMask):
-    """A fixed mask over weights that start at the rewind point and keep it in the state."""
-
-    def __init__(self, rule: UpdateRule, masks: Mapping[str, Tensor] | None, point: Tensor | None) -> None:
-        super().__init__(rule, masks)
-        self.point = point
+    point: Tensor | None = None
 
     def start(self, weight: Tensor, part: Slice) -> State:
-        return super().start(weight, part) | _rewound(weight, self.point)
+        point = weight.clone() if self.point is None else self.point
+        return super().start(weight.copy_(point), part) | {"rewind": point}
 
 
-class PlainRewindable(Plain):
-    """The same for parameters that are never pruned."""
-
-    def __init__(self, rule: UpdateRule, point: Tensor | None) -> None:
-        super().__init__({"weight": rule})
-        self.point = point
-
-    def start(self, weight: Tensor, part: Slice) -> State:
-        return super().start(weight, part) | _rewound(weight, self.point)
+class RewindingMask(Rewinding, FixedMask):
+    """Under a fixed mask."""
 
 
-def _rewound(weight: Tensor, point: Tensor | None) -> State:
-    """The rewind point, after `weight` was brought back to it; where there is none yet, `weight` as it is."""
-    if point is None:
-        return {"rewind": weight.clone()}
-    weight.copy_(point)
-    return {"rewind": point}
+class RewindingPlain(Rewinding, Plain):
+    """Never pruned."""
 
 
 class RewindPoint(Hook):

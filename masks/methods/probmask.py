@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,11 @@ class Settings(Ranked, Scheduled):
             "mask.candidates", self.candidates, f"is not read with mask.final={self.final}; leave it out",
         )  # fmt: skip
 
+    def falls(self, epochs: int) -> bool:
+        """Whether there is an epoch in which the density falls, and a later one that trains at the target."""
+        start, end = self.window(int, epochs)
+        return start < end < epochs
+
 
 class ProbMask(MaskMethod):
     """Algorithm 1 of "Effective Training of Sparse Neural Networks under Global Sparsity Constraint".
@@ -75,12 +80,7 @@ class ProbMask(MaskMethod):
 
     @classmethod
     def check(cls, settings: Any, run: Any) -> None:
-        def falls(epochs: int) -> bool:
-            """Whether there is an epoch in which the density falls, and a later one that trains at the target."""
-            start, end = settings.window(int, epochs)
-            return bool(start < end < epochs)
-
-        settings.require_fall(run.train.epochs, falls)
+        settings.require_fall("train.epochs", run.train.epochs, settings.falls)
         if settings.train_weights:
             return
         chosen, fix = "mask.train_weights=false", "mask.train_weights=true"
@@ -99,9 +99,10 @@ class ProbMask(MaskMethod):
         if phase.name == FINETUNE:
             return FixedMask(self.rule(), self.found or None)
         s = self.settings
+        start, end = s.window(int, phase.epochs)
         search = Search(
-            s.density, s.constraint, s.temperature_end, *s.window(int, phase.epochs),
-            phase.epochs, phase.steps_per_epoch, self.recipe.seed,
+            s.density, s.constraint, s.temperature_end, start, end, phase.epochs, phase.steps_per_epoch,
+            self.recipe.seed,
         )  # fmt: skip
         return RelaxedMask(search, self.rule() if s.train_weights else None, s.lr / self.recipe.optim.lr)
 
@@ -116,8 +117,7 @@ class ProbMask(MaskMethod):
     def enter(self, phase: Phase) -> Setup:
         if phase.name != FINETUNE:
             agree_on_kernels(self.world, KERNELS)
-        setup = super().enter(phase)
-        return Setup(setup.model, setup.groups, setup.hooks, 1 if phase.name == FINETUNE else self.settings.samples)
+        return replace(super().enter(phase), passes=1 if phase.name == FINETUNE else self.settings.samples)
 
     def hooks(self, phase: Phase, form: Reparametrization) -> Sequence[Hook]:
         return (ProbabilityReport(form),) if isinstance(form, RelaxedMask) else super().hooks(phase, form)
@@ -142,9 +142,9 @@ class ProbMask(MaskMethod):
                 return
             best: tuple[float, int] = (-1.0, 0)
             for candidate in range(self.settings.candidates) if self.settings.final == "best_of" else ():
-                form.fix(form.sampled(state, part, candidate))
+                form.fixed = form.sampled(state, part, candidate)
                 best = max(best, (self._accuracy(trainer), -candidate))
-            form.fix(form.sampled(state, part, -best[1]))
+            form.fixed = form.sampled(state, part, -best[1])
 
     def _accuracy(self, trainer: Trainer) -> float:
         """On training images, batch norm in batch-statistics mode."""
