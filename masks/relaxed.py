@@ -18,8 +18,7 @@ from ghostmask.engine.sharding.rules import Adam, UpdateRule
 from ghostmask.engine.sharding.slices import Run, Slice
 from ghostmask.masks.kernels.noise import noise_key, uniforms
 from ghostmask.masks.kernels.projection import project_
-from ghostmask.masks.kernels.relaxed_mask import gradients_, masked_
-from ghostmask.masks.kernels.relaxed_mask_torch import EPS
+from ghostmask.masks.kernels.relaxed_mask import EPS, gradients_, masked_
 from ghostmask.masks.masked import Masked
 from ghostmask.masks.schedules import cubic_density, linear_temperature
 from ghostmask.masks.scoring.largest import Budget, largest

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ghostmask.engine.sharding.reparametrization import Draw
 from ghostmask.masks.kernels.noise import noise_key, random_words
-from ghostmask.masks.kernels.relaxed_mask_torch import EPS
+from ghostmask.masks.kernels.relaxed_mask import EPS
 
 
 def relaxed_mask(probability: Tensor, first: int, draw: Draw, temperature: float) -> Tensor:

@@ -12,8 +12,7 @@ from torch import Tensor
 from ghostmask.engine.compiled import load_kernels
 from ghostmask.masks.kernels import relaxed_mask as module
 from ghostmask.masks.kernels.noise import noise_key, random_words
-from ghostmask.masks.kernels.relaxed_mask import gradients_, masked_
-from ghostmask.masks.kernels.relaxed_mask_torch import EPS, relaxed_mask
+from ghostmask.masks.kernels.relaxed_mask import EPS, gradients_, masked_, relaxed_mask
 
 KEY = noise_key(seed=3, step=14, sample=1)
 FIRST, N = 5 * 1024 + 300, 9000

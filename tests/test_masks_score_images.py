@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from memory_data import MemoryData
@@ -12,20 +10,20 @@ from torch import Tensor
 from ghostmask.engine.data import Batch, Parts
 from ghostmask.engine.spawn import run_distributed
 from ghostmask.engine.world import World, single
-from ghostmask.masks.scoring.score_images import Choice, Chunk, chosen_images
+from ghostmask.masks.scoring.score_images import Chunk, chosen_images
 
 PARTS = 4
-CHOICES: dict[str, Callable[[], Choice]] = {"first": lambda: Choice(50), "per class": lambda: Choice(7, 4)}
+NUMBERS = {"first": 50, "per class": 7}
 
 
 def test_images_are_chosen_in_the_order_of_the_epoch_and_numbered() -> None:
     data = MemoryData(single())
     everything: list[Batch] = list(data.train(0))
-    found = list(chosen_images(data, Choice(50), 20, single()))
+    found = list(chosen_images(data, 50, 20, single()))
     assert [len(c.labels) for c in found] == [20, 20, 10]
     assert torch.cat([c.numbers for c in found]).tolist() == list(range(50))
     assert torch.equal(torch.cat([c.images for c in found]), torch.cat([b.images for b in everything])[:50])
-    assert len(list(chosen_images(data, Choice(10**6), 96, single()))) == 1, "one epoch holds no more"
+    assert len(list(chosen_images(data, 10**6, 96, single()))) == 1, "one epoch holds no more"
 
 
 def shared(world: World, choice: str, backwards: bool) -> list[Chunk]:
@@ -33,12 +31,12 @@ def shared(world: World, choice: str, backwards: bool) -> list[Chunk]:
     count = PARTS // world.size
     place = world.size - 1 - world.rank if backwards else world.rank
     data = MemoryData(world, parts=Parts(PARTS, place * count, count))
-    return list(chosen_images(data, CHOICES[choice](), 15, world))
+    return list(chosen_images(data, NUMBERS[choice], 15, world, per_class=choice == "per class"))
 
 
-@pytest.mark.parametrize("choice", list(CHOICES))
+@pytest.mark.parametrize("choice", list(NUMBERS))
 def test_ranks_find_the_images_of_one_rank_in_the_same_chunks(choice: str) -> None:
-    alone = list(chosen_images(MemoryData(single()), CHOICES[choice](), 15, single()))
+    alone = shared(single(), choice, False)
     assert [len(chunk.labels) for chunk in alone] == ([15, 15, 15, 5] if choice == "first" else [15, 13])
     for size, backwards in ((1, False), (2, False), (2, True), (4, True)):
         ranks = run_distributed(shared, size, choice, backwards)

@@ -17,6 +17,7 @@ from ghostmask.engine.world import single
 from ghostmask.masks.scoring.gradient_scores import ScoreLoss
 from ghostmask.masks.scoring.kronecker import KroneckerFactors, drawn_labels
 from ghostmask.masks.scoring.score_images import Chunk
+from ghostmask.masks.scoring.scored_copy import draw_classifier
 
 FLAT = nn.Flatten()
 
@@ -40,8 +41,11 @@ def names_of(net: nn.Module) -> dict[str, Tensor]:
     return {f"{n}.weight": m.weight for n, m in net.named_modules() if isinstance(m, layers)}
 
 
-def score_loss(net: nn.Module, **settings: Any) -> ScoreLoss:
-    return ScoreLoss(net, names_of(net), chunks, single(), **settings)
+def score_loss(net: nn.Module, fresh_classifier: int | None = None) -> ScoreLoss:
+    loss = ScoreLoss(net, names_of(net), chunks, single(), "grasp")
+    if fresh_classifier is not None:
+        draw_classifier(loss.twin, fresh_classifier)
+    return loss
 
 
 def kronecker(net: nn.Module) -> KroneckerFactors:
@@ -181,7 +185,7 @@ class Call(nn.Module):
 
 def test_a_network_without_second_derivatives_is_refused_by_grasp_and_scored_by_snip() -> None:
     net = convolutions(FLAT, Call(Once.apply), nn.Linear(72, 4))
-    loss = score_loss(net, method="grasp")
+    loss = score_loss(net)
     gradient = loss.gradient()
     assert all(g.any() for g in gradient)
     with pytest.raises(InputError, match=r"mask\.method = 'grasp': needs second derivatives, .*; snip needs") as caught:

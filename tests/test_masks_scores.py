@@ -22,7 +22,6 @@ from ghostmask.masks.method import Recipe
 from ghostmask.masks.methods.grasp import TEMPERATURE, default_per_class
 from ghostmask.masks.registry import METHODS
 from ghostmask.masks.scoring.kronecker import drawn_labels
-from ghostmask.masks.scoring.score_images import Choice
 from ghostmask.masks.scoring.scored_copy import draw_classifier
 from ghostmask.masks.scoring.topk import kept_count
 from ghostmask.models.build import build_model
@@ -58,12 +57,14 @@ def scores_of(method: Any, data: MemoryData) -> Tensor:
     return scores
 
 
-def chunked(data: MemoryData, choice: Any, size: int) -> list[tuple[Tensor, Tensor]]:
+def chunked(data: MemoryData, number: int, size: int, classes: int = 1) -> list[tuple[Tensor, Tensor]]:
     """The images a score sees, in float64, taken from the epoch's batches one image at a time."""
-    images, labels = [], []
+    images, labels, left = [], [], [number] * classes
     for batch in data.train(0):
         for image, label in zip(batch.images, batch.labels, strict=True):
-            if choice.take(int(label)):
+            kind = int(label) % classes
+            left[kind] -= 1
+            if left[kind] >= 0:
                 images.append(image.double())
                 labels.append(label)
     return list(zip(torch.stack(images).split(size), torch.stack(labels).split(size), strict=True))
@@ -109,7 +110,7 @@ def close(a: Tensor, b: Tensor, tolerance: float) -> bool:
 def test_snip_scores_are_the_change_of_the_loss_with_each_mask_entry() -> None:
     net, data = tiny(), MemoryData(single())
     method = method_of("snip", net, score_batch=10, score_batches=2)
-    loss, w = loss_of(net, chunked(data, Choice(20), 10)), flat_weights(method)
+    loss, w = loss_of(net, chunked(data, 20, 10)), flat_weights(method)
     assert len(w) == 180
     by_mask = differences(lambda mask: loss(mask * w), torch.ones_like(w), 1e-5)
     assert close(scores_of(method, data).double(), by_mask.abs(), 1e-5)
@@ -129,7 +130,7 @@ def test_grasp_takes_ten_images_of_each_class_but_one_of_each_of_many(num_classe
 def test_grasp_scores_are_minus_the_papers_by_differences_of_differences() -> None:
     net, data = tiny(), MemoryData(single())
     method = method_of("grasp", net, score_batch=20, samples_per_class=3)
-    chunks = chunked(data, Choice(3, 4), 7)
+    chunks = chunked(data, 3, 7, classes=4)
     assert [len(labels) for _, labels in chunks] == [7, 5]
     assert torch.cat([labels for _, labels in chunks]).bincount().tolist() == [3, 3, 3, 3]
     scored = copy.deepcopy(net)
@@ -219,7 +220,7 @@ def test_mlprune_scores_are_those_of_explicit_kronecker_products() -> None:
     layers = {n: twin.get_submodule(n.removesuffix(".weight")) for n in method.weights}
     factors = {n: [torch.zeros(w[0].numel(), w[0].numel()).double(), torch.zeros(len(w), len(w)).double()]
                for n, w in method.weights.items()}  # fmt: skip
-    images = torch.cat([images for images, _ in chunked(data, Choice(12), 6)])
+    images = torch.cat([images for images, _ in chunked(data, 12, 6)])
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     for name, layer in layers.items():
         layer.register_forward_hook(lambda _, inputs, output, name=name: seen.update({name: (inputs[0], output)}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,8 +26,17 @@ def noise_key(seed: int, step: int, sample: int) -> int:
     seed: of the run; step: global number of the optimizer step; sample: number of the noise sample within the step. A
     hash of all three, so that no two keys are related.
     """
-    text = f"mask noise {seed} {step} {sample}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    return hashed(f"mask noise {seed} {step} {sample}", 8)
+
+
+def hashed(text: str, size: int) -> int:
+    """A hash of `text`, in [0, 256^size)."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=size).digest(), "little")
+
+
+def generator(text: str) -> np.random.Generator:
+    """Random numbers that are a function of `text` alone, on every machine."""
+    return np.random.Generator(np.random.Philox(key=hashed(text, 16)))
 
 
 def random_words(key: int, first: int, count: int, device: torch.device | str) -> Tensor:

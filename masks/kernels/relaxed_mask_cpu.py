@@ -1,6 +1,6 @@
 """What does the relaxed mask do with a slice on the CPU: numba kernels that release the interpreter lock.
 
-The same numbers as masks.kernels.relaxed_mask_torch. A block of 1024 weights goes through short loops, one after the
+The same numbers as masks.kernels.relaxed_mask. A block of 1024 weights goes through short loops, one after the
 other, that hand over in the first cache: what depends on one another is then short enough for a processor to work on
 several rounds at once (all in one loop takes twice as long, measured). log2 and exp2 are polynomials, because calls of
 libm would keep LLVM from vectorising the loops.
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ghostmask.engine.compiled import split_over_threads
 from ghostmask.masks.kernels.noise import BLOCK, LANES, ROUNDS, random_words
-from ghostmask.masks.kernels.relaxed_mask_torch import EPS
+from ghostmask.masks.kernels.relaxed_mask import EPS
 
 SMALLEST_RANGE = 16
 """Blocks of 1024 weights worth a thread of their own."""
@@ -47,7 +47,9 @@ FAST = {"contract", "nsz"}
 
 def masked(out: Tensor, weight: Tensor, probability: Tensor, first: int, key: int, temperature: float) -> None:
     """See `masks.kernels.relaxed_mask.masked_`."""
-    arrays = _array(weight), _array(probability), *_either(out)
+    narrow = out.dtype == torch.bfloat16  # its bits then, and no float32 vector
+    outs = (np.empty(0, F), _array(out.view(torch.uint16))) if narrow else (_array(out), np.empty(0, np.uint16))
+    arrays = (_array(weight), _array(probability), *outs)
     seeds, numbers = _seeds(key), (F(1 / temperature), F(EPS))
     _on_blocks(len(out), first, lambda a, b: _masked(*arrays, first, a, b, seeds, numbers))
 
@@ -69,13 +71,6 @@ def _on_blocks(numel: int, first: int, work: Callable[[int, int], None]) -> None
 
 def _array(vector: Tensor) -> np.ndarray:
     return vector.detach().numpy()
-
-
-def _either(vector: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """(the float32 vector, nothing) or (nothing, the bits of the bfloat16 vector)."""
-    if vector.dtype == torch.float32:
-        return _array(vector), np.empty(0, np.uint16)
-    return np.empty(0, F), _array(vector.view(torch.uint16))
 
 
 def _seeds(key: int) -> np.ndarray:

@@ -1,6 +1,6 @@
 """What does the relaxed mask do with a slice on CUDA: Triton kernels, one launch for each pass.
 
-The same words as masks.kernels.noise and the same formulas as masks.kernels.relaxed_mask_torch. A program takes 4096
+The same words as masks.kernels.noise and the same formulas as masks.kernels.relaxed_mask. A program takes 4096
 weights that lie in 4 blocks of the noise: 1024 Philox counters, all four words of each.
 """
 
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ghostmask.masks.kernels.noise import BLOCK, LANES, ROUNDS, random_words
-from ghostmask.masks.kernels.relaxed_mask_torch import EPS
+from ghostmask.masks.kernels.relaxed_mask import EPS
 
 BLOCKS = tl.constexpr(4)
 """Noise blocks of 1024 weights per program."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -11,14 +11,14 @@ from ghostmask.engine.data import DataPipeline
 from ghostmask.engine.sharding.slices import Slice
 from ghostmask.masks.one_shot import Scored
 from ghostmask.masks.scoring.gradient_scores import ScoreLoss
-from ghostmask.masks.scoring.score_images import Choice, Chunk, chosen_images
+from ghostmask.masks.scoring.score_images import chosen_images
+from ghostmask.masks.scoring.scored_copy import draw_classifier
 from ghostmask.masks.settings import FromTrained, Protecting, ScoringImages, number
 
 TEMPERATURE = 200.0
 """T that the logits are divided by, as in the authors' code."""
 SHARE = 3
-"""A chunk is mask.score_batch / SHARE images: the graph of second derivatives holds 2.3 times what SNIP's holds of an
-image (ResNet-50 at 224 pixels: 0.20 GB), and one setting should bound the memory of every finder."""
+"""A chunk is mask.score_batch / SHARE images, so that one setting bounds the memory of every finder (D36)."""
 
 
 @dataclass(frozen=True)
@@ -44,19 +44,14 @@ class Grasp(Scored):
         removed, so the largest w (H g) are kept."""
         each = self.settings.samples_per_class or default_per_class(data.num_classes)
         size = -(-self.settings.score_batch // SHARE)
-
-        def chunks() -> Iterator[Chunk]:
-            return chosen_images(data, Choice(each, data.num_classes), size, self.world)
-
-        loss = ScoreLoss(
-            self.net, self.weights, chunks, self.world, TEMPERATURE, fresh_classifier=self.recipe.seed, method="grasp"
-        )
+        chunks = partial(chosen_images, data, each, size, self.world, per_class=True)
+        loss = ScoreLoss(self.net, self.weights, chunks, self.world, "grasp", TEMPERATURE)
+        draw_classifier(loss.twin, self.recipe.seed)
         gradient = [self.world.all_reduce(g) for g in loss.gradient()]
         product = part.summed(loss.hessian_product(gradient))
         return part.cut(loss.weights) * product
 
 
 def default_per_class(num_classes: int) -> int:
-    """Images of each class unless mask.samples_per_class says otherwise: 10; 1 with more than 100 classes, since 10 of
-    each of ImageNet's would take a CPU hours."""
+    """Images of each class unless mask.samples_per_class says otherwise: 10; 1 with more than 100 classes (D37)."""
     return 10 if num_classes <= 100 else 1

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ghostmask.engine.data import DataPipeline
 from ghostmask.engine.sharding.slices import Slice
 from ghostmask.masks.one_shot import Scored
-from ghostmask.masks.scoring.kronecker import KroneckerFactors, inverse_diagonals, scores_of
-from ghostmask.masks.scoring.score_images import Choice, Chunk, chosen_images
+from ghostmask.masks.scoring.kronecker import KroneckerFactors
+from ghostmask.masks.scoring.score_images import chosen_images
 from ghostmask.masks.settings import FromTrained, Protecting, ScoringImages, number
 
 
@@ -38,9 +38,11 @@ class MlPrune(Scored):
         """Collective: the normalised score of this rank's slice, (n,), float64; larger = kept."""
         s = self.settings
         factors = KroneckerFactors(self.net, list(self.weights), self.recipe.seed)
-        count = s.score_batches * s.score_batch
-        chunks: Iterator[Chunk] = chosen_images(data, Choice(count), s.score_batch, self.world)
-        for chunk in chunks:
+        for chunk in chosen_images(data, s.score_batches * s.score_batch, s.score_batch, self.world):
             factors.add(chunk)
-        diagonals = inverse_diagonals(factors.reduced(self.world), s.damping, self.world)
-        return part.cut(dict(zip(self.weights, scores_of(self.weights, diagonals), strict=True)))
+        scores = {}
+        for name, (over_inputs, over_outputs) in factors.inverse_diagonals(s.damping, self.world).items():
+            w = self.weights[name].detach().double()
+            score = w.square() / torch.outer(over_outputs, over_inputs).view(w.shape)
+            scores[name] = score / score.sum().clamp(min=torch.finfo(score.dtype).tiny)
+        return part.cut(scores)

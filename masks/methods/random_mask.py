@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ghostmask.engine.data import DataPipeline
 from ghostmask.engine.errors import bad_value
+from ghostmask.masks.kernels.noise import generator
 from ghostmask.masks.one_shot import OneShot
 from ghostmask.masks.scoring.allocation import layer_counts
 from ghostmask.masks.settings import FromTrained, WithDensity, choice, number
@@ -48,8 +47,7 @@ class Random(OneShot):
 def random_mask(like: Tensor, kept: int, seed: int, name: str) -> Tensor:
     """Bool tensor of the shape and device of `like`, `kept` ones at random: a function of (seed, name), as on all
     ranks."""
-    digest = hashlib.blake2b(f"random mask {seed} {name}".encode(), digest_size=16).digest()
-    order = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little"))).permutation(like.numel())
+    order = generator(f"random mask {seed} {name}").permutation(like.numel())
     mask = torch.zeros(like.numel(), dtype=torch.bool)
     mask[torch.from_numpy(order[:kept])] = True
     return mask.view(like.shape).to(like.device)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -11,7 +11,7 @@ from ghostmask.engine.data import DataPipeline
 from ghostmask.engine.sharding.slices import Slice
 from ghostmask.masks.one_shot import Scored
 from ghostmask.masks.scoring.gradient_scores import ScoreLoss
-from ghostmask.masks.scoring.score_images import Choice, Chunk, chosen_images
+from ghostmask.masks.scoring.score_images import chosen_images
 from ghostmask.masks.settings import FromTrained, Protecting, ScoringImages, number
 
 
@@ -35,9 +35,6 @@ class Snip(Scored):
     def scores(self, data: DataPipeline, part: Slice) -> Tensor:
         """Collective: |w dL/dw| of this rank's slice, (n,), L summed over the images; larger = kept."""
         s = self.settings
-
-        def chunks() -> Iterator[Chunk]:
-            return chosen_images(data, Choice(s.score_batches * s.score_batch), s.score_batch, self.world)
-
-        gradient = part.summed(ScoreLoss(self.net, self.weights, chunks, self.world).gradient())
+        chunks = partial(chosen_images, data, s.score_batches * s.score_batch, s.score_batch, self.world)
+        gradient = part.summed(ScoreLoss(self.net, self.weights, chunks, self.world, "snip").gradient())
         return (part.cut(self.weights) * gradient).abs()

@@ -11,13 +11,7 @@ from torch.nn import functional
 from ghostmask.engine.errors import bad_value
 from ghostmask.engine.world import World
 from ghostmask.masks.scoring.score_images import Chunk
-from ghostmask.masks.scoring.scored_copy import (
-    draw_classifier,
-    full_float32,
-    logits_of,
-    scored_copy,
-    share_batch_statistics,
-)
+from ghostmask.masks.scoring.scored_copy import full_float32, logits_of, scored_copy, share_batch_statistics
 
 Chunks = Callable[[], Iterator[Chunk]]
 
@@ -28,24 +22,19 @@ NO_SECOND_DERIVATIVE = ("not implemented", "differentiate twice", "double backwa
 class ScoreLoss:
     """Derivatives of the summed cross-entropy of softmax(logits / temperature) by the weights of those names.
 
-    weights: by name, those of the copy that is differentiated: what a score multiplies its derivatives with. chunks:
-    gives the images anew for every pass.
+    weights: by name, those of the copy (`twin`) that is differentiated: what a score multiplies its derivatives with.
+    chunks: gives the images anew for every pass. method: the mask.method that errors name.
 
-    Batch norm normalises with each chunk's own statistics, over all ranks. ToST's and GraSP's code have it so too; the
-    original SNIP in TensorFlow scores with `is_train=False`, that is, with running statistics that nothing has trained
-    yet: mean 0 and variance 1, no normalisation at all. Everything else is in eval mode: nothing is drawn.
+    Batch norm normalises with each chunk's own statistics, over all ranks (D23, D25). Everything else is in eval mode:
+    nothing is drawn.
     """
 
     def __init__(
-        self, net: nn.Module, names: Mapping[str, Tensor], chunks: Chunks, world: World, temperature: float = 1.0,
-        *, fresh_classifier: int | None = None, method: str = "snip",
+        self, net: nn.Module, names: Mapping[str, Tensor], chunks: Chunks, world: World, method: str,
+        temperature: float = 1.0,
     ) -> None:  # fmt: skip
-        """fresh_classifier: a seed from which alone the copy's classifier is drawn anew, see `draw_classifier`; None =
-        it stays. method: the mask.method that errors name."""
         self.twin, self.weights = scored_copy(net, names)
         self.twin.eval()
-        if fresh_classifier is not None:
-            draw_classifier(self.twin, fresh_classifier)
         share_batch_statistics(self.twin, world)
         self.chunks, self.world, self.temperature, self.method = chunks, world, temperature, method
 
@@ -58,7 +47,8 @@ class ScoreLoss:
         """
         total = [torch.zeros_like(w) for w in self.weights.values()]
         for chunk in self.chunks():
-            _add(total, self._slopes(self._loss(chunk)))
+            for whole, term in zip(total, self._slopes(self._loss(chunk)), strict=True):
+                whole.add_(term)
         return total
 
     @full_float32()
@@ -93,8 +83,3 @@ class ScoreLoss:
         return torch.autograd.grad(
             value, list(self.weights.values()), create_graph=create_graph, allow_unused=True, materialize_grads=True
         )
-
-
-def _add(total: list[Tensor], part: tuple[Tensor, ...]) -> None:
-    for whole, term in zip(total, part, strict=True):
-        whole.add_(term)

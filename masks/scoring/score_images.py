@@ -26,45 +26,37 @@ class Chunk:
     numbers: Tensor
 
 
-class Choice:
-    """The first `count` images of an epoch, or those of each class; fewer where the epoch holds fewer."""
+def chosen_images(
+    data: DataPipeline, number: int, size: int, world: World, *, per_class: bool = False
+) -> Iterator[Chunk]:
+    """Collective: the first `number` images of epoch 0, or that many of each class, in chunks of `size` over all ranks.
 
-    def __init__(self, count: int, num_classes: int | None = None) -> None:
-        """num_classes: None = whatever their classes are."""
-        self.left = [count] * (num_classes or 1)
-        self.per_class = num_classes is not None
-
-    def take(self, label: int) -> bool:
-        """Whether the next image of the epoch, of class `label`, is chosen."""
-        kind = label if self.per_class else 0
-        self.left[kind] -= 1
-        return self.left[kind] >= 0
-
-    def done(self) -> bool:
-        """Whether no further image will be."""
-        return max(self.left) <= 0
-
-
-def chosen_images(data: DataPipeline, choice: Choice, size: int, world: World) -> Iterator[Chunk]:
-    """Collective: the images of epoch 0 that `choice` takes, in chunks of `size` over all ranks (the last: the rest).
+    Fewer where the epoch holds fewer; the last chunk has the rest.
 
     Each rank keeps those that the loader gives it, as many chunks on every rank; at most a chunk and a batch of images
     are held at once. Images are chosen, numbered and cut into chunks in the order of the global batches, whichever rank
     has which parts of them.
     """
-    places = _places(data)
+    parts = data.parts
+    of_parts = torch.arange(data.batch_size).view(-1, parts.total).T
+    places = of_parts[parts.first : parts.first + parts.count].reshape(-1)  # of this rank's images in a global batch
     everywhere = world.all_gather(places).reshape(-1)
     images: list[Tensor] = []
     labels: list[Tensor] = []
     numbers: list[Tensor] = []
+    left = [number] * (data.num_classes if per_class else 1)
     count = sent = 0
     with closing(data.train(0)) as batches:
         for batch in batches:
-            if choice.done():
+            if max(left) <= 0:
                 break
             gathered = world.all_gather(batch.labels).reshape(-1).cpu()
-            everyone = torch.empty_like(gathered).index_copy_(0, everywhere, gathered).tolist()
-            taken = torch.tensor([choice.take(label) for label in everyone])
+            everyone = torch.empty_like(gathered).index_copy_(0, everywhere, gathered)
+            taken = torch.zeros(len(everyone), dtype=torch.bool)
+            for place, label in enumerate(everyone.tolist()):
+                kind = label if per_class else 0
+                taken[place] = left[kind] > 0
+                left[kind] -= 1
             # Of this rank's images those that are taken, in the order of the global batch.
             mine = places.argsort()
             mine = mine[taken[places[mine]]]
@@ -82,13 +74,6 @@ def chosen_images(data: DataPipeline, choice: Choice, size: int, world: World) -
             images, labels, numbers = [rest.images], [rest.labels], [rest.numbers]
     if count > sent:
         yield Chunk(torch.cat(images), torch.cat(labels), torch.cat(numbers))
-
-
-def _places(data: DataPipeline) -> Tensor:
-    """(this rank's images of a global batch,) int64: the place in the global batch of each, in the rank's order."""
-    parts = data.parts
-    of_parts = torch.arange(data.batch_size).view(-1, parts.total).T
-    return of_parts[parts.first : parts.first + parts.count].reshape(-1)
 
 
 def _between(chunk: Chunk, low: int, high: int) -> Chunk:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +15,7 @@ from torch.nn import functional
 from ghostmask.engine.batchnorm import batch_norms
 from ghostmask.engine.errors import bad_value
 from ghostmask.engine.world import World
+from ghostmask.masks.kernels.noise import hashed
 
 
 def scored_copy(net: nn.Module, names: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> Any:
@@ -55,8 +55,7 @@ def draw_classifier(twin: nn.Module, seed: int) -> None:
     found = [m for m in layers if isinstance(m, nn.Linear) or (m is layers[-1] and m.kernel_size == (1, 1))]
     if not found:
         return
-    digest = hashlib.blake2b(f"fresh classifier {seed}".encode(), digest_size=7).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    generator = torch.Generator().manual_seed(hashed(f"fresh classifier {seed}", 7))
     drawn = torch.empty(found[-1].weight.shape)  # on the CPU: the same on every device
     nn.init.xavier_normal_(drawn, generator=generator)
     with torch.no_grad():
