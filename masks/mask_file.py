@@ -42,7 +42,8 @@ def read_masks(path: str, net: nn.Module, weights: Mapping[str, Tensor]) -> dict
     missing = [name for name in weights if name not in named]
     if missing:
         raise bad_value(FIELD, path, f"has no mask for {_few(missing)}; leave them unpruned with mask.dense_layers")
-    dense = [name for name in _dense(net, weights) if name in named]
+    layers = [f"{name}.weight" for name, module in net.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    dense = [name for name in layers if name in named and name not in weights]  # zeros there would be lost
     for name in (*weights, *dense):
         found, own = tuple(named[name].shape), tuple(net.get_parameter(name).shape)
         if found != own:
@@ -78,12 +79,6 @@ def _by_weight(path: str, content: Mapping[str, Tensor], known: Mapping[str, Ten
     if strange:
         raise bad_value(FIELD, path, f"holds {_few(strange)}, which this network does not have; check model.name")
     return {own: content[name] for own, (_, name) in found.items()}
-
-
-def _dense(net: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
-    """Layers that this run does not prune: zeros there would be lost without a word."""
-    layers = [f"{name}.weight" for name, module in net.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    return [name for name in layers if name not in weights]
 
 
 def _few(names: list[str]) -> str:

@@ -214,7 +214,7 @@ def test_torch_form_gives_the_bits_of_the_compiled_form(monkeypatch: pytest.Monk
     halves = lambda z: [(z[: len(z) // 3], 7), (z[len(z) // 3 :], 7 + len(z) // 3)]  # noqa: E731
     values = {name: project(halves(compiled[name]), k, len(z), single()) for name, (z, k) in cases().items()}
     monkeypatch.setattr(projection_passes, "kernels_on", lambda device, module: None)
-    monkeypatch.setattr("ghostmask.masks.kernels.projection_bracket.kernels_on", lambda device, module: None)
+    monkeypatch.setattr("ghostmask.masks.kernels.projection.kernels_on", lambda device, module: None)
     monkeypatch.setattr(projection_passes, "CHUNK", 1000)
     for name, (z, budget) in cases().items():
         assert project([(z, 7)], budget, len(z), single()) == values[name], name

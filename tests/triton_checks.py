@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ghostmask.masks.kernels import (
     projection,
-    projection_bracket,
     projection_passes,
     projection_triton,
     relaxed_mask,
@@ -35,7 +34,7 @@ def no_kernels(place: Tensor | torch.device, module: str) -> None:
     return None
 
 
-projection_bracket.kernels_on = relaxed_mask.kernels_on = no_kernels  # the forms in torch are the reference
+projection.kernels_on = relaxed_mask.kernels_on = no_kernels  # the forms in torch are the reference
 
 
 @triton.jit
@@ -140,7 +139,7 @@ def brackets_are_those_of_the_torch_form() -> None:
     kinds = [z.nan_to_num(0.5, posinf=2.0, neginf=-1.0) for z in shards()]
     for part in (0.0, 1e-3, 0.3, 0.9, 2.0):
         ours, expected = (
-            projection_bracket.Brackets.around([part * float(z.clamp(0, 1).sum()) for z in kinds], torch.device("cpu"))
+            projection.Brackets.around([part * float(z.clamp(0, 1).sum()) for z in kinds], torch.device("cpu"))
             for _ in range(2)
         )
         for number, (shift, bins) in enumerate(projection.ROUNDS):

@@ -123,7 +123,7 @@ def select(z, first, end, low, width, out, count):  # type: ignore[no-untyped-de
 
 
 def narrow(tables: Tensor, shift: int, *brackets: Tensor) -> None:
-    """See `masks.kernels.projection_bracket.Brackets.narrow`; brackets: its fields."""
+    """See `masks.kernels.projection.Brackets.narrow`; brackets: its fields."""
     _narrow(tables.numpy(), shift, *(field.numpy() for field in brackets))
 
 
@@ -189,8 +189,7 @@ _compress: Any = intrinsic(_generate_compress)
 def _append(values, marked, out, count):  # type: ignore[no-untyped-def]
     """Write values[i] (float32) where marked[i] (uint8) is not 0 to out[count:], in order; returns the new count.
 
-    Without a branch per element. out may be overwritten as far as count + len(values). In this file, although it is an
-    idea of its own: numba's cache does not see that a function in another file has changed.
+    Without a branch per element. out may be overwritten as far as count + len(values).
     """
     done = 0
     if COMPRESSES:

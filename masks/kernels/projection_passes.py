@@ -5,8 +5,8 @@ CUDA: Triton; CPU: numba; elsewhere, and where these cannot be had, torch. All g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,10 @@ SELECTED_FRACTION = 8
 """A rank keeps a copy of the elements whose breakpoints are still in question, if it is this many times smaller."""
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 DITHER = (1 << 29) - 1
+
+Range = tuple[np.ndarray, int, int, int]
+"""An array, where a range of it begins and ends, and its number among all pieces."""
+Result = TypeVar("Result")
 
 
 class Breakpoints:
@@ -58,32 +62,39 @@ class Breakpoints:
 
     def _select(self, kernels: Any, low: int, width: int) -> None:
         """Go on with copies of the elements that have a breakpoint in that range of bits, if they are few."""
-        arrays, lengths = [p.numpy() for p in self.pieces], [len(p) for p in self.pieces]
 
-        def work(first: int, end: int) -> Tensor | None:
-            out = torch.empty((end - first) // SELECTED_FRACTION + kernels.CHUNK)
-            count = 0
-            for number, start, stop in pieces_in(lengths, first, end):
-                count = kernels.select(arrays[number], start, stop, low, width, out.numpy(), count)
+        def work(ranges: list[Range]) -> Tensor | None:
+            numel = sum(stop - start for _, start, stop, _ in ranges)
+            out, count = torch.empty(numel // SELECTED_FRACTION + kernels.CHUNK), 0
+            for array, start, stop, _ in ranges:
+                count = kernels.select(array, start, stop, low, width, out.numpy(), count)
                 if count < 0:
                     return None
             return out[:count]
 
-        parts = split_over_threads(work, sum(lengths), SMALLEST_RANGE, shares=SHARES)
+        parts = _over_threads(work, self.pieces)
         if all(part is not None for part in parts):
             self.pieces, self.selected = [part for part in parts if part is not None and len(part)], True
 
 
 def _histogram_on_cpu(kernels: Any, pieces: list[Tensor], base: int, shift: int, bins: int) -> Tensor:
-    arrays, lengths = [p.numpy() for p in pieces], [len(p) for p in pieces]
-
-    def work(first: int, end: int) -> Tensor:
+    def work(ranges: list[Range]) -> Tensor:
         table, scratch = np.zeros((2, bins + 1), np.int64), np.zeros((2, 4, bins + 1), np.int64)
-        for number, start, stop in pieces_in(lengths, first, end):
-            kernels.histogram(arrays[number], start, stop, base, shift, bins, table, scratch)
+        for array, start, stop, _ in ranges:
+            kernels.histogram(array, start, stop, base, shift, bins, table, scratch)
         return torch.from_numpy(table)
 
-    return torch.stack(split_over_threads(work, sum(lengths), SMALLEST_RANGE, shares=SHARES)).sum(0)
+    return torch.stack(_over_threads(work, pieces)).sum(0)
+
+
+def _over_threads(work: Callable[[list[Range]], Result], pieces: Sequence[Tensor]) -> list[Result]:
+    """[work(ranges), ...] of parts that cover all pieces, in order."""
+    arrays, lengths = [p.numpy() for p in pieces], [len(p) for p in pieces]
+
+    def ranges(first: int, end: int) -> list[Range]:
+        return [(arrays[number], start, stop, number) for number, start, stop in pieces_in(lengths, first, end)]
+
+    return split_over_threads(lambda a, b: work(ranges(a, b)), sum(lengths), SMALLEST_RANGE, shares=SHARES)
 
 
 def histogram(pieces: Sequence[Tensor], base: Tensor, shift: int, bins: int) -> Tensor:
@@ -117,13 +128,13 @@ def subtract_and_clamp_(runs: Sequence[tuple[Tensor, int]], threshold: Tensor) -
         return
     kernels = kernels_on(threshold.device, MODULE)
     if kernels and not threshold.is_cuda:
-        arrays, lengths, v = [run.numpy() for run, _ in runs], [len(run) for run, _ in runs], float(threshold)
+        v = float(threshold)
 
-        def work(begin: int, end: int) -> None:
-            for number, low, high in pieces_in(lengths, begin, end):
-                kernels.subtract_and_clamp(arrays[number], low, high, v, runs[number][1])
+        def work(ranges: list[Range]) -> None:
+            for array, start, stop, number in ranges:
+                kernels.subtract_and_clamp(array, start, stop, v, runs[number][1])
 
-        split_over_threads(work, sum(lengths), SMALLEST_RANGE, shares=SHARES)
+        _over_threads(work, [run for run, _ in runs])
         return
     for run, first in runs:
         (kernels.subtract_and_clamp if kernels else subtract_and_clamp)(run, threshold, first)

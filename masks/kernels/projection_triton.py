@@ -40,7 +40,7 @@ def histogram(z: Tensor, base: Tensor, shift: int, bins: int) -> Tensor:
 
 
 def narrow(tables: Tensor, shift: int, *brackets: Tensor) -> None:
-    """See `masks.kernels.projection_bracket.Brackets.narrow`; brackets: its fields."""
+    """See `masks.kernels.projection.Brackets.narrow`; brackets: its fields."""
     bins = tables.shape[2] - 1
     _narrow[(len(tables),)](tables, bins, *brackets, shift, triton.next_power_of_2(bins))
 

@@ -12,6 +12,7 @@ CUDA: Triton; CPU: numba; elsewhere, and as the kernels' reference, torch.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -81,6 +82,19 @@ def relaxed_mask(probability: Tensor, key: int, temperature: float, first: int) 
     x = (odds.log() / temperature).clamp(-LIMIT * math.log(2), LIMIT * math.log(2))
     own = slice(before, before + numel)
     return x.sigmoid()[own], (-x).sigmoid()[own]
+
+
+def try_out(masked: Callable[..., None], gradients: Callable[..., None], device: torch.device) -> None:
+    """Raise RuntimeError unless compiled forms of the two give 1500 weights the noise that they should have."""
+    w, s, g = (torch.full((1500,), value, device=device) for value in (2.0, 0.5, 2.0))
+    gradients(g, w, s, 700, 1 << 63, 1.0, torch.empty_like(g))
+    # At s = 1/2 and tau = 1 the mask is u itself.
+    expected = 2 * ((random_words(1 << 63, 700, 1500, device) | 1).float() / 2**32)
+    for dtype, allowed in ((torch.float32, 1e-5), (torch.bfloat16, 2.0**-7)):
+        out = torch.empty(1500, dtype=dtype, device=device)
+        masked(out, w, s, 700, 1 << 63, 1.0)
+        if not torch.allclose(out.float(), expected, rtol=allowed) or not torch.allclose(g, expected, rtol=1e-5):
+            raise RuntimeError("the compiled relaxed mask gives wrong numbers here")
 
 
 def _check(*vectors: Tensor, narrow: Tensor | None = None) -> None:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ghostmask.engine.compiled import split_over_threads
-from ghostmask.masks.kernels.noise import BLOCK, LANES, ROUNDS, random_words
-from ghostmask.masks.kernels.relaxed_mask import EPS
+from ghostmask.masks.kernels.noise import BLOCK, LANES, ROUNDS
+from ghostmask.masks.kernels.relaxed_mask import EPS, try_out
 
 SMALLEST_RANGE = 16
 """Blocks of 1024 weights worth a thread of their own."""
@@ -203,13 +203,5 @@ def _gradients(g, w, s, slope, first, begin, end, seeds, numbers):  # type: igno
 
 
 def compile_all() -> None:
-    """Compile the kernels (or load them from numba's cache, which does not see changes of masks.kernels.noise) and
-    compare 1500 weights with the noise they should have."""
-    w, s, g = torch.full((1500,), 2.0), torch.full((1500,), 0.5), torch.full((1500,), 2.0)
-    out, slope = torch.empty_like(w), torch.empty_like(w)
-    masked(out, w, s, 700, 1 << 63, 1.0)
-    gradients(g, w, s, 700, 1 << 63, 1.0, slope)
-    # At s = 1/2 and tau = 1 the mask is u itself.
-    expected = 2 * ((random_words(1 << 63, 700, 1500, "cpu") | 1).float() / 2**32)
-    if not torch.allclose(out, expected, rtol=1e-5) or not torch.allclose(g, expected, rtol=1e-5):
-        raise RuntimeError("the compiled relaxed mask gives wrong numbers here")
+    """Compile the kernels (or load them from numba's cache, which does not see changes of masks.kernels.noise)."""
+    try_out(masked, gradients, torch.device("cpu"))

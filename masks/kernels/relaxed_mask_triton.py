@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ghostmask.masks.kernels.noise import BLOCK, LANES, ROUNDS, random_words
-from ghostmask.masks.kernels.relaxed_mask import EPS
+from ghostmask.masks.kernels.noise import BLOCK, LANES, ROUNDS
+from ghostmask.masks.kernels.relaxed_mask import EPS, try_out
 
 BLOCKS = tl.constexpr(4)
 """Noise blocks of 1024 weights per program."""
@@ -115,15 +115,5 @@ def _inverse_odds(word, s, inverse_temperature):  # type: ignore[no-untyped-def]
 
 
 def compile_all() -> None:
-    """Compile the kernels, for float32 and bfloat16, and compare 1500 weights with the noise they should have."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    w, s = torch.full((1500,), 2.0, device=device), torch.full((1500,), 0.5, device=device)
-    g, slope = w.clone(), torch.empty_like(w)
-    gradients(g, w, s, 700, 1 << 63, 1.0, slope)
-    # At s = 1/2 and tau = 1 the mask is u itself.
-    expected = 2 * ((random_words(1 << 63, 700, 1500, device) | 1).float() / 2**32)
-    for dtype, allowed in ((torch.float32, 1e-5), (torch.bfloat16, 2.0**-7)):
-        out = torch.empty(1500, dtype=dtype, device=device)
-        masked(out, w, s, 700, 1 << 63, 1.0)
-        if not torch.allclose(out.float(), expected, rtol=allowed) or not torch.allclose(g, expected, rtol=1e-5):
-            raise RuntimeError("the compiled relaxed mask gives wrong numbers here")
+    """Compile the kernels, for float32 and bfloat16."""
+    try_out(masked, gradients, torch.device("cuda" if torch.cuda.is_available() else "cpu"))

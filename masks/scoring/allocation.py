@@ -24,7 +24,12 @@ def layer_counts(shapes: Sequence[Sequence[int]], density: float, allocation: st
     low = [min(min_per_layer, size) for size in sizes]
     if sum(low) > kept:
         raise ValueError(f"{len(sizes)} layers need {sum(low)} weights, of {kept}")
-    return _rounded(_within(shares, low, sizes, kept), kept)
+    amounts = _within(shares, low, sizes, kept)
+    counts = [math.floor(a) for a in amounts]
+    by_remainder = sorted(range(len(amounts)), key=lambda i: (counts[i] - amounts[i], i))
+    for i in by_remainder[: kept - sum(counts)]:
+        counts[i] += 1
+    return counts
 
 
 def _relative_density(shape: Sequence[int]) -> Fraction:
@@ -47,11 +52,3 @@ def _within(shares: list[Fraction], low: list[int], high: list[int], total: int)
             return [Fraction(fixed[i]) if i in fixed else amounts[i] for i in range(len(shares))]
         # Only the side that outweighs the other is surely bound: fixing it moves the rest towards the other bound.
         fixed.update(over if excess >= lack else under)
-
-
-def _rounded(amounts: list[Fraction], total: int) -> list[int]:
-    counts = [math.floor(a) for a in amounts]
-    by_remainder = sorted(range(len(amounts)), key=lambda i: (counts[i] - amounts[i], i))
-    for i in by_remainder[: total - sum(counts)]:
-        counts[i] += 1
-    return counts

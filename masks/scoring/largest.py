@@ -79,8 +79,4 @@ def _top(part: Slice, scores: Tensor, among: Tensor, kept: int, seed: int) -> Te
 
 def _among(part: Slice, scores: Tensor, places: Tensor, kept: int, seed: int) -> Tensor:
     """(len(places),) bools: the `kept` largest scores of all ranks' places."""
-
-    def tie_order(tied: Tensor) -> Tensor:
-        return seeded_order(part.indices()[places[tied]], seed)
-
-    return topk_shard(scores[places], kept, part.world, tie_order)
+    return topk_shard(scores[places], kept, part.world, lambda tied: seeded_order(part.indices()[places[tied]], seed))

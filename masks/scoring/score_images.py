@@ -41,9 +41,7 @@ def chosen_images(
     of_parts = torch.arange(data.batch_size).view(-1, parts.total).T
     places = of_parts[parts.first : parts.first + parts.count].reshape(-1)  # of this rank's images in a global batch
     everywhere = world.all_gather(places).reshape(-1)
-    images: list[Tensor] = []
-    labels: list[Tensor] = []
-    numbers: list[Tensor] = []
+    held: list[Chunk] = []
     left = [number] * (data.num_classes if per_class else 1)
     count = sent = 0
     with closing(data.train(0)) as batches:
@@ -60,22 +58,19 @@ def chosen_images(
             # Of this rank's images those that are taken, in the order of the global batch.
             mine = places.argsort()
             mine = mine[taken[places[mine]]]
-            images.append(batch.images[mine].contiguous(memory_format=torch.contiguous_format))
-            labels.append(batch.labels[mine])
-            numbers.append((count + taken.cumsum(0) - 1)[places[mine]])
+            images = batch.images[mine].contiguous(memory_format=torch.contiguous_format)
+            held.append(Chunk(images, batch.labels[mine], (count + taken.cumsum(0) - 1)[places[mine]]))
             count += int(taken.sum())
-            if count - sent < size:
-                continue
-            held = Chunk(torch.cat(images), torch.cat(labels), torch.cat(numbers))
             while count - sent >= size:
                 yield _between(held, sent, sent + size)
                 sent += size
-            rest = _between(held, sent, count)
-            images, labels, numbers = [rest.images], [rest.labels], [rest.numbers]
+                held = [_between(held, sent, count)]
     if count > sent:
-        yield Chunk(torch.cat(images), torch.cat(labels), torch.cat(numbers))
+        yield _between(held, sent, count)
 
 
-def _between(chunk: Chunk, low: int, high: int) -> Chunk:
-    inside = (chunk.numbers >= low) & (chunk.numbers < high)
-    return Chunk(chunk.images[inside], chunk.labels[inside], chunk.numbers[inside])
+def _between(held: list[Chunk], low: int, high: int) -> Chunk:
+    numbers = torch.cat([chunk.numbers for chunk in held])
+    inside = (numbers >= low) & (numbers < high)
+    images, labels = (torch.cat([getattr(chunk, name) for chunk in held])[inside] for name in ("images", "labels"))
+    return Chunk(images, labels, numbers[inside])

@@ -12,8 +12,6 @@ from ghostmask.engine.compiled import load_kernels, split_over_threads
 from ghostmask.engine.errors import EXIT_NON_FINITE, RunStopped
 from ghostmask.engine.world import World
 
-TieOrder = Callable[[Tensor], Tensor]
-
 BINS = 1 << 16
 """Bins of a pass: 16 bits of the scores' integer image, from the upper ones down."""
 CHUNK = 1 << 22
@@ -31,7 +29,7 @@ def kept_count(density: float, prunable: int) -> int:
     return max(1, round(density * prunable))
 
 
-def topk_shard(scores: Tensor, kept: int, world: World, tie_order: TieOrder | None = None) -> Tensor:
+def topk_shard(scores: Tensor, kept: int, world: World, tie_order: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """Collective: the mask of this rank's shard of the scores: exactly `kept` ones over all ranks, the largest scores.
 
     scores: (n,) this rank's share of all scores; n may differ and be 0, the type is the same on every rank; float32 or
@@ -84,9 +82,11 @@ def _threshold(scores: Tensor, kept: int, digits: int, world: World) -> tuple[fl
     for digit in reversed(range(digits)):
         # The image is signed: so is its uppermost digit.
         offset = BINS // 2 if digit == digits - 1 else 0
-        place, left = _bin(_counts(scores, digit, prefix, offset), left, world)
-        prefix = (prefix << 16) + place - offset
-    return _score_of(prefix, scores.dtype), left
+        from_top = world.all_reduce(_counts(scores, digit, prefix, offset)).flip(0).cumsum(0)
+        place = int(torch.searchsorted(from_top, left))
+        left -= int(from_top[place - 1]) if place else 0
+        prefix = (prefix << 16) + BINS - 1 - place - offset
+    return _flipped(torch.tensor([prefix], dtype=INTEGERS[scores.dtype])).view(scores.dtype).item(), left
 
 
 def _counts(scores: Tensor, digit: int, prefix: int, offset: int) -> Tensor:
@@ -116,18 +116,6 @@ def _counts_on_cpu(kernels: Any, scores: Tensor, shift: int, prefix: int, offset
         return counts
 
     return torch.stack(split_over_threads(work, len(scores), SMALLEST_RANGE)).sum(0)
-
-
-def _bin(counts: Tensor, kept: int, world: World) -> tuple[int, int]:
-    """Collective: (bin of the kept-th largest, how many of that bin are kept), from every rank's counts."""
-    from_top = world.all_reduce(counts).flip(0).cumsum(0)
-    place = int(torch.searchsorted(from_top, kept))
-    above = int(from_top[place - 1]) if place else 0
-    return BINS - 1 - place, kept - above
-
-
-def _score_of(image: int, dtype: torch.dtype) -> float:
-    return _flipped(torch.tensor([image], dtype=INTEGERS[dtype])).view(dtype).item()
 
 
 def _flipped(bits: Tensor) -> Tensor:
