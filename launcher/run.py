@@ -35,7 +35,7 @@ from ghostmask.launcher.record import versions
 from ghostmask.launcher.settings import to_dict
 from ghostmask.launcher.tweaks import with_tweaks
 from ghostmask.masks.masked import present_masks
-from ghostmask.masks.method import FINETUNE, MaskMethod, Recipe, Start
+from ghostmask.masks.method import FINETUNE, MaskMethod, Recipe
 from ghostmask.masks.registry import METHODS
 from ghostmask.models.build import build_model, check_part
 
@@ -67,7 +67,7 @@ class Run:
         for phase in self.phases[names.index(saved.meta["phase"]) if saved else 0 :]:
             here = saved is not None and saved.meta["phase"] == phase.name
             if not here:
-                self.method.begin(phase, Start(self.data, self.reporter.progress.message))
+                self.method.begin(phase, self.data, self.reporter.progress.message)
             trainer = self.trainer(phase, saved.step if saved is not None and here else phase.first_step)
             if saved is not None and here:
                 trainer.resume(saved)

@@ -3,7 +3,7 @@
 phases()                 ("search", "finetune"), ("train",), ...
 prepare()                a new run only: load what the method starts from
 for each phase:
-    begin(phase, start)  only when the phase starts at its first step, on the plain network: find a mask, ...
+    begin(phase, ...)    only when the phase starts at its first step, on the plain network: find a mask, ...
     enter(phase)         -> Setup: how the weights are made from their state, hooks   (new and resumed runs: builds,
                             decides nothing that a checkpoint does not overwrite)
     [the engine trains the phase]
@@ -70,14 +70,6 @@ class Recipe:
     bf16: bool = False
 
 
-@dataclass(frozen=True)
-class Start:
-    """What `begin` may use: the data, and where messages for the user go (rank 0 prints them)."""
-
-    data: DataPipeline
-    say: Callable[[str], None]
-
-
 class MaskMethod(ABC):
     """Chooses which weights of `net` stay. One subclass per method, listed in masks.registry.
 
@@ -141,8 +133,8 @@ class MaskMethod(ABC):
     def prepare(self) -> None:  # noqa: B027  (a method that starts from the initialisation needs nothing)
         """A new run: bring `net` to the state the method starts from."""
 
-    def begin(self, phase: Phase, start: Start) -> None:
-        """Collective: before the first step of a phase, on the plain network.
+    def begin(self, phase: Phase, data: DataPipeline, say: Callable[[str], None]) -> None:
+        """Collective: before the first step of a phase, on the plain network. say: prints on rank 0.
 
         Re-estimates batch norm where a mask was just applied.
         """
@@ -150,17 +142,25 @@ class MaskMethod(ABC):
             with torch.no_grad():
                 for name, mask in self.found.items():
                     self.weights[name].masked_fill_(~mask, 0.0)
-            with closing(start.data.train(phase.first_epoch)) as batches:
+            with closing(data.train(phase.first_epoch)) as batches:
                 some = islice(batches, BATCH_NORM_BATCHES)
-                reestimate(self.net, some, start.data.parts, self.world)
+                reestimate(self.net, some, data.parts, self.world)
 
     def leave(self, trainer: Trainer) -> None:
         """Collective: after the last step of a phase."""
         self.found = present_masks(trainer.sharded.optimizer)
 
     def settle(self, masks: dict[str, Tensor], say: Callable[[str], None]) -> None:
-        """Collective: from now on these are the masks, which every rank has found alike; say what they are."""
-        _check_agreement(masks, self.world)
+        """Collective: from now on these are the masks; say what they are.
+
+        Raises RuntimeError unless every rank has found the same ones.
+        """
+        kept = [mask.reshape(-1).nonzero().reshape(-1) for mask in masks.values()]
+        # Sums in which a weight's place counts.
+        sums = self.world.all_gather(torch.stack([((k + 1) * 2654435761 % 2**31).sum() + k.numel() for k in kept]))
+        wrong = [name for name, column in zip(masks, sums.T, strict=True) if not bool((column == column[0]).all())]
+        if wrong:
+            raise RuntimeError(f"the masks differ between ranks in {', '.join(wrong[:5])}: please report this as a bug")
         self.found = masks
         for line in mask_lines(masks, self.settings):
             say(line)
@@ -168,12 +168,3 @@ class MaskMethod(ABC):
     def masks(self) -> Mapping[str, Tensor]:
         """Weight name -> bool tensor of its shape, equal on every rank; empty for a dense network."""
         return self.found
-
-
-def _check_agreement(masks: Mapping[str, Tensor], world: World) -> None:
-    """Collective: raises RuntimeError unless every rank holds the same masks (compared by position-weighted sums)."""
-    kept = [mask.reshape(-1).nonzero().reshape(-1) for mask in masks.values()]
-    every = world.all_gather(torch.stack([((k + 1) * 2654435761 % 2**31).sum() + k.numel() for k in kept]))
-    wrong = [name for name, column in zip(masks, every.T, strict=True) if not bool((column == column[0]).all())]
-    if wrong:
-        raise RuntimeError(f"the masks differ between ranks in {', '.join(wrong[:5])}: please report this as a bug")

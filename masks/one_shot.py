@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from ghostmask.engine.position import Phase
 from ghostmask.engine.sharding.reparametrization import Reparametrization
 from ghostmask.engine.sharding.slices import Slice
 from ghostmask.masks.masked import FixedMask
-from ghostmask.masks.method import MaskMethod, Start
+from ghostmask.masks.method import MaskMethod
 from ghostmask.masks.scoring.largest import Budget, largest
 from ghostmask.masks.trained import load_trained
 
@@ -36,16 +37,12 @@ class OneShot(MaskMethod):
         if self.settings.path:
             load_trained(self.net, self.settings.path)
 
-    def begin(self, phase: Phase, start: Start) -> None:
-        self.settle(self.find(start.data), start.say)
-        super().begin(phase, start)
+    def begin(self, phase: Phase, data: DataPipeline, say: Callable[[str], None]) -> None:
+        self.settle(self.find(data), say)
+        super().begin(phase, data, say)
 
     def reparametrization(self, phase: Phase) -> Reparametrization:
         return FixedMask(self.rule(), self.found or None)
-
-    def part(self) -> Slice:
-        """This rank's share of the prunable weights."""
-        return Slice.even(self.weights, self.world)
 
     def budget(self, density: float | None = None) -> Budget:
         """What the settings allow, at mask.density unless another density is asked for."""
@@ -61,5 +58,5 @@ class Scored(OneShot):
         """Collective: the scores of this rank's slice, (n,); larger = kept. The network is left as it is."""
 
     def find(self, data: DataPipeline) -> dict[str, Tensor]:
-        part = self.part()
+        part = Slice.even(self.weights, self.world)
         return part.gathered(largest(part, self.scores(data, part), self.budget()))

@@ -73,9 +73,7 @@ class RelaxedMask(Masked):
         return {"weight": weight, "probability": torch.full_like(weight, START)}
 
     def schedule(self, updates: int) -> None:
-        last = self.search.epochs * self.search.steps_per_epoch - 1
-        now = min(updates, last)
-        self.temperature, self.density = self.search.temperature(now), self.search.density_at(now)
+        self.temperature, self.density = self.search.temperature(updates), self.search.density_at(updates)
 
     def write(self, state: State, part: Slice, draw: Draw, outputs: list[tuple[Run, Tensor]]) -> None:
         key = noise_key(draw.seed, draw.step, draw.sample)
@@ -115,11 +113,6 @@ class RelaxedMask(Masked):
             for x in part.segments:
                 runs[x.layer].append((s[x.start : x.start + x.numel], begins[x.layer] + x.offset))
         self.threshold = project_(runs, [self.density * n for n in numels], numels, part.world).mean()
-
-    def finish(self, state: State, part: Slice) -> None:
-        """Collective: hold the probabilities to the final density, wherever the schedule is."""
-        self.density = self.search.density
-        self.constrain(state, part, 0)
 
     def mask(self, state: State, part: Slice) -> Tensor:
         """(n,) bool: the round(density n) most probable weights, at the present density, or what was fixed."""

@@ -33,7 +33,6 @@ ROUNDS = ((20, 1216), (10, 1024), (0, 1024))
 SLACK = 1 + 2.0**-43
 """f(0) above K by no more than the rounding of its float64 sum counts as K."""
 
-
 Runs = Sequence[tuple[Tensor, int]]
 """Contiguous float32 vectors on the world's device, each with the index in the network of its first element."""
 

@@ -53,12 +53,18 @@ class Breakpoints:
         if not kernels:
             return histogram(self.pieces, base, shift, bins)
         if self.device.type == "cuda":
-            tables = [kernels.histogram(piece, base, shift, bins) for piece in self.pieces]
-            table: Tensor = tables[0] if len(tables) == 1 else torch.stack(tables).sum(0)
-            return table
+            tables: list[Tensor] = [kernels.histogram(piece, base, shift, bins) for piece in self.pieces]
+            return tables[0] if len(tables) == 1 else torch.stack(tables).sum(0)
         if int(base) > 0 and not self.selected:
             self._select(kernels, int(base) << shift, bins << shift)
-        return _histogram_on_cpu(kernels, self.pieces, int(base), shift, bins)
+
+        def work(ranges: list[Range]) -> Tensor:
+            table, scratch = np.zeros((2, bins + 1), np.int64), np.zeros((2, 4, bins + 1), np.int64)
+            for array, start, stop, _ in ranges:
+                kernels.histogram(array, start, stop, int(base), shift, bins, table, scratch)
+            return torch.from_numpy(table)
+
+        return torch.stack(_over_threads(work, self.pieces)).sum(0)
 
     def _select(self, kernels: Any, low: int, width: int) -> None:
         """Go on with copies of the elements that have a breakpoint in that range of bits, if they are few."""
@@ -75,16 +81,6 @@ class Breakpoints:
         parts = _over_threads(work, self.pieces)
         if all(part is not None for part in parts):
             self.pieces, self.selected = [part for part in parts if part is not None and len(part)], True
-
-
-def _histogram_on_cpu(kernels: Any, pieces: list[Tensor], base: int, shift: int, bins: int) -> Tensor:
-    def work(ranges: list[Range]) -> Tensor:
-        table, scratch = np.zeros((2, bins + 1), np.int64), np.zeros((2, 4, bins + 1), np.int64)
-        for array, start, stop, _ in ranges:
-            kernels.histogram(array, start, stop, base, shift, bins, table, scratch)
-        return torch.from_numpy(table)
-
-    return torch.stack(_over_threads(work, pieces)).sum(0)
 
 
 def _over_threads(work: Callable[[list[Range]], Result], pieces: Sequence[Tensor]) -> list[Result]:
@@ -137,13 +133,11 @@ def subtract_and_clamp_(runs: Sequence[tuple[Tensor, int]], threshold: Tensor) -
         _over_threads(work, [run for run, _ in runs])
         return
     for run, first in runs:
-        (kernels.subtract_and_clamp if kernels else subtract_and_clamp)(run, threshold, first)
-
-
-def subtract_and_clamp(run: Tensor, threshold: Tensor, first: int) -> None:
-    """`subtract_and_clamp_` of one run in torch operations."""
-    for start in range(0, len(run), CHUNK):
-        chunk = run[start : start + CHUNK]
-        y = (chunk.clamp(max=LARGEST).double() - threshold).clamp_(0, 1).view(torch.int64)
-        index = torch.arange(first + start, first + start + len(chunk), device=chunk.device)
-        chunk.copy_(((y + ((index * GOLDEN >> 35) & DITHER)) & ~DITHER).view(torch.float64))
+        if kernels:
+            kernels.subtract_and_clamp(run, threshold, first)
+            continue
+        for start in range(0, len(run), CHUNK):
+            chunk = run[start : start + CHUNK]
+            y = (chunk.clamp(max=LARGEST).double() - threshold).clamp_(0, 1).view(torch.int64)
+            index = torch.arange(first + start, first + start + len(chunk), device=chunk.device)
+            chunk.copy_(((y + ((index * GOLDEN >> 35) & DITHER)) & ~DITHER).view(torch.float64))

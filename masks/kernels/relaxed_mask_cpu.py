@@ -9,7 +9,8 @@ libm would keep LLVM from vectorising the loops.
 # mypy: disable-error-code="no-untyped-call,attr-defined,call-arg"
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
 
 import numba
 import numpy as np
@@ -49,33 +50,30 @@ def masked(out: Tensor, weight: Tensor, probability: Tensor, first: int, key: in
     """See `masks.kernels.relaxed_mask.masked_`."""
     narrow = out.dtype == torch.bfloat16  # its bits then, and no float32 vector
     outs = (np.empty(0, F), _array(out.view(torch.uint16))) if narrow else (_array(out), np.empty(0, np.uint16))
-    arrays = (_array(weight), _array(probability), *outs)
-    seeds, numbers = _seeds(key), (F(1 / temperature), F(EPS))
-    _on_blocks(len(out), first, lambda a, b: _masked(*arrays, first, a, b, seeds, numbers))
+    _on_blocks(_masked, (_array(weight), _array(probability), *outs), first, key, temperature)
 
 
 def gradients(
     gradient: Tensor, weight: Tensor, probability: Tensor, first: int, key: int, temperature: float, slope: Tensor
 ) -> None:
     """See `masks.kernels.relaxed_mask.gradients_`."""
-    arrays = [_array(t) for t in (gradient, weight, probability, slope)]
-    seeds, numbers = _seeds(key), (F(1 / temperature), F(EPS))
-    _on_blocks(len(gradient), first, lambda a, b: _gradients(*arrays, first, a, b, seeds, numbers))
+    _on_blocks(_gradients, [_array(t) for t in (gradient, weight, probability, slope)], first, key, temperature)
 
 
-def _on_blocks(numel: int, first: int, work: Callable[[int, int], None]) -> None:
-    """work(begin, end) on the noise blocks of weights first .. first + numel - 1, shared between the threads."""
-    begin, end = first // BLOCK, -(-(first + numel) // BLOCK)
-    split_over_threads(lambda a, b: work(begin + a, begin + b), end - begin, SMALLEST_RANGE, shares=SHARES)
+def _on_blocks(kernel: Any, arrays: Sequence[np.ndarray], first: int, key: int, temperature: float) -> None:
+    """The kernel on the noise blocks of the arrays' weights, `first` and on, shared between the threads."""
+    begin, end = first // BLOCK, -(-(first + len(arrays[0])) // BLOCK)
+    # The key, and Philox's multipliers: as constants LLVM would merge them with shifts, into slower instructions.
+    seeds, numbers = np.array((key, *MULTIPLIERS), np.uint64), (F(1 / temperature), F(EPS))
+
+    def work(a: int, b: int) -> None:
+        kernel(*arrays, first, begin + a, begin + b, seeds, numbers)
+
+    split_over_threads(work, end - begin, SMALLEST_RANGE, shares=SHARES)
 
 
 def _array(vector: Tensor) -> np.ndarray:
     return vector.detach().numpy()
-
-
-def _seeds(key: int) -> np.ndarray:
-    """The key, and Philox's multipliers: as constants LLVM would merge them with shifts, into slower instructions."""
-    return np.array((key, *MULTIPLIERS), np.uint64)
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=FAST)

@@ -42,10 +42,8 @@ class GradualMagnitude(MaskMethod):
 
     def reparametrization(self, phase: Phase) -> Reparametrization:
         s, total = self.settings, phase.epochs * phase.steps_per_epoch
-        first, last = s.window(round, total)
-        return Shrinking(
-            self.rule(), Budget(s.density, s.constraint, seed=self.recipe.seed), first, last, s.update_every
-        )
+        budget, (first, last) = Budget(s.density, s.constraint, seed=self.recipe.seed), s.window(round, total)
+        return Shrinking(self.rule(), budget, first, last, s.update_every)
 
 
 class Shrinking(FixedMask):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ghostmask.engine.config import require
+from ghostmask.engine.data import DataPipeline
 from ghostmask.engine.hooks import Hook
 from ghostmask.engine.position import Duration, Phase, require_steps
 from ghostmask.engine.sharding.placement import ParameterGroup
 from ghostmask.engine.sharding.reparametrization import Plain, Reparametrization, State
 from ghostmask.engine.sharding.slices import Slice
 from ghostmask.masks.masked import PRUNABLE, FixedMask
-from ghostmask.masks.method import MaskMethod, Start
+from ghostmask.masks.method import MaskMethod
 from ghostmask.masks.scoring.largest import Budget, largest
 from ghostmask.masks.settings import Protecting, number
 
@@ -82,7 +83,7 @@ class LotteryTicket(MaskMethod):
             left *= 1 - self.settings.round_fraction
         return [*densities, self.settings.density]
 
-    def begin(self, phase: Phase, start: Start) -> None:
+    def begin(self, phase: Phase, data: DataPipeline, say: Callable[[str], None]) -> None:
         if self.point is not None:
             self.point.rewind()
 

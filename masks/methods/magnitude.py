@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from ghostmask.engine.data import DataPipeline
 from ghostmask.engine.position import Phase
 from ghostmask.engine.sharding.reparametrization import Plain, Reparametrization
 from ghostmask.engine.sharding.slices import Slice
-from ghostmask.masks.method import FINETUNE, Start
+from ghostmask.masks.method import FINETUNE
 from ghostmask.masks.one_shot import Scored
 from ghostmask.masks.settings import FromTrained, Protecting
 
@@ -54,9 +55,9 @@ class Magnitude(Scored):
         dense = () if self.settings.path else (("train", self.recipe.epochs),)
         return (*dense, (FINETUNE, self.recipe.finetune.epochs))
 
-    def begin(self, phase: Phase, start: Start) -> None:
+    def begin(self, phase: Phase, data: DataPipeline, say: Callable[[str], None]) -> None:
         if phase.name == FINETUNE:
-            super().begin(phase, start)
+            super().begin(phase, data, say)
 
     def reparametrization(self, phase: Phase) -> Reparametrization:
         return super().reparametrization(phase) if phase.name == FINETUNE else Plain({"weight": self.rule()})

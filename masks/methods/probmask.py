@@ -137,7 +137,8 @@ class ProbMask(MaskMethod):
         assert isinstance(form, RelaxedMask)
         with torch.no_grad():
             # A run that ends before the density was reached: onto the final budget first, so that no tie decides.
-            form.finish(state, part)
+            form.density = form.search.density
+            form.constrain(state, part, trainer.num_updates)
             if self.settings.final == "topk":
                 return
             best: tuple[float, int] = (-1.0, 0)

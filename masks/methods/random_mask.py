@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ghostmask.engine.data import DataPipeline
-from ghostmask.engine.errors import bad_value
 from ghostmask.masks.kernels.noise import generator
 from ghostmask.masks.one_shot import OneShot
 from ghostmask.masks.scoring.allocation import layer_counts
@@ -33,11 +32,7 @@ class Random(OneShot):
     def find(self, data: DataPipeline) -> dict[str, Tensor]:
         config = self.settings
         shapes = [tuple(w.shape) for w in self.weights.values()]
-        try:
-            counts = layer_counts(shapes, config.density, config.allocation, config.min_per_layer)
-        except ValueError as error:
-            fix = f"{error}; lower it, or raise mask.density"
-            raise bad_value("mask.min_per_layer", config.min_per_layer, fix) from None
+        counts = layer_counts(shapes, config.density, config.allocation, config.min_per_layer)
         return {
             name: random_mask(w, count, self.recipe.seed, name)
             for (name, w), count in zip(self.weights.items(), counts, strict=True)

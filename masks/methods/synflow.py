@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ghostmask.engine.batchnorm import batch_norms
 from ghostmask.engine.data import DataPipeline
+from ghostmask.engine.sharding.slices import Slice
 from ghostmask.masks.one_shot import OneShot
 from ghostmask.masks.scoring.largest import largest
 from ghostmask.masks.scoring.scored_copy import scored_copy
@@ -34,7 +35,7 @@ class SynFlow(OneShot):
     Settings = Settings
 
     def find(self, data: DataPipeline) -> dict[str, Tensor]:
-        steps, part = self.settings.iterations, self.part()
+        steps, part = self.settings.iterations, Slice.even(self.weights, self.world)
         twin, weights = scored_copy(self.net, self.weights, torch.float64)
         twin.eval()
         with torch.no_grad():

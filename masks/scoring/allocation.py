@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
+from ghostmask.engine.errors import bad_value
 from ghostmask.masks.scoring.topk import kept_count
 
 
@@ -15,7 +16,7 @@ def layer_counts(shapes: Sequence[Sequence[int]], density: float, allocation: st
     uniform: the same density everywhere. er (Mocanu et al. 2018): density_l proportional to (in + out) / (in out).
     erk (Evci et al. 2020): to sum(shape) / prod(shape), kernel sizes included. Layers that would exceed 1 are dense and
     the others share the rest, solved again until none does. Fractions of a weight go to the largest remainders, the
-    earlier layer first.
+    earlier layer first. Raises InputError where min_per_layer is more than there is.
     """
     sizes = [math.prod(shape) for shape in shapes]
     counted = {"uniform": 0, "er": 2, "erk": None}[allocation]
@@ -23,7 +24,8 @@ def layer_counts(shapes: Sequence[Sequence[int]], density: float, allocation: st
     kept = kept_count(density, sum(sizes))
     low = [min(min_per_layer, size) for size in sizes]
     if sum(low) > kept:
-        raise ValueError(f"{len(sizes)} layers need {sum(low)} weights, of {kept}")
+        fix = f"{len(sizes)} layers need {sum(low)} weights, of {kept}; lower it, or raise mask.density"
+        raise bad_value("mask.min_per_layer", min_per_layer, fix)
     amounts = _within(shares, low, sizes, kept)
     counts = [math.floor(a) for a in amounts]
     by_remainder = sorted(range(len(amounts)), key=lambda i: (counts[i] - amounts[i], i))

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ghostmask.engine.batchnorm import batch_norms
 from ghostmask.engine.errors import bad_value
 from ghostmask.engine.world import World
 from ghostmask.masks.scoring.score_images import Chunk
-from ghostmask.masks.scoring.scored_copy import full_float32, logits_of, scored_copy, share_batch_statistics
-
-Chunks = Callable[[], Iterator[Chunk]]
+from ghostmask.masks.scoring.scored_copy import GlobalBatchNorm, full_float32, logits_of, scored_copy
 
 NO_SECOND_DERIVATIVE = ("not implemented", "differentiate twice", "double backward", "does not require grad")
 """What torch says of a function without one; its other errors (memory, a lost rank) are not the network's fault."""
@@ -30,12 +29,13 @@ class ScoreLoss:
     """
 
     def __init__(
-        self, net: nn.Module, names: Mapping[str, Tensor], chunks: Chunks, world: World, method: str,
-        temperature: float = 1.0,
+        self, net: nn.Module, names: Mapping[str, Tensor], chunks: Callable[[], Iterator[Chunk]], world: World,
+        method: str, temperature: float = 1.0,
     ) -> None:  # fmt: skip
         self.twin, self.weights = scored_copy(net, names)
         self.twin.eval()
-        share_batch_statistics(self.twin, world)
+        for name, layer in batch_norms(self.twin).items():
+            self.twin.set_submodule(name, GlobalBatchNorm(layer, world))
         self.chunks, self.world, self.temperature, self.method = chunks, world, temperature, method
 
     @full_float32()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class KroneckerFactors:
                 raise _not_scored(name, f"belongs to a {type(layer).__name__}")
             if isinstance(layer, nn.Conv2d) and layer.groups != 1:
                 raise _not_scored(name, "belongs to a grouped convolution")
-            layer.register_forward_hook(self._hook(name))
+            layer.register_forward_hook(partial(self._hook, name))
 
     @full_float32()
     def add(self, chunk: Chunk) -> None:
@@ -75,15 +76,11 @@ class KroneckerFactors:
             result[name] = (diagonals[0], diagonals[1])
         return result
 
-    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+    def _hook(self, name: str, layer: nn.Module, inputs: Any, output: Any) -> None:
+        self.called.add(name)
         inputs_sum, outputs_sum = self.sums[name]
-
-        def hook(layer: nn.Module, inputs: Any, output: Any) -> None:
-            self.called.add(name)
-            _add_inputs(inputs_sum, layer, inputs[0].detach())
-            output.register_hook(lambda gradient: _add_outputs(outputs_sum, layer, gradient))
-
-        return hook
+        _add_inputs(inputs_sum, layer, inputs[0].detach())
+        output.register_hook(lambda gradient: _add_outputs(outputs_sum, layer, gradient))
 
 
 def drawn_labels(logits: Tensor, numbers: Tensor, seed: int) -> Tensor:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional
 
-from ghostmask.engine.batchnorm import batch_norms
 from ghostmask.engine.errors import bad_value
 from ghostmask.engine.world import World
 from ghostmask.masks.kernels.noise import hashed
@@ -74,17 +73,11 @@ def full_float32() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before
 
 
-def share_batch_statistics(net: nn.Module, world: World) -> None:
-    """Replace the batch norm layers by ones that normalise with the statistics of all ranks' images together.
+class GlobalBatchNorm(nn.Module):
+    """Batch norm in training mode that takes its statistics from all ranks' images together, and keeps none.
 
     A loss summed over the ranks is then the loss of one rank with all images, and so are its derivatives, of any order.
     """
-    for name, layer in batch_norms(net).items():
-        net.set_submodule(name, _GlobalBatchNorm(layer, world))
-
-
-class _GlobalBatchNorm(nn.Module):
-    """Batch norm in training mode over the ranks, twice differentiable; it keeps no running statistics."""
 
     def __init__(self, layer: Any, world: World) -> None:
         super().__init__()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,7 +95,14 @@ def _counts(scores: Tensor, digit: int, prefix: int, offset: int) -> Tensor:
     """
     kernels = load_kernels("ghostmask.masks.kernels.topk_cpu") if scores.device.type == "cpu" else None
     if kernels:
-        return _counts_on_cpu(kernels, scores, 16 * digit, prefix, offset)
+        bits, below_sign = scores.view(INTEGERS[scores.dtype]).numpy(), torch.iinfo(INTEGERS[scores.dtype]).max
+
+        def work(first: int, end: int) -> Tensor:
+            found = torch.zeros(BINS, dtype=torch.int64)
+            kernels.count(bits, first, end, below_sign, 16 * digit, prefix, offset, found.numpy())
+            return found
+
+        return torch.stack(split_over_threads(work, len(scores), SMALLEST_RANGE)).sum(0)
     counts = torch.zeros(BINS, dtype=torch.int64)
     for chunk in torch.split(scores, CHUNK):
         # Adding 0.0 turns -0.0 into 0.0.
@@ -104,18 +110,6 @@ def _counts(scores: Tensor, digit: int, prefix: int, offset: int) -> Tensor:
         image = image if offset else image[image >> 16 == prefix]
         counts += torch.bincount((image + offset) & (BINS - 1), minlength=BINS).cpu()
     return counts
-
-
-def _counts_on_cpu(kernels: Any, scores: Tensor, shift: int, prefix: int, offset: int) -> Tensor:
-    below_sign = torch.iinfo(INTEGERS[scores.dtype]).max
-    bits = scores.view(INTEGERS[scores.dtype]).numpy()
-
-    def work(first: int, end: int) -> Tensor:
-        counts = torch.zeros(BINS, dtype=torch.int64)
-        kernels.count(bits, first, end, below_sign, shift, prefix, offset, counts.numpy())
-        return counts
-
-    return torch.stack(split_over_threads(work, len(scores), SMALLEST_RANGE)).sum(0)
 
 
 def _flipped(bits: Tensor) -> Tensor:
