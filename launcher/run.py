@@ -94,7 +94,7 @@ class Run:
 
     def masks(self) -> dict[str, Tensor]:
         """Weight name -> bool tensor, equal on every rank; empty for a dense run."""
-        return dict(self.method.masks())
+        return dict(self.method.found)
 
     @contextmanager
     def closing(self) -> Iterator[Run]:

@@ -9,13 +9,13 @@ for each phase:
     [the engine trains the phase]
     leave(trainer)       the phase's result, e.g. the mask that the probabilities give
     [the network's parameters are plain again, pruned weights 0]
-masks()                  name -> bool tensor, the result
+found                    name -> bool tensor, the result
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -89,6 +89,7 @@ class MaskMethod(ABC):
         self.settings, self.net, self.recipe, self.world = settings, net, recipe, world
         self.weights: dict[str, nn.Parameter] = prunable_weights(net, settings.dense_layers, settings.only)
         self.found: dict[str, Tensor] = {}
+        """The result: weight name -> bool tensor of its shape, equal on every rank; empty for a dense network."""
 
     @classmethod  # noqa: B027
     def check(cls, settings: Any, run: Any) -> None:
@@ -164,7 +165,3 @@ class MaskMethod(ABC):
         self.found = masks
         for line in mask_lines(masks, self.settings):
             say(line)
-
-    def masks(self) -> Mapping[str, Tensor]:
-        """Weight name -> bool tensor of its shape, equal on every rank; empty for a dense network."""
-        return self.found

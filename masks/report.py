@@ -44,10 +44,8 @@ def mask_lines(masks: Mapping[str, Tensor], settings: Any) -> list[str]:
     """
     kept, total = sum(int(m.sum()) for m in masks.values()), sum(m.numel() for m in masks.values())
     lines = [f"mask: density {kept / total:.6g}, {kept:,} of {total:,} weights in {len(masks)} layers"]
-    empty = empty_layers(masks)
-    if empty:
-        named = f"{len(empty)} of {len(masks)} layers have no weight left: {', '.join(empty)}"
-        lines.append(
-            f"warning: {named}" + ("; mask.min_per_layer=1 keeps some" if hasattr(settings, "min_per_layer") else "")
-        )
+    advice = "; mask.min_per_layer=1 keeps some" if hasattr(settings, "min_per_layer") else ""
+    if empty := empty_layers(masks):
+        layers = f"{len(empty)} of {len(masks)} layers"
+        lines.append(f"warning: {layers} have no weight left: {', '.join(empty)}{advice}")
     return lines

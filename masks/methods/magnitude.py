@@ -24,10 +24,7 @@ class Settings(Protecting, FromTrained):
 
 
 class Magnitude(Scored):
-    """One-shot magnitude pruning (PBW, Han et al. 2015): phase "train" (dense), then "finetune" under the mask.
-
-    With mask.path the dense training is left out and the network found there is pruned instead.
-    """
+    """One-shot magnitude pruning (PBW, Han et al. 2015): phase "train" (dense), then "finetune" under the mask."""
 
     Settings = Settings
     finetunes = True
@@ -63,5 +60,4 @@ class Magnitude(Scored):
         return super().reparametrization(phase) if phase.name == FINETUNE else Plain({"weight": self.rule()})
 
     def scores(self, data: DataPipeline, part: Slice) -> Tensor:
-        """|w| of this rank's slice, (n,)."""
         return part.cut(self.weights).abs()

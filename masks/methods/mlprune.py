@@ -35,7 +35,6 @@ class MlPrune(Scored):
     Settings = Settings
 
     def scores(self, data: DataPipeline, part: Slice) -> Tensor:
-        """Collective: the normalised score of this rank's slice, (n,), float64; larger = kept."""
         s = self.settings
         factors = KroneckerFactors(self.net, list(self.weights), self.recipe.seed)
         for chunk in chosen_images(data, s.score_batches * s.score_batch, s.score_batch, self.world):

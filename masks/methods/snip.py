@@ -33,7 +33,6 @@ class Snip(Scored):
     Settings = Settings
 
     def scores(self, data: DataPipeline, part: Slice) -> Tensor:
-        """Collective: |w dL/dw| of this rank's slice, (n,), L summed over the images; larger = kept."""
         s = self.settings
         chunks = partial(chosen_images, data, s.score_batches * s.score_batch, s.score_batch, self.world)
         gradient = part.summed(ScoreLoss(self.net, self.weights, chunks, self.world, "snip").gradient())

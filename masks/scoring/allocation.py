@@ -20,7 +20,8 @@ def layer_counts(shapes: Sequence[Sequence[int]], density: float, allocation: st
     """
     sizes = [math.prod(shape) for shape in shapes]
     counted = {"uniform": 0, "er": 2, "erk": None}[allocation]
-    shares = [_relative_density(shape[:counted]) * size for shape, size in zip(shapes, sizes, strict=True)]
+    cut = [shape[:counted] or (1,) for shape in shapes]
+    shares = [Fraction(sum(c), math.prod(c)) * size for c, size in zip(cut, sizes, strict=True)]
     kept = kept_count(density, sum(sizes))
     low = [min(min_per_layer, size) for size in sizes]
     if sum(low) > kept:
@@ -32,11 +33,6 @@ def layer_counts(shapes: Sequence[Sequence[int]], density: float, allocation: st
     for i in by_remainder[: kept - sum(counts)]:
         counts[i] += 1
     return counts
-
-
-def _relative_density(shape: Sequence[int]) -> Fraction:
-    """sum(shape) / prod(shape), up to a factor that all layers share; 1 for the empty shape."""
-    return Fraction(sum(shape), math.prod(shape)) if shape else Fraction(1)
 
 
 def _within(shares: list[Fraction], low: list[int], high: list[int], total: int) -> list[Fraction]:
