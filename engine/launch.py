@@ -28,8 +28,6 @@ class Launch:
     address: str = ""
     port: int = 0
     agent: bool = False
-    attempt: str = "0"
-    """torchrun's count of restarts: what an earlier attempt left in its store is not ours."""
 
 
 def read_launch(env: Mapping[str, str] | None = None) -> Launch:
@@ -84,10 +82,8 @@ def _by_rank(env: Mapping[str, str]) -> Launch:
     if local >= local_size:
         raise bad_value("LOCAL_RANK", local, f"is not below LOCAL_WORLD_SIZE = {local_size}")
     agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return Launch(
-        rank, size, local, local_size, env["MASTER_ADDR"].strip(), _number(env, "MASTER_PORT", 1, 65536), agent,
-        env.get("TORCHELASTIC_RESTART_COUNT", "0"),
-    )  # fmt: skip
+    port = _number(env, "MASTER_PORT", 1, 65536)
+    return Launch(rank, size, local, local_size, env["MASTER_ADDR"].strip(), port, agent)
 
 
 def _is_slurm_step(env: Mapping[str, str]) -> bool:

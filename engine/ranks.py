@@ -25,6 +25,7 @@ from typing import Any
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch.distributed import DistError
 
+from ghostmask.engine.attempt import attempt_of
 from ghostmask.engine.errors import EXIT_LOST, PeerFailed
 from ghostmask.engine.launch import Launch
 
@@ -57,14 +58,13 @@ class Ranks:
         """Join the launch's store. Raises torch's DistError where it cannot be reached in time."""
         self.launch = launch
         self._absent = 0
-        self._keeps_store = launch.rank == 0 and not launch.agent
-        self.store: Any = PrefixStore(
-            f"ghostmask/{launch.attempt}",
-            TCPStore(
-                launch.address, launch.port, launch.size, self._keeps_store, timedelta(seconds=timeout_s),
-                wait_for_workers=False, multi_tenant=True,
-            ),
+        keeps_store = launch.rank == 0 and not launch.agent
+        store = TCPStore(
+            launch.address, launch.port, launch.size, keeps_store, timedelta(seconds=timeout_s),
+            wait_for_workers=False, multi_tenant=True,
         )  # fmt: skip
+        attempt = attempt_of(store, launch.rank, timeout_s) if launch.agent else "only"
+        self.store: Any = PrefixStore(f"ghostmask/{attempt}", store)
         self.store.set(f"start/{launch.rank}", json.dumps([socket.gethostname(), os.getpid()]))
 
     def twin(self, timeout_s: float) -> Ranks:
@@ -135,8 +135,14 @@ class Ranks:
     def leave(self) -> None:
         """The last call: rank 0 returns when the others need the store no longer."""
         left, pause = self.store.add("gone", 1), _Pause(LEAVE_S)
-        while self._keeps_store and left < self.launch.size - self._absent and pause.wait():
+        while self._is_needed() and left < self.launch.size - self._absent and pause.wait():
             left = self.store.add("gone", 0)
+
+    def _is_needed(self) -> bool:
+        """Whether the others need this process: for its store, or for its answers as long as they have not all met."""
+        if self.launch.rank:
+            return False
+        return not self.launch.agent or not self.store.check(["verdict"]) or self.store.get("verdict") != b"go"
 
     def place(self, rank: int) -> Place | None:
         """Where `rank` runs; None before it has joined."""

@@ -22,7 +22,7 @@ SRUN = {
 
 
 def test_torchruns_variables_are_the_launch() -> None:
-    assert read_launch(TORCHRUN) == Launch(5, 8, 1, 4, "a", 29500, True, "2")
+    assert read_launch(TORCHRUN) == Launch(5, 8, 1, 4, "a", 29500, True)
 
 
 def test_tasks_of_srun_are_ranks_that_meet_at_the_first_node() -> None:
