@@ -119,6 +119,7 @@ def assert_same_run(folder: Path, whole: Path) -> None:
     assert all(((one[name] == 0) == (other[name] == 0)).all() for name in one)
 
 
+@pytest.mark.timeout(600)
 def test_a_killed_rank_of_two_nodes_is_started_again_and_the_run_stays_the_same(
     start: Start, undisturbed: Path, tmp_path: Path
 ) -> None:
