@@ -1,4 +1,4 @@
-"""Is the rule at the limits of s no worse than the authors' dynamics, on the same batches and noise, and never throttled?
+"""Is the rule at the limits of s no worse than the authors' dynamics, on the same batches and noise?
 
 Both train a small network on the digits; only dL/ds differs. The authors' code has the equations' s (1 - s) in the
 denominator, no gradient at exactly 0 and 1, and a start that leaves 1 by the rounding of its first bisection.
@@ -63,7 +63,13 @@ def search(form: type[RelaxedMask], seed: int, density: float = 0.02) -> tuple[f
     schedules = Search(density, "global", 0.03, EPOCHS // 6, EPOCHS * 3 // 5, EPOCHS, steps, seed)
     net = build_model(ModelConfig(name="digits_resnet"), 10, (3, 8, 8), seed)
     optimizer = ghostmask.optimizer(
-        net, lambda rule, lr: form(schedules, rule, 6e-2 / lr), lr=LR, momentum=0.9, weight_decay=5e-4, clip=3.0, seed=seed
+        net,
+        lambda rule, lr: form(schedules, rule, 6e-2 / lr),
+        lr=LR,
+        momentum=0.9,
+        weight_decay=5e-4,
+        clip=3.0,
+        seed=seed,
     )
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * steps)
     losses, factors = [], []
