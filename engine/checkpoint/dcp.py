@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from ghostmask.engine.atomic import read_small, sync
-from ghostmask.engine.checkpoint.files import CheckpointError, FileSum, file_sum
+from ghostmask.engine.checkpoint.files import CheckpointError, Damaged, FileSum, await_files, file_sum
 from ghostmask.engine.checkpoint.index import INDEX, from_json, to_json
 
 LARGEST_INDEX = 1 << 30
@@ -45,12 +45,15 @@ def write(path: Path, state: Mapping[str, Tensor], group: dist.ProcessGroup | No
     return writer.files
 
 
-def read(path: Path, state: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> None:
-    """Collective: fill `state` in place from the checkpoint in `path`.
+def read(
+    path: Path, state: Mapping[str, Tensor], files: Mapping[str, FileSum], group: dist.ProcessGroup | None
+) -> None:  # fmt: skip
+    """Collective: fill `state` in place from the checkpoint in `path`, which consists of `files`.
 
-    Every rank raises CheckpointError, and no tensor is changed, if a name is missing or of another shape or dtype.
+    Every rank raises CheckpointError, and no tensor is changed, if a name is missing or of another shape or dtype, or
+    if a rank does not see a file that it has to read.
     """
-    reader = IndexedReader(path)
+    reader = IndexedReader(path, files)
     try:
         _expect_single(group)
         load(dict(state), storage_reader=reader, planner=CheckedLoad(), process_group=group, no_dist=group is None)
@@ -59,11 +62,34 @@ def read(path: Path, state: Mapping[str, Tensor], group: dist.ProcessGroup | Non
 
 
 class IndexedReader(FileSystemReader):
-    """Reads the JSON index in the place of DCP's pickle."""
+    """Reads the JSON index in the place of DCP's pickle, and waits for the files that this rank reads, no others: a
+    thousand ranks that look for a thousand files each would keep a file server busy for minutes."""
+
+    def __init__(self, path: Path, files: Mapping[str, FileSum] | None = None) -> None:
+        """files: of the checkpoint, by its manifest; None: all that it names is there."""
+        super().__init__(path)
+        self._files = files
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """DCP: what the checkpoint holds, and where."""
+        self._await({INDEX})
         return from_json(read_small(Path(self.path) / INDEX, LARGEST_INDEX))
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """DCP: before any rank reads."""
+        self._await({self.storage_data[item.storage_index].relative_path for item in plan.items})
+        return super().prepare_local_plan(plan)
+
+    def _await(self, names: set[str]) -> None:
+        if self._files is None:
+            return
+        unknown = sorted(names - set(self._files))
+        if unknown:
+            raise CheckpointError(f"{unknown[0]} is in its index and not in its manifest")
+        try:
+            await_files(Path(self.path), {name: self._files[name] for name in sorted(names)})
+        except Damaged as error:
+            raise CheckpointError(str(error)) from None
 
 
 class SummingWriter(FileSystemWriter):

@@ -191,8 +191,8 @@ class CheckpointStore:
         self.wait()
         try:
             files = self._on_main(lambda: read_manifest(saved.path))
-            self._agree(lambda: await_files(saved.path, files))
-            checkpoint_dcp.read(saved.path, {name: _as_dcp(value) for name, value in tensors.items()}, self._group)
+            state = {name: _as_dcp(value) for name, value in tensors.items()}
+            checkpoint_dcp.read(saved.path, state, files, self._group)
         except CheckpointError as error:
             raise CheckpointError(f"{saved.path}: {error}") from None
 
