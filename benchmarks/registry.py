@@ -11,5 +11,6 @@ BENCHMARKS = {
     "memory": "ghostmask.benchmarks.memory:rows",
     "communication": "ghostmask.benchmarks.communication:rows",
     "finders": "ghostmask.benchmarks.finders:rows",
+    "scale": "ghostmask.benchmarks.scale:rows",
 }
 """name -> "module:function", imported when it is used; function(Bench) -> list[Row]."""

@@ -36,6 +36,11 @@ CASES = {
     "checkpoint": {"checkpoint_stall", "checkpoint_first_stall", "checkpoint_share", "checkpoint_bandwidth"},
     "memory": {"memory"},
     "communication": {"communication"},
+    "scale": {
+        "scale_meet", "scale_group", "scale_first", "scale_second", "scale_objects", "scale_save", "scale_save_again",
+        "scale_verify", "scale_load", "scale_files", "scale_index", "scale_sockets", "scale_plan",
+        "scale_index_written", "scale_index_read",
+    },
     "finders": {
         f"finder_{name}{what}" for name in ("random", "magnitude", "synflow", "snip", "grasp", "mlprune")
         for what in ("", "_memory")
@@ -115,6 +120,11 @@ def test_a_sparse_step_sends_what_a_dense_one_does_and_half_of_it_in_bf16(
     assert sent["probmask, stage 1"] == pytest.approx(1, abs=0.02)
     assert sent["probmask, stage 1, bf16"] == pytest.approx(0.5, abs=0.02)
     assert sent["probmask, stage 1, I = 2"] == pytest.approx(2, abs=0.02)
+
+
+def test_many_ranks_are_measured_as_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {row["case"]: row["value"] for row in run_here("scale", tmp_path, monkeypatch)}
+    assert values["scale_files"] == 2 + 3  # one per rank; index, meta, manifest
 
 
 def test_the_finders_are_timed_beside_the_memory_they_may_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
