@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -50,11 +50,11 @@ def chosen_images(
                 break
             gathered = world.all_gather(batch.labels).reshape(-1).cpu()
             everyone = torch.empty_like(gathered).index_copy_(0, everywhere, gathered)
-            taken = torch.zeros(len(everyone), dtype=torch.bool)
-            for place, label in enumerate(everyone.tolist()):
-                kind = label if per_class else 0
-                taken[place] = left[kind] > 0
+            chosen = []
+            for kind in everyone.tolist() if per_class else [0] * len(everyone):
+                chosen.append(left[kind] > 0)
                 left[kind] -= 1
+            taken = torch.tensor(chosen)
             # Of this rank's images those that are taken, in the order of the global batch.
             mine = places.argsort()
             mine = mine[taken[places[mine]]]
@@ -64,13 +64,12 @@ def chosen_images(
             while count - sent >= size:
                 yield _between(held, sent, sent + size)
                 sent += size
-                held = [_between(held, sent, count)]
+            held = [_between(held, sent, count)]
     if count > sent:
-        yield _between(held, sent, count)
+        yield held[0]
 
 
 def _between(held: list[Chunk], low: int, high: int) -> Chunk:
-    numbers = torch.cat([chunk.numbers for chunk in held])
-    inside = (numbers >= low) & (numbers < high)
-    images, labels = (torch.cat([getattr(chunk, name) for chunk in held])[inside] for name in ("images", "labels"))
-    return Chunk(images, labels, numbers[inside])
+    inside = [(chunk.numbers >= low) & (chunk.numbers < high) for chunk in held]
+    names = [field.name for field in fields(Chunk)]
+    return Chunk(*(torch.cat([getattr(c, name)[i] for c, i in zip(held, inside, strict=True)]) for name in names))
