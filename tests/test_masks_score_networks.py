@@ -221,7 +221,7 @@ def test_other_errors_of_a_second_pass_are_not_the_networks() -> None:
 )
 def test_a_network_without_one_row_of_logits_per_image_is_refused_in_one_line(last: Any, given: str) -> None:
     net = convolutions(*last)
-    for method, score in (("snip", lambda: score_loss(net).gradient()), ("mlprune", lambda: kronecker(net))):
+    for method, score in (("grasp", lambda: score_loss(net).gradient()), ("mlprune", lambda: kronecker(net))):
         with pytest.raises(InputError, match=rf"mask\.method = '{method}': .*\(N, classes\); .*{given}") as caught:
             score()
         assert "\n" not in str(caught.value)

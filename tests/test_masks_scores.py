@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from ghostmask.engine.config import FinetuneConfig, OptimConfig
 from ghostmask.engine.registry import resolve
+from ghostmask.engine.sharding.slices import Slice
 from ghostmask.engine.world import single
 from ghostmask.masks.method import Recipe
 from ghostmask.masks.methods.grasp import TEMPERATURE, default_per_class
@@ -53,7 +54,7 @@ def method_of(name: str, net: nn.Module, **settings: Any) -> Any:
 
 
 def scores_of(method: Any, data: MemoryData) -> Tensor:
-    scores: Tensor = method.scores(data, method.part())
+    scores: Tensor = method.scores(data, Slice.even(method.weights, method.world))
     return scores
 
 
