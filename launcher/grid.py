@@ -20,7 +20,8 @@ def combinations(option: str, varied: Sequence[str]) -> list[list[str]]:
 
 def run_name(chosen: Sequence[str]) -> str:
     """What the run of a combination is called: "density=0.1-seed=0"."""
-    return "-".join(text.rpartition(".")[2] if "." in text.partition("=")[0] else text for text in chosen)
+    pairs = [text.partition("=") for text in chosen]
+    return "-".join(f"{key.rpartition('.')[2]}={value}" for key, _, value in pairs).replace("/", "_")
 
 
 def _values(option: str, text: str) -> list[str]:

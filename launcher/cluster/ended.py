@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,9 @@ FUTILE = 3
 """Attempts in a row that ended, for whatever reason, without a new checkpoint: another one would do so too."""
 LAST_LINES, LINE = 20, 400
 """Of what a failed rank said, and how long a line of it may be."""
+TRACEBACK = "Traceback (most recent call last)"
+PREFIX = re.compile(r"^\[rank\d+\]: ")
+"""Of torch.distributed, before the lines of a traceback."""
 RUNS = "runs.json"
 """In submitit's folder: the run folder of each of an array's jobs, in order."""
 
@@ -70,8 +74,11 @@ def last_words(run: Path) -> str:
     record = read_job(run)
     said: list[list[str]] = []
     for log in record.logs() if record else ():
-        lines = log.read_text(errors="replace").rpartition(MARK)[2].splitlines()[1:]
-        starts = [i for i, line in enumerate(lines) if line.startswith("ghostmask: ") and ": warning" not in line]
+        text = log.read_text(errors="replace").rpartition(MARK)[2].splitlines()[1:]
+        lines = [PREFIX.sub("", line) for line in text if not line.startswith(("srun: ", "submitit ", "slurmstepd"))]
+        ours = [i for i, line in enumerate(lines) if line.startswith("ghostmask: ") and ": warning" not in line]
+        # A defect of the only rank is Python's own traceback.
+        starts = ours or [i for i, line in enumerate(lines) if line.startswith(TRACEBACK)]
         if starts:
             said.append([line[:LINE] for line in lines[starts[-1] :]])
     if not said:

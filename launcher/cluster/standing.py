@@ -11,6 +11,7 @@ from typing import Any
 from ghostmask.engine.errors import InputError
 from ghostmask.engine.lease import Owner, newest_owner
 from ghostmask.launcher.cluster import slurm
+from ghostmask.launcher.cluster.ended import TRACEBACK
 from ghostmask.launcher.cluster.record import JobRecord, attempts, read_job
 from ghostmask.launcher.cluster.slurm import SlurmJob
 
@@ -104,7 +105,8 @@ def _from_end(found: Standing, record: JobRecord | None, known: dict[str, SlurmJ
 
 
 def _why(end: dict[str, Any]) -> str:
-    first = str(end.get("said", "")).partition("\n")[0].removeprefix("ghostmask: ")
+    lines = str(end.get("said", "")).strip().splitlines() or [""]
+    first = lines[-1 if lines[0].startswith(TRACEBACK) else 0].removeprefix("ghostmask: ")
     given_up = "three attempts in a row without a new checkpoint; " if end.get("futile") else ""
     return f"{given_up}code {end['code']}" + (f": {first}" if first else "")
 
