@@ -13,7 +13,7 @@ from torch import Tensor
 from ghostmask.engine.errors import EXIT_NON_FINITE, RunStopped
 from ghostmask.engine.spawn import run_distributed
 from ghostmask.engine.world import World, single
-from ghostmask.masks.kernels import projection_passes
+from ghostmask.masks.kernels import projection
 from ghostmask.masks.kernels.projection import Runs, project_
 
 RESNET50 = 25_502_912
@@ -213,16 +213,15 @@ def test_torch_form_gives_the_bits_of_the_compiled_form(monkeypatch: pytest.Monk
     compiled = {name: z for name, (z, _) in cases().items()}
     halves = lambda z: [(z[: len(z) // 3], 7), (z[len(z) // 3 :], 7 + len(z) // 3)]  # noqa: E731
     values = {name: project(halves(compiled[name]), k, len(z), single()) for name, (z, k) in cases().items()}
-    monkeypatch.setattr(projection_passes, "kernels_on", lambda device, module: None)
-    monkeypatch.setattr("ghostmask.masks.kernels.projection.kernels_on", lambda device, module: None)
-    monkeypatch.setattr(projection_passes, "CHUNK", 1000)
+    monkeypatch.setattr(projection, "kernels_on", lambda device, module: None)
+    monkeypatch.setattr(projection, "CHUNK", 1000)
     for name, (z, budget) in cases().items():
         assert project([(z, 7)], budget, len(z), single()) == values[name], name
         assert torch.equal(z, compiled[name]), name
 
 
 def test_threads_share_the_work_without_changing_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(projection_passes, "SMALLEST_RANGE", 100)
+    monkeypatch.setattr(projection, "SMALLEST_RANGE", 100)
     before = torch.get_num_threads()
     results = []
     for threads in (1, 3):

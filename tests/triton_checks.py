@@ -17,13 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ghostmask.masks.kernels import (
-    projection,
-    projection_passes,
-    projection_triton,
-    relaxed_mask,
-    relaxed_mask_triton,
-)
+from ghostmask.masks.kernels import projection, projection_triton, relaxed_mask, relaxed_mask_triton
 from ghostmask.masks.kernels.noise import noise_key, random_words
 
 KEY = noise_key(3, 1, 4)
@@ -34,7 +28,7 @@ def no_kernels(place: Tensor | torch.device, module: str) -> None:
     return None
 
 
-for module in (projection, projection_passes, relaxed_mask):
+for module in (projection, relaxed_mask):
     module.kernels_on = no_kernels  # the forms in torch are the reference
 
 
@@ -132,7 +126,7 @@ def tables_are_those_of_the_torch_form() -> None:
     for z in shards():
         for base, shift, bins in ((0, 20, 1216), (1016 * 1024 + 100, 10, 1024), (0x3F333333 - 200, 0, 1024)):
             first = torch.tensor(base)
-            expected = projection_passes.histogram([z], first, shift, bins)
+            expected = projection.histogram([z], first, shift, bins)
             assert torch.equal(projection_triton.histogram(z, first, shift, bins), expected), (base, shift)
 
 
@@ -140,13 +134,13 @@ def brackets_are_those_of_the_torch_form() -> None:
     kinds = [z.nan_to_num(0.5, posinf=2.0, neginf=-1.0) for z in shards()]
     for part in (0.0, 1e-3, 0.3, 0.9, 2.0):
         ours, expected = (
-            projection.Brackets.around([part * float(z.clamp(0, 1).sum()) for z in kinds], torch.device("cpu"))
+            projection.Brackets([part * float(z.clamp(0, 1).sum()) for z in kinds], torch.device("cpu"))
             for _ in range(2)
         )
         for number, (shift, bins) in enumerate(projection.ROUNDS):
             bases = expected.base * bins
             tables = torch.stack(
-                [projection_passes.histogram([z], base, shift, bins) for z, base in zip(kinds, bases, strict=True)]
+                [projection.histogram([z], base, shift, bins) for z, base in zip(kinds, bases, strict=True)]
             )
             expected.narrow(tables, shift)
             fields = (ours.budget, ours.base, ours.slope, ours.value, ours.lowest)
@@ -163,7 +157,7 @@ def projected_bits_are_those_of_the_torch_form() -> None:
     for z in shards():
         for threshold in (0.0, 0.1234567, float("nan")):
             expected, ours, v = z.nan_to_num(0.3), z.nan_to_num(0.3), torch.tensor(threshold, dtype=torch.float64)
-            projection_passes.subtract_and_clamp_([(expected, 12345678901)], v)
+            projection.subtract_and_clamp_([(expected, 12345678901)], v)
             projection_triton.subtract_and_clamp(ours, v, 12345678901)
             assert torch.equal(ours.nan_to_num(-1), expected.nan_to_num(-1)), threshold
 

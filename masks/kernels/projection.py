@@ -12,29 +12,46 @@ sum clamp(z - v, 0, 1), which is piecewise linear with its kinks at the breakpoi
 Counts and remainders are integers and their sums do not depend on the order: v is bit-identical on every rank and for
 every world size. What follows from the tables is computed where the runs are: on CUDA nothing waits for the device, and
 one kernel per round spares the host the millisecond that sixty torch operations would take.
+
+CUDA: Triton; CPU: numba; elsewhere, and where these cannot be had, torch. All give the same bits.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ghostmask.engine.compiled import kernels_on
+from ghostmask.engine.compiled import kernels_on, pieces_in, split_over_threads
 from ghostmask.engine.errors import EXIT_NON_FINITE, RunStopped
 from ghostmask.engine.world import World
-from ghostmask.masks.kernels.projection_passes import Breakpoints, subtract_and_clamp_
 
 ROUNDS = ((20, 1216), (10, 1024), (0, 1024))
 """(bits below a bin's, bins) of each round; 1216 x 2^20 is the image of 2^25, above all breakpoints."""
 SLACK = 1 + 2.0**-43
 """f(0) above K by no more than the rounding of its float64 sum counts as K."""
+LARGEST = 2.0**24
+"""Larger elements count as this: up to it z - 1 is a float32 number wherever it is above 0."""
+CHUNK = 1 << 22
+"""Elements per step of the torch form: bounds its temporary memory."""
+SMALLEST_RANGE = 1 << 16
+"""Elements worth a thread of their own."""
+SHARES = 4
+"""Parts of all pieces per thread."""
+SELECTED_FRACTION = 8
+"""A rank keeps a copy of the elements whose breakpoints are still in question, if it is this many times smaller."""
+GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+DITHER = (1 << 29) - 1
 
 Runs = Sequence[tuple[Tensor, int]]
 """Contiguous float32 vectors on the world's device, each with the index in the network of its first element."""
+Range = tuple[np.ndarray, int, int, int]
+"""An array, where a range of it begins and ends, and its number among all pieces."""
+Result = TypeVar("Result")
 
 
 def project_(runs: Sequence[Runs], budgets: Sequence[float], numels: Sequence[int], world: World) -> Tensor:
@@ -58,7 +75,8 @@ def project_(runs: Sequence[Runs], budgets: Sequence[float], numels: Sequence[in
             form = f"{piece.dtype}, shape {tuple(piece.shape)}, strides {piece.stride()}"
             raise ValueError(f"probabilities are {form}: give contiguous float32 vectors")
     device = world.device
-    brackets = Brackets.around(budgets, device)
+    runs = [[(piece.detach(), first) for piece, first in part if len(piece)] for part in runs]
+    brackets = Brackets(budgets, device)
     breakpoints = [Breakpoints([piece for piece, _ in part], device) for part in runs]
     binding = bad = torch.zeros(())
     for number, (shift, bins) in enumerate(ROUNDS):
@@ -79,33 +97,131 @@ def project_(runs: Sequence[Runs], budgets: Sequence[float], numels: Sequence[in
     return thresholds
 
 
-@dataclass(frozen=True)
+class Breakpoints:
+    """The breakpoints z and z - 1 of one budget's elements on this rank, to be counted in ever finer bins."""
+
+    def __init__(self, pieces: list[Tensor], device: torch.device) -> None:
+        self.pieces, self.device, self.selected = pieces, device, False
+
+    def table(self, base: Tensor, shift: int, bins: int) -> Tensor:
+        """int64 (2, bins + 1): counts of the breakpoints z less those of the breakpoints z - 1, and their remainders.
+
+        Bin j holds the positive float32 numbers whose bits >> shift are base + j, base an int64 scalar; the remainder
+        is the lower `shift` bits. Counts have one more column: the number of elements that are not finite. Bins of a
+        later call lie inside one bin of the call before: on the CPU elements outside are then left behind, if few
+        remain.
+        """
+        if not self.pieces:
+            return torch.zeros(2, bins + 1, dtype=torch.int64, device=self.device)
+        kernels = kernels_on(self.device, __name__)
+        if not kernels:
+            return histogram(self.pieces, base, shift, bins)
+        if self.device.type == "cuda":
+            tables: list[Tensor] = [kernels.histogram(piece, base, shift, bins) for piece in self.pieces]
+            return tables[0] if len(tables) == 1 else torch.stack(tables).sum(0)
+        if int(base) > 0 and not self.selected:
+            self._select(kernels, int(base) << shift, bins << shift)
+
+        def work(ranges: list[Range]) -> Tensor:
+            table, scratch = np.zeros((2, bins + 1), np.int64), np.zeros((2, 4, bins + 1), np.int64)
+            for array, start, stop, _ in ranges:
+                kernels.histogram(array, start, stop, int(base), shift, bins, table, scratch)
+            return torch.from_numpy(table)
+
+        return torch.stack(_over_threads(work, self.pieces)).sum(0)
+
+    def _select(self, kernels: Any, low: int, width: int) -> None:
+        """Go on with copies of the elements that have a breakpoint in that range of bits, if they are few."""
+
+        def work(ranges: list[Range]) -> Tensor | None:
+            numel = sum(stop - start for _, start, stop, _ in ranges)
+            out, count = torch.empty(numel // SELECTED_FRACTION + kernels.CHUNK), 0
+            for array, start, stop, _ in ranges:
+                count = kernels.select(array, start, stop, low, width, out.numpy(), count)
+                if count < 0:
+                    return None
+            return out[:count]
+
+        parts = _over_threads(work, self.pieces)
+        if all(part is not None for part in parts):
+            self.pieces, self.selected = [part for part in parts if part is not None and len(part)], True
+
+
+def _over_threads(work: Callable[[list[Range]], Result], pieces: Sequence[Tensor]) -> list[Result]:
+    """[work(ranges), ...] of parts that cover all pieces, in order."""
+    arrays, lengths = [p.numpy() for p in pieces], [len(p) for p in pieces]
+
+    def ranges(first: int, end: int) -> list[Range]:
+        return [(arrays[number], start, stop, number) for number, start, stop in pieces_in(lengths, first, end)]
+
+    return split_over_threads(lambda a, b: work(ranges(a, b)), sum(lengths), SMALLEST_RANGE, shares=SHARES)
+
+
+def histogram(pieces: Sequence[Tensor], base: Tensor, shift: int, bins: int) -> Tensor:
+    """The table of `Breakpoints.table` in torch operations; at least one piece."""
+    table = torch.zeros(2, bins + 1, dtype=torch.int64, device=pieces[0].device)
+    for chunk in (chunk for piece in pieces for chunk in torch.split(piece, CHUNK)):
+        table[0, bins] += (~chunk.isfinite()).sum()
+        limited = chunk.clamp(max=LARGEST)
+        for breakpoints, sign in ((limited, 1), (limited - 1, -1)):
+            bits = breakpoints.view(torch.int32).long()
+            place = (bits >> shift) - base
+            inside = (breakpoints > 0) & (place >= 0) & (place < bins)
+            place = place.where(inside, bins)  # the last bin takes what belongs to none
+            # Not bincount: on CUDA it waits for the device, to look at the largest bin.
+            for row, what in zip(table, (torch.ones_like(bits), bits & ((1 << shift) - 1)), strict=True):
+                row[:bins] += sign * torch.zeros_like(row).scatter_add_(0, place, what)[:bins]
+    return table
+
+
+def subtract_and_clamp_(runs: Runs, threshold: Tensor) -> None:
+    """z = clamp(z - threshold, 0, 1), in float64, then rounded to float32 so that errors cancel in the sum.
+
+    Vectors that are not empty. Of the 29 bits that float32 does not keep, a number in
+    [0, 2^29) is added before they are cut off: element i rounds up where the fractional part of i x golden ratio, a
+    low-discrepancy sequence, is large enough. The share that rounds up is then the cut-off fraction even among equal
+    values, and depends on the element's own index only, not on the sharding. What float32 represents exactly (0 and 1,
+    and all of it if threshold = 0) stays as it is.
+    """
+    kernels = kernels_on(threshold.device, __name__)
+    if runs and kernels and not threshold.is_cuda:
+        v = float(threshold)
+
+        def work(ranges: list[Range]) -> None:
+            for array, start, stop, number in ranges:
+                kernels.subtract_and_clamp(array, start, stop, v, runs[number][1])
+
+        _over_threads(work, [run for run, _ in runs])
+        return
+    for run, first in runs:
+        if kernels:
+            kernels.subtract_and_clamp(run, threshold, first)
+            continue
+        for start in range(0, len(run), CHUNK):
+            chunk = run[start : start + CHUNK]
+            y = (chunk.clamp(max=LARGEST).double() - threshold).clamp_(0, 1).view(torch.int64)
+            index = torch.arange(first + start, first + start + len(chunk), device=chunk.device)
+            chunk.copy_(((y + ((index * GOLDEN >> 35) & DITHER)) & ~DITHER).view(torch.float64))
+
+
 class Brackets:
     """For each budget the bin `base` .. base + 1 (in units of the last round's bins) of float32 numbers that holds v.
 
-    All of shape (budgets,), float64 and int64 (base, slope). value: f at the bin's upper edge; slope: -f' just above
-    that edge, were there no breakpoint: the number of breakpoints z at or above the edge, less that of the breakpoints
-    z - 1; lowest: f at the lower edge of the last round's bins.
+    At first all positive numbers that a first round's bins hold; above them f is 0. All of shape (budgets,), float64
+    and int64 (base, slope). value: f at the bin's upper edge; slope: -f' just above that edge, were there no
+    breakpoint: the number of breakpoints z at or above the edge, less that of the breakpoints z - 1; lowest: f at the
+    lower edge of the last round's bins.
     """
 
-    budget: Tensor
-    base: Tensor
-    slope: Tensor
-    value: Tensor
-    lowest: Tensor
-
-    @classmethod
-    def around(cls, budgets: Sequence[float], device: torch.device) -> Brackets:
-        """All positive numbers that a first round's bins hold; above them f is 0."""
-        wanted = torch.tensor(budgets, dtype=torch.float64).to(device, non_blocking=True)
-        base, slope = torch.zeros(2, len(budgets), dtype=torch.int64, device=device)
-        value, lowest = torch.zeros(2, len(budgets), dtype=torch.float64, device=device)
-        return cls(wanted, base, slope, value, lowest)
+    def __init__(self, budgets: Sequence[float], device: torch.device) -> None:
+        self.budget = torch.tensor(budgets, dtype=torch.float64).to(device, non_blocking=True)
+        self.base, self.slope = torch.zeros(2, len(budgets), dtype=torch.int64, device=device)
+        self.value, self.lowest = torch.zeros(2, len(budgets), dtype=torch.float64, device=device)
 
     def narrow(self, tables: Tensor, shift: int) -> None:
         """Go down, in place, to the bin of the next round that holds the threshold: the lowest one if f(0) is below.
 
-        tables: int64 (budgets, 2, bins + 1), of all ranks; see `masks.kernels.projection_passes.Breakpoints.table`.
+        tables: int64 (budgets, 2, bins + 1), of all ranks; see `Breakpoints.table`.
         """
         kernels = kernels_on(tables.device, __name__)
         if kernels:

@@ -42,12 +42,6 @@ def _image(x):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _below_one(x):  # type: ignore[no-untyped-def]
-    """The breakpoint z - 1."""
-    return F(min(x, LARGEST) - ONE)
-
-
-@numba.njit(nogil=True, cache=True, error_model="numpy")
 def _add(tables, place, rest, count):  # type: ignore[no-untyped-def]
     """tables[., place] += (1, rest), packed into one int64."""
     t0, t1, t2, t3 = tables[0], tables[1], tables[2], tables[3]
@@ -88,7 +82,7 @@ def histogram(z, first, end, base, shift, bins, table, packed):  # type: ignore[
             if found:
                 count = _append(part, marked, above, np.int64(0))
                 for i in range(count):
-                    bits = _image(_below_one(above[i]))
+                    bits = _image(F(min(above[i], LARGEST) - ONE))
                     place[i] = min(np.uint32((bits >> shift_) - base_), bins_)
                     rest[i] = bits & low_bits
                 _add(packed[1], place, rest, count)
@@ -113,7 +107,8 @@ def select(z, first, end, low, width, out, count):  # type: ignore[no-untyped-de
         found = np.uint8(0)
         for i in range(len(part)):
             own = np.uint32(_image(part[i]) - low_) < width_
-            inside[i] = np.uint8(own | (np.uint32(_image(_below_one(part[i])) - low_) < width_))
+            below = np.uint32(_image(F(min(part[i], LARGEST) - ONE)) - low_) < width_
+            inside[i] = np.uint8(own | below)
             found |= inside[i]
         if found:
             if count + len(part) > len(out):

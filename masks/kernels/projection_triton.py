@@ -29,7 +29,7 @@ DITHER = tl.constexpr((1 << 29) - 1)
 
 
 def histogram(z: Tensor, base: Tensor, shift: int, bins: int) -> Tensor:
-    """int64 (2, bins + 1): see `masks.kernels.projection_passes.Breakpoints.table`."""
+    """int64 (2, bins + 1): see `masks.kernels.projection.Breakpoints.table`."""
     programs = min(max(PROGRAMS, triton.cdiv(z.numel(), MOST)), triton.cdiv(z.numel(), BLOCK))
     blocks = triton.cdiv(z.numel(), BLOCK * programs)
     packed = torch.zeros(programs, bins + 1, dtype=torch.int64, device=z.device)
@@ -46,7 +46,7 @@ def narrow(tables: Tensor, shift: int, *brackets: Tensor) -> None:
 
 
 def subtract_and_clamp(z: Tensor, threshold: Tensor, first_index: int) -> None:
-    """z = clamp(z - threshold, 0, 1), rounded to float32 by the dither of masks.kernels.projection_passes."""
+    """z = clamp(z - threshold, 0, 1), rounded to float32 by the dither of masks.kernels.projection."""
     _subtract_and_clamp[(triton.cdiv(z.numel(), BLOCK),)](z, z.numel(), threshold, first_index, BLOCK)
 
 
