@@ -31,7 +31,7 @@ from ghostmask.masks.methods.gmp import Shrinking
 from ghostmask.masks.methods.probmask import Settings as ProbMaskSettings
 from ghostmask.masks.prunable import prunable_weights
 from ghostmask.masks.relaxed import RelaxedMask, Search
-from ghostmask.masks.scoring.largest import Budget, largest
+from ghostmask.masks.scoring.topk import Budget, largest
 from ghostmask.masks.settings import Protecting
 
 Method = Callable[[Sgd, float], Masked]

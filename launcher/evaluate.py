@@ -17,8 +17,8 @@ from ghostmask.launcher.folder import read_run
 from ghostmask.launcher.run import open_data
 from ghostmask.launcher.settings import to_dict
 from ghostmask.launcher.summary import closing_table
+from ghostmask.masks.mask_file import fill
 from ghostmask.masks.prunable import prunable_weights
-from ghostmask.masks.trained import fill
 from ghostmask.models.build import build_model
 
 FIELD = "RUN"

@@ -1,19 +1,20 @@
-"""Masks in files: writes ours, and reads a mask from whatever holds one (our file, a checkpoint's zeros, a dict)."""
+"""What mask.path names: masks (our file, a checkpoint's zeros, a dict), or a trained network to start from."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from ghostmask.engine.atomic import replacing
 from ghostmask.engine.checkpoint.state_file import read_state_dict, values_of
 from ghostmask.engine.errors import bad_value
-from ghostmask.masks.trained import weights_file
 
 FIELD = "mask.path"
 
@@ -43,7 +44,8 @@ def read_masks(path: str, net: nn.Module, weights: Mapping[str, Tensor]) -> dict
     if missing:
         raise bad_value(FIELD, path, f"has no mask for {_few(missing)}; leave them unpruned with mask.dense_layers")
     layers = [f"{name}.weight" for name, module in net.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    dense = [name for name in layers if name in named and name not in weights]  # zeros there would be lost
+    # Of the layers that this run does not prune: zeros there would be lost without a word.
+    dense = [name for name in layers if name in named and name not in weights]
     for name in (*weights, *dense):
         found, own = tuple(named[name].shape), tuple(net.get_parameter(name).shape)
         if found != own:
@@ -56,6 +58,40 @@ def read_masks(path: str, net: nn.Module, weights: Mapping[str, Tensor]) -> dict
     if not any(bool(mask.any()) for mask in masks.values()):
         raise bad_value(FIELD, path, "keeps no weight at all: every value in it is 0")
     return masks
+
+
+def load_trained(net: nn.Module, path: str) -> None:
+    """Fill `net` from a run folder (its export), or a file with a state dict (`read_state_dict`).
+
+    Raises InputError, also for a weight that is nan or infinite.
+    """
+    file = weights_file(path)
+    if not os.path.exists(file):
+        raise bad_value(FIELD, path, f"{file} is missing; give a finished run's folder or a file with weights")
+    fill(net, read_state_dict(file, FIELD, net.state_dict()), FIELD, path)
+
+
+def fill(net: nn.Module, state: Mapping[str, Tensor], field: str, path: str) -> None:
+    """Give `net` the weights of a state dict from `path`, named by `field` in the InputError for one that is another
+    network's, or that holds nan or infinite values."""
+    own = net.state_dict()
+    state = {  # not before the shape is known: a few bytes of a file can claim any
+        n: t.to_dense() if t.layout != torch.strided and n in own and own[n].shape == t.shape else t
+        for n, t in state.items()
+    }
+    try:
+        net.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise bad_value(field, path, f"does not hold this network's weights ({reason})") from None
+    for name, value in net.state_dict().items():
+        values_of(value, name, path, field)
+
+
+def weights_file(path: str) -> Path:
+    """The file that mask.path means: of a finished run's folder its export, else itself."""
+    file = Path(path)
+    return file / "export" / "model.safetensors" if file.is_dir() else file
 
 
 def _by_weight(path: str, content: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,10 +12,10 @@ from ghostmask.engine.data import DataPipeline
 from ghostmask.engine.position import Phase
 from ghostmask.engine.sharding.reparametrization import Reparametrization
 from ghostmask.engine.sharding.slices import Slice
+from ghostmask.masks.mask_file import load_trained
 from ghostmask.masks.masked import FixedMask
 from ghostmask.masks.method import MaskMethod
-from ghostmask.masks.scoring.largest import Budget, largest
-from ghostmask.masks.trained import load_trained
+from ghostmask.masks.scoring.topk import Budget, largest
 
 
 class OneShot(MaskMethod):

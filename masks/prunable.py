@@ -30,10 +30,7 @@ def prunable_weights(
     """
     usual = _usual(net)
     chosen = _included(net, usual, include) if include else usual
-    for pattern in exclude:
-        if not _matching(pattern, chosen):
-            raise _matches_nothing("mask.dense_layers", pattern, "prunable weight", chosen)
-    dense = {name for pattern in exclude for name in _matching(pattern, chosen)}
+    dense = {n for pattern in exclude for n in _matching("mask.dense_layers", pattern, "prunable weight", chosen)}
     left = {name: weight for name, weight in chosen.items() if name not in dense}
     if dense and not left:
         raise bad_value("mask.dense_layers", list(exclude), "leaves nothing to prune; remove a pattern")
@@ -60,26 +57,23 @@ def _included(net: nn.Module, usual: dict[str, object], patterns: Sequence[str])
     """The usual weights that a pattern matches or, where it matches none, other large parameters; in module order."""
     same = {id(weight) for weight in usual.values()}
     others = {n: p for n, p in net.named_parameters() if id(p) not in same and (is_lazy(p) or p.dim() >= 2)}
-    names: dict[str, None] = {}
-    for pattern in patterns:
-        found = _matching(pattern, usual) or _matching(pattern, others)
-        if not found:
-            raise _matches_nothing("mask.only", pattern, "weight of two or more dimensions", {**usual, **others})
-        names.update(dict.fromkeys(found))
+    what = "weight of two or more dimensions"
+    names = dict.fromkeys(n for pattern in patterns for n in _matching("mask.only", pattern, what, usual, others))
     place = {name: index for index, (name, _) in enumerate(net.named_parameters(remove_duplicate=False))}
     return {name: (usual | others)[name] for name in sorted(names, key=lambda name: place.get(name, -1))}
 
 
-def _matching(pattern: str, names: Collection[str]) -> list[str]:
-    return [pattern] if pattern in names else [name for name in names if fnmatchcase(name, pattern)]
-
-
-def _matches_nothing(field: str, pattern: str, what: str, known: Collection[str]) -> InputError:
-    names = list(known)
-    ends = names if len(names) <= 6 else [*names[:3], "...", *names[-2:]]
+def _matching(field: str, pattern: str, what: str, *choices: Collection[str]) -> list[str]:
+    """The names that the pattern matches in the first of the choices in which there are any; InputError of `field`."""
+    for names in choices:
+        found = [pattern] if pattern in names else [name for name in names if fnmatchcase(name, pattern)]
+        if found:
+            return found
+    known = [name for names in choices for name in names]
+    ends = known if len(known) <= 6 else [*known[:3], "...", *known[-2:]]
     # In a pattern [ab] is one letter, so that a part of a name with brackets does not match itself.
-    escape = "; in a pattern, write [[] for a [ and [*] for a *" if any(set("[*?") & {*name} for name in names) else ""
-    return bad_value(field, pattern, f"matches no {what}; they are {', '.join(ends)}{escape}")
+    escape = "; in a pattern, write [[] for a [ and [*] for a *" if any(set("[*?") & {*name} for name in known) else ""
+    raise bad_value(field, pattern, f"matches no {what}; they are {', '.join(ends)}{escape}")
 
 
 def _parameter(name: str, weight: object) -> nn.Parameter:

@@ -21,7 +21,7 @@ from ghostmask.masks.kernels.projection import project_
 from ghostmask.masks.kernels.relaxed_mask import EPS, gradients_, masked_
 from ghostmask.masks.masked import Masked
 from ghostmask.masks.schedules import cubic_density, linear_temperature
-from ghostmask.masks.scoring.largest import Budget, largest
+from ghostmask.masks.scoring.topk import Budget, largest
 
 START = 1.0
 """The probability that every weight starts with."""

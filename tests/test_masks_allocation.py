@@ -47,7 +47,7 @@ def test_a_minimum_per_layer_holds_and_the_rest_is_shared() -> None:
     counts = layer_counts(SHAPES, 1e-4, "erk", min_per_layer=30)
     assert min(counts) >= 30
     assert sum(counts) == kept_count(1e-4, sum(SIZES))
-    with pytest.raises(ValueError, match=r"5 layers need 500 weights, of 245; lower it"):
+    with pytest.raises(ValueError, match=r"5 layers need 500 weights, mask\.density = 0\.0001 keeps 245"):
         layer_counts(SHAPES, 1e-4, "erk", min_per_layer=100)
 
 

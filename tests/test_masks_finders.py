@@ -31,8 +31,7 @@ from ghostmask.masks.method import Recipe
 from ghostmask.masks.one_shot import OneShot
 from ghostmask.masks.registry import METHODS
 from ghostmask.masks.report import mask_lines
-from ghostmask.masks.scoring.largest import empty_layers
-from ghostmask.masks.scoring.topk import kept_count
+from ghostmask.masks.scoring.topk import empty_layers, kept_count
 from ghostmask.models.build import build_model
 from ghostmask.models.config import ModelConfig
 

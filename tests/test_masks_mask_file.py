@@ -16,9 +16,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from ghostmask.engine.checkpoint.state_file import plain_names
 from ghostmask.engine.errors import InputError
-from ghostmask.masks.mask_file import read_masks
+from ghostmask.masks.mask_file import load_trained, read_masks
 from ghostmask.masks.prunable import prunable_weights
-from ghostmask.masks.trained import load_trained
 
 
 def network(seed: int = 0) -> nn.Module:

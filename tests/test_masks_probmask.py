@@ -31,8 +31,8 @@ from ghostmask.launcher.settings import settings_of
 from ghostmask.masks.masked import PRUNABLE
 from ghostmask.masks.method import Recipe
 from ghostmask.masks.methods.probmask import ProbMask
-from ghostmask.masks.probability_report import layer_histograms, suggested_rate
 from ghostmask.masks.relaxed import RelaxedMask
+from ghostmask.masks.report import layer_histograms, suggested_rate
 from ghostmask.masks.scoring.topk import kept_count
 from ghostmask.models.build import build_model
 

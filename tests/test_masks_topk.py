@@ -15,8 +15,7 @@ from ghostmask.engine.sharding.slices import Layout, Slice
 from ghostmask.engine.spawn import run_distributed
 from ghostmask.engine.world import World, single
 from ghostmask.masks.scoring import topk
-from ghostmask.masks.scoring.largest import Budget, empty_layers, largest
-from ghostmask.masks.scoring.topk import kept_count, seeded_order, topk_shard
+from ghostmask.masks.scoring.topk import Budget, empty_layers, kept_count, largest, seeded_order, topk_shard
 
 
 def by_sorting(scores: Tensor, kept: int) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 
 from ghostmask.masks.masked import Masked
 from ghostmask.masks.method import MaskMethod
-from ghostmask.masks.scoring.largest import Budget, largest
+from ghostmask.masks.scoring.topk import Budget, largest
 from ghostmask.masks.settings import Ranked
 
 

@@ -12,7 +12,7 @@ from ghostmask.engine.sharding.slices import Slice
 from ghostmask.masks.masked import FixedMask
 from ghostmask.masks.method import MaskMethod
 from ghostmask.masks.schedules import cubic_density
-from ghostmask.masks.scoring.largest import Budget, largest
+from ghostmask.masks.scoring.topk import Budget, largest
 from ghostmask.masks.settings import Ranked, Scheduled, number
 
 

@@ -19,7 +19,7 @@ from ghostmask.engine.sharding.reparametrization import Plain, Reparametrization
 from ghostmask.engine.sharding.slices import Slice
 from ghostmask.masks.masked import PRUNABLE, FixedMask
 from ghostmask.masks.method import MaskMethod
-from ghostmask.masks.scoring.largest import Budget, largest
+from ghostmask.masks.scoring.topk import Budget, largest
 from ghostmask.masks.settings import Protecting, number
 
 if TYPE_CHECKING:

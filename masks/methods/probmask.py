@@ -21,8 +21,8 @@ from ghostmask.engine.sharding.reparametrization import Reparametrization
 from ghostmask.masks.kernels import KERNELS
 from ghostmask.masks.masked import PRUNABLE, FixedMask
 from ghostmask.masks.method import FINETUNE, MaskMethod, Setup
-from ghostmask.masks.probability_report import ProbabilityReport
 from ghostmask.masks.relaxed import RelaxedMask, Search
+from ghostmask.masks.report import ProbabilityReport
 from ghostmask.masks.settings import Ranked, Scheduled, choice, number
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from ghostmask.engine.batchnorm import batch_norms
 from ghostmask.engine.data import DataPipeline
 from ghostmask.engine.sharding.slices import Slice
 from ghostmask.masks.one_shot import OneShot
-from ghostmask.masks.scoring.largest import largest
 from ghostmask.masks.scoring.scored_copy import scored_copy
+from ghostmask.masks.scoring.topk import largest
 from ghostmask.masks.settings import FromTrained, Protecting, number
 
 

@@ -6,8 +6,7 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
-from ghostmask.engine.errors import bad_value
-from ghostmask.masks.scoring.topk import kept_count
+from ghostmask.masks.scoring.topk import kept_count, protected_counts
 
 
 def layer_counts(shapes: Sequence[Sequence[int]], density: float, allocation: str, min_per_layer: int = 0) -> list[int]:
@@ -23,11 +22,7 @@ def layer_counts(shapes: Sequence[Sequence[int]], density: float, allocation: st
     cut = [shape[:counted] or (1,) for shape in shapes]
     shares = [Fraction(sum(c), math.prod(c)) * size for c, size in zip(cut, sizes, strict=True)]
     kept = kept_count(density, sum(sizes))
-    low = [min(min_per_layer, size) for size in sizes]
-    if sum(low) > kept:
-        fix = f"{len(sizes)} layers need {sum(low)} weights, of {kept}; lower it, or raise mask.density"
-        raise bad_value("mask.min_per_layer", min_per_layer, fix)
-    amounts = _within(shares, low, sizes, kept)
+    amounts = _within(shares, protected_counts(sizes, min_per_layer, density), sizes, kept)
     counts = [math.floor(a) for a in amounts]
     by_remainder = sorted(range(len(amounts)), key=lambda i: (counts[i] - amounts[i], i))
     for i in by_remainder[: kept - sum(counts)]:

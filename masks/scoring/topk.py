@@ -1,14 +1,20 @@
-"""Which `kept` weights have the largest scores, over all tensors and all ranks together, and exactly that many?"""
+"""Which weights of a network have the largest scores: over all layers, in each layer, or with a few of each kept safe.
+
+Scores lie in slices (`engine.sharding.slices`): each rank scores and decides its own elements, and over all ranks
+exactly as many are kept as are asked for.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ghostmask.engine.compiled import load_kernels, split_over_threads
-from ghostmask.engine.errors import EXIT_NON_FINITE, RunStopped
+from ghostmask.engine.errors import EXIT_NON_FINITE, RunStopped, bad_value
+from ghostmask.engine.sharding.slices import Slice
 from ghostmask.engine.world import World
 
 BINS = 1 << 16
@@ -21,11 +27,65 @@ INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 """Types that hold a score's bits."""
 
 
+@dataclass(frozen=True)
+class Budget:
+    """How many weights stay, and where.
+
+    density: in (0, 1], round(density n) weights; constraint: "global" (of the whole network) or "layerwise" (of each
+    layer); min_per_layer: with "global", that many of each layer's largest (all of a smaller layer) stay before the
+    others compete; seed: decides between equal scores, by a hash of the weight's index.
+    """
+
+    density: float
+    constraint: str = "global"
+    min_per_layer: int = 0
+    seed: int = 0
+
+
+def largest(part: Slice, scores: Tensor, budget: Budget, among: Tensor | None = None) -> Tensor:
+    """Collective: this rank's bools, (n,): the largest scores that the budget allows, exactly as many on all ranks.
+
+    scores: (n,), larger = kept; among: bools, the only ones that may be kept (of each layer at least as many as are
+    asked for). Raises InputError where min_per_layer is more than the budget.
+    """
+    sizes, mask = part.layout.numels, torch.zeros_like(scores, dtype=torch.bool)
+    kept = kept_count(budget.density, part.total)
+    if budget.constraint == "layerwise":
+        of_layers = [kept_count(budget.density, size) for size in sizes]
+    else:
+        of_layers = protected_counts(sizes, budget.min_per_layer, budget.density) if budget.min_per_layer else []
+    for number, count in enumerate(of_layers):
+        ranges = [torch.arange(s.start, s.start + s.numel) for s in part.segments if s.layer == number]
+        places = torch.cat([torch.zeros(0, dtype=torch.int64), *ranges]).to(scores.device)
+        _keep(mask, part, scores, places if among is None else places[among[places]], count, budget.seed)
+    if budget.constraint == "layerwise":
+        return mask
+    if of_layers:
+        among = ~mask if among is None else among & ~mask
+    everywhere = None if among is None else among.nonzero().squeeze(1)
+    _keep(mask, part, scores, everywhere, kept - sum(of_layers), budget.seed)
+    return mask
+
+
+def empty_layers(masks: Mapping[str, Tensor]) -> list[str]:
+    """The names of the layers whose mask keeps nothing: no signal passes them."""
+    return [name for name, mask in masks.items() if not mask.any()]
+
+
 def kept_count(density: float, prunable: int) -> int:
     """Number of weights kept of `prunable` at `density` in (0, 1]: round(density * prunable), at least 1."""
     if not 0 < density <= 1:
         raise ValueError(f"density = {density}: give a number in (0, 1]")
     return max(1, round(density * prunable))
+
+
+def protected_counts(sizes: Sequence[int], min_per_layer: int, density: float) -> list[int]:
+    """How many weights of each layer min_per_layer saves; InputError where these are more than the density keeps."""
+    counts, kept = [min(min_per_layer, size) for size in sizes], kept_count(density, sum(sizes))
+    if sum(counts) > kept:
+        fix = f"{len(sizes)} layers need {sum(counts)} weights, mask.density = {density:g} keeps {kept}"
+        raise bad_value("mask.min_per_layer", min_per_layer, f"{fix}; lower the one or raise the other")
+    return counts
 
 
 def topk_shard(scores: Tensor, kept: int, world: World, tie_order: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -40,7 +100,13 @@ def topk_shard(scores: Tensor, kept: int, world: World, tie_order: Callable[[Ten
     """
     wide = scores.dtype == torch.float64
     flat = scores.detach().reshape(-1).to(torch.float64 if wide else torch.float32).contiguous()
-    _check(flat, kept, world)
+    # The largest of scores with a nan is nan.
+    nans = int(flat.isnan().sum()) if len(flat) and flat.amax().isnan() else 0
+    total, bad = world.all_reduce(torch.tensor([len(flat), nans])).tolist()
+    if not 0 <= kept <= total:
+        raise ValueError(f"kept = {kept}: give a number in [0, {total}], the number of scores")
+    if bad:
+        raise RunStopped(f"{bad} of {total} scores are nan", EXIT_NON_FINITE)
     if kept == 0:
         return torch.zeros_like(flat, dtype=torch.bool)
     threshold, left = _threshold(flat, kept, 4 if wide else 2, world)
@@ -65,14 +131,14 @@ def seeded_order(indices: Tensor, seed: int) -> Tensor:
     return ((x ^ ((x >> 31) & ((1 << 33) - 1))) >> 12 & ((1 << 52) - 1)).double()
 
 
-def _check(scores: Tensor, kept: int, world: World) -> None:
-    # The largest of scores with a nan is nan.
-    nans = int(scores.isnan().sum()) if len(scores) and scores.amax().isnan() else 0
-    total, bad = world.all_reduce(torch.tensor([len(scores), nans])).tolist()
-    if not 0 <= kept <= total:
-        raise ValueError(f"kept = {kept}: give a number in [0, {total}], the number of scores")
-    if bad:
-        raise RunStopped(f"{bad} of {total} scores are nan", EXIT_NON_FINITE)
+def _keep(mask: Tensor, part: Slice, scores: Tensor, places: Tensor | None, count: int, seed: int) -> None:
+    """Collective: set `count` bools of the mask, those of the largest scores at all ranks' places; None = anywhere."""
+
+    def tie_order(tied: Tensor) -> Tensor:
+        return seeded_order(part.indices()[tied if places is None else places[tied]], seed)
+
+    own = slice(None) if places is None else places
+    mask[own] = topk_shard(scores[own], count, part.world, tie_order)
 
 
 def _threshold(scores: Tensor, kept: int, digits: int, world: World) -> tuple[float, int]:
@@ -95,12 +161,13 @@ def _counts(scores: Tensor, digit: int, prefix: int, offset: int) -> Tensor:
     """
     kernels = load_kernels("ghostmask.masks.kernels.topk_cpu") if scores.device.type == "cpu" else None
     if kernels:
-        bits, below_sign = scores.view(INTEGERS[scores.dtype]).numpy(), torch.iinfo(INTEGERS[scores.dtype]).max
+        below_sign = torch.iinfo(INTEGERS[scores.dtype]).max
+        bits = scores.view(INTEGERS[scores.dtype]).numpy()
 
         def work(first: int, end: int) -> Tensor:
-            found = torch.zeros(BINS, dtype=torch.int64)
-            kernels.count(bits, first, end, below_sign, 16 * digit, prefix, offset, found.numpy())
-            return found
+            counts = torch.zeros(BINS, dtype=torch.int64)
+            kernels.count(bits, first, end, below_sign, 16 * digit, prefix, offset, counts.numpy())
+            return counts
 
         return torch.stack(split_over_threads(work, len(scores), SMALLEST_RANGE)).sum(0)
     counts = torch.zeros(BINS, dtype=torch.int64)
