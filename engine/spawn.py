@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing as mp
 import os
 import pickle
@@ -90,6 +91,8 @@ def _next(results: Any, ranks: list[Any], timeout_s: float) -> tuple[int, Any, s
 
 
 def _rank(function: Callable[..., Any], rank: int, size: int, port: int, args: tuple[Any, ...], results: Any) -> None:
+    gc.freeze()  # else the first full collection goes over, and so copies, all that the fork server has imported
+
     import torch
     import torch.distributed as dist
 
