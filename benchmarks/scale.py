@@ -58,9 +58,12 @@ def rows(bench: Bench) -> list[Row]:
         "save": "a checkpoint, waited for", "save_again": "the next one, with the one before retired",
         "verify": "find the newest and read all checksums", "load": "fill all pieces from it",
     }  # fmt: skip
-    found = [
-        Row(f"scale_{name}", worst[name], "s", note=f"{what}: {note}; the slowest") for name, note in notes.items()
-    ]
+    others = {name: max(rank[name] for rank in ranks[1:]) for name in ranks[0]}
+    found = []
+    for name, note in notes.items():
+        key = f"{name} cpu"
+        busy = f"processor time of rank 0 {ranks[0][key]:.3f} s, of another at most {others[key]:.3f} s"
+        found.append(Row(f"scale_{name}", worst[name], "s", note=f"{what}: {note}; {busy}"))
     found += [
         Row("scale_files", len(files), "files", note=f"{what}: one checkpoint"),
         Row("scale_index", index / 1e6, "MB", note=f"{what}: its index"),
@@ -89,16 +92,16 @@ def _pieces(shapes: dict[str, torch.Size], rank: int, size: int) -> dict[str, Pi
 
 
 def _measure(world: World, folder: str, port: int, shapes: dict[str, torch.Size]) -> dict[str, float]:
-    """Collective: what -> seconds on this rank (sockets: how many more it has open)."""
+    """Collective: what -> seconds on this rank, and of its processor time (sockets: how many more it has open)."""
     found: dict[str, float] = {}
     before = _sockets()
 
     @contextmanager
     def timed(name: str) -> Iterator[None]:
         world.barrier()
-        start = perf_counter()
+        start, busy = perf_counter(), process_time()
         yield
-        found[name] = perf_counter() - start
+        found[name], found[f"{name} cpu"] = perf_counter() - start, process_time() - busy
 
     with timed("meet"):
         ranks = Ranks(Launch(world.rank, world.size, world.rank, world.size, "127.0.0.1", port))
