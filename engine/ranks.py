@@ -6,7 +6,7 @@ beat/ID         rank -> what it is doing (engine.watch)
 code            exit code of the first rank that ended early for a reason of its own
 end/ID, ends, order/I    how each rank ended, in the order in which they did
 said/DIGEST     taken by the one rank that prints a line
-gone            ranks that need the store no longer: rank 0, which may keep it, leaves last
+gone, absent    ranks that need the store no longer, and that are lost: rank 0, which may keep it, leaves last
 """
 
 from __future__ import annotations
@@ -57,7 +57,6 @@ class Ranks:
     def __init__(self, launch: Launch, timeout_s: float = JOIN_S) -> None:
         """Join the launch's store. Raises torch's DistError where it cannot be reached in time."""
         self.launch = launch
-        self._absent = 0
         keeps_store = launch.rank == 0 and not launch.agent
         store = TCPStore(
             launch.address, launch.port, launch.size, keeps_store, timedelta(seconds=timeout_s),
@@ -125,7 +124,7 @@ class Ranks:
             pass
         self.store.compare_set("code", "", str(EXIT_LOST))
         absent = [r for r in range(self.launch.size) if not self.store.check([f"end/{r}"])]
-        self._absent = len(absent)
+        self.store.set("absent", str(len(absent)))
         return True, self.whom(absent)
 
     def follow(self) -> None:
@@ -135,8 +134,9 @@ class Ranks:
     def leave(self) -> None:
         """The last call: rank 0 returns when the others need the store no longer."""
         left, pause = self.store.add("gone", 1), _Pause(LEAVE_S)
-        while self._is_needed() and left < self.launch.size - self._absent and pause.wait():
-            left = self.store.add("gone", 0)
+        while self._is_needed() and left < self.launch.size and pause.wait():
+            absent = int(self.store.get("absent")) if self.store.check(["absent"]) else 0
+            left = self.store.add("gone", 0) + absent
 
     def _is_needed(self) -> bool:
         """Whether the others need this process: for its store, or for its answers as long as they have not all met."""
