@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -129,6 +130,7 @@ def _alone(backend: str) -> Iterator[None]:
 def _joined(launch: Launch, backend: str, pulse: Pulse, minutes: float, dumps: Path | None) -> Iterator[None]:
     """A process group of all ranks, each of them watched."""
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    _allow_sockets()
     longest_s = 60 * minutes * SLOW_FACTOR if minutes else 30 * 86400.0
     ranks = join(launch)
     ranks.arrive(longest_s)
@@ -145,6 +147,15 @@ def _joined(launch: Launch, backend: str, pulse: Pulse, minutes: float, dumps: P
         if watch is not None:
             watch.stop()
     dist.destroy_process_group()
+
+
+def _allow_sockets() -> None:
+    """Let this process open as many files as it may. gloo connects each rank with every other, once per group, and
+    three times each with the rank that keeps the store; the usual limit, 1,024, is what some hundred ranks need."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _device(name: str, local_rank: int) -> torch.device:
