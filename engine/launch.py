@@ -28,6 +28,8 @@ class Launch:
     address: str = ""
     port: int = 0
     agent: bool = False
+    restarts: int = 0
+    """How often torchrun starts ranks again, maybe other numbers of them (its --max-restarts)."""
 
 
 def read_launch(env: Mapping[str, str] | None = None) -> Launch:
@@ -82,8 +84,9 @@ def _by_rank(env: Mapping[str, str]) -> Launch:
     if local >= local_size:
         raise bad_value("LOCAL_RANK", local, f"is not below LOCAL_WORLD_SIZE = {local_size}")
     agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    port = _number(env, "MASTER_PORT", 1, 65536)
-    return Launch(rank, size, local, local_size, env["MASTER_ADDR"].strip(), port, agent)
+    port, restarts = _number(env, "MASTER_PORT", 1, 65536), env.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    again = int(restarts) if restarts.isdecimal() else 0
+    return Launch(rank, size, local, local_size, env["MASTER_ADDR"].strip(), port, agent, again)
 
 
 def _is_slurm_step(env: Mapping[str, str]) -> bool:

@@ -6,9 +6,10 @@ import math
 from typing import TYPE_CHECKING
 
 from ghostmask.engine.config import require
+from ghostmask.engine.launch import read_launch
 from ghostmask.engine.position import Duration, require_steps
 from ghostmask.engine.registry import resolve
-from ghostmask.engine.sharding.ranks import check_ranks
+from ghostmask.engine.sharding.ranks import check_ranks, most_ranks
 from ghostmask.launcher.config import RunConfig
 from ghostmask.masks.registry import METHODS
 
@@ -79,7 +80,8 @@ def _method(name: str) -> type[MaskMethod]:
 def _check_batch(config: RunConfig, world_size: int) -> None:
     size, parts, noises = config.data.batch_size, config.train.replicas, config.noises
     if parts:
-        check_ranks(parts, noises, world_size)
+        restarts = read_launch().restarts  # then those that do not fit wait: see launcher.spare
+        check_ranks(parts, noises, most_ranks(parts, noises, world_size) if restarts else world_size)
         unit, why = parts, f"train.replicas {parts}"
     else:
         fix = f"give a divisor or a multiple of the number of ranks, {world_size}"

@@ -22,6 +22,7 @@ from ghostmask.launcher.open_run import OpenRun, open_owned
 from ghostmask.launcher.run import Run, Shares, assemble, build_method, open_data, settle
 from ghostmask.launcher.settings import run_folder, to_dict
 from ghostmask.launcher.source import Source
+from ghostmask.launcher.spare import spare_ranks
 from ghostmask.launcher.summary import closing_table
 
 NO_USE_TO_TRY_AGAIN = (errno.EISDIR, errno.ENOTDIR, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG)
@@ -37,9 +38,19 @@ def train(config: RunConfig, *, restart: bool = False, source: Source | None = N
     new_data: go on although the data changed. Raises InputError when the folder has an owner, or holds another
     configuration, and RunStopped when the run ends early (docs/operations.md lists the exit codes).
     """
-    folder = run_folder(config)
     config = resumed(config, restart=restart)
     check_config(config, read_launch().size)
+    spares = spare_ranks(config, launch := read_launch())
+    if spares is not None and spares.is_one:
+        return spares.wait()
+    code = _train_owned(config, restart, source, new_data)
+    if spares is not None and launch.rank == 0:
+        spares.dismiss(code)
+    return code
+
+
+def _train_owned(config: RunConfig, restart: bool, source: Source | None, new_data: bool) -> int:
+    folder = run_folder(config)
     with connect(config.train.device, config.train.timeout_minutes, folder / "hang") as world:
         config = settle(config, world)
         shares = Shares.of(config, world)

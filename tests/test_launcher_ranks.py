@@ -114,6 +114,34 @@ def test_a_killed_rank_is_named_and_its_peer_says_to_run_again(start: Start, roo
     assert started.said() == [f"ghostmask: lost contact to rank 1 on host {host}, which left no word; {AGAIN}"]
 
 
+def test_ranks_that_the_parts_do_not_fit_wait_where_torchrun_starts_ranks_again(
+    start: Start, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    command = train(tmp_path / "run", root, "train.replicas=2")
+    command[command.index("train.epochs=200")] = "train.epochs=2"
+    started = start(command, command, command)
+    assert started.codes() == [0, 0, 0]
+    assert "ghostmask: 3 ranks do not fit the run's parts: 2 of them train, 1 waits" in started.said()
+    assert "resuming" not in started.logs[0].read_text()
+
+
+@pytest.mark.soak
+def test_a_waiting_rank_ends_with_the_rank_that_it_waits_for_and_ends_nobody(
+    start: Start, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    folder = tmp_path / "run"
+    command = train(folder, root, "train.replicas=2")
+    started = start(command, command, command, command)
+    wait_for_step(folder, 3, started.ranks, started.logs[0])
+    started.ranks[2].send_signal(signal.SIGTERM)
+    assert started.ranks[2].wait(60) == 75
+    wait_for_step(folder, 20, started.ranks[:2], started.logs[0])
+    started.ranks[0].kill()
+    assert started.codes() == [-signal.SIGKILL, 76, 75, 76]
+
+
 @pytest.mark.parametrize("stopped", [pytest.param(0, marks=pytest.mark.soak), 1])
 def test_a_stopped_rank_is_named_and_stacks_are_in_the_run_folder(
     stopped: int, start: Start, root: Path, tmp_path: Path

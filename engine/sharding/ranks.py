@@ -27,6 +27,11 @@ def fitting_ranks(parts: int, noises: int) -> list[int]:
     return [r for r in range(1, parts + 1) if parts % r == 0 and (r % noises == 0 or noises % r == 0)]
 
 
+def most_ranks(parts: int, noises: int, ranks: int) -> int:
+    """The most of `ranks` ranks that can do a run with so many parts and noise groups."""
+    return max((r for r in fitting_ranks(parts, noises) if r <= ranks), default=ranks)
+
+
 def chosen_parts(batch_size: int, noises: int, ranks: int, device: str) -> int:
     """V where train.replicas says nothing: as many parts as ranks and noise groups need, doubled while a part has
     SMALLEST_PART images and the batch divides; the more, the more numbers of ranks can go on with the run."""
