@@ -150,8 +150,8 @@ def _joined(launch: Launch, backend: str, pulse: Pulse, minutes: float, dumps: P
 
 
 def _allow_sockets() -> None:
-    """Let this process open as many files as it may. gloo connects each rank with every other, once per group, and
-    three times each with the rank that keeps the store; the usual limit, 1,024, is what some hundred ranks need."""
+    """Let this process open as many files as it may. gloo connects each rank with every other, once per group, and each
+    is connected twice with the rank that keeps the store: the usual limit, 1,024, is reached there at 256 ranks."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         with suppress(ValueError, OSError):

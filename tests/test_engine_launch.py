@@ -25,6 +25,10 @@ def test_torchruns_variables_are_the_launch() -> None:
     assert read_launch(TORCHRUN) == Launch(5, 8, 1, 4, "a", 29500, True)
 
 
+def test_how_often_torchrun_starts_ranks_again_is_known() -> None:
+    assert read_launch({**TORCHRUN, "TORCHELASTIC_MAX_RESTARTS": "3"}).restarts == 3
+
+
 def test_tasks_of_srun_are_ranks_that_meet_at_the_first_node() -> None:
     launch = read_launch(SRUN)
     assert launch == Launch(4, 6, 1, 3, "node03", 20000 + 70 * 31 + 1)
