@@ -67,6 +67,7 @@ def prepare(config: DataConfig, progress: bool = True) -> dict[str, Path]:
 
     One process of a run calls it; others wait. Two processes at once are safe: the second waits for the first, and
     then finds the files. If the source is gone, valid files stay. Raises InputError if there is neither.
+    Another process does the writing: a script that calls this at its top level needs `if __name__ == "__main__"`.
     """
     source = _source(config)
     paths = {split: beton_path(config.root, source.name, split) for split in SPLITS}

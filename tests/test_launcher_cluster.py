@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,6 +43,22 @@ def cluster(box: Box, tmp_path: Path) -> Cluster:
     return Cluster(box, tmp_path)
 
 
+SHOW = """
+import dataclasses, json
+from ghostmask.engine.launch import read_launch
+print(json.dumps(dataclasses.asdict(read_launch())))
+"""
+
+
+def test_tasks_of_srun_are_ranks_that_meet_at_one_place(cluster: Cluster) -> None:
+    said = cluster.box.ask("srun", "--nodes=2", "--ntasks-per-node=2", sys.executable, "-c", SHOW)
+    launches = sorted((json.loads(line) for line in said.splitlines()), key=lambda launch: int(launch["rank"]))
+    assert [(launch["rank"], launch["size"], launch["local_rank"], launch["local_size"]) for launch in launches] == [
+        (0, 4, 0, 2), (1, 4, 1, 2), (2, 4, 0, 2), (3, 4, 1, 2),
+    ]  # fmt: skip
+    assert len({(launch["address"], launch["port"]) for launch in launches}) == 1
+
+
 def test_a_signalled_run_on_two_nodes_is_queued_again_and_is_the_same_run(cluster: Cluster) -> None:
     steps = ("train.epochs=2", "finetune.epochs=1", "checkpoint.every_steps=4")
     gpus = ("--nodes", "2", "--gpus-per-node", "8", "--tasks-per-node", "2", "--time", "10")
@@ -70,7 +87,7 @@ def test_a_signalled_run_on_two_nodes_is_queued_again_and_is_the_same_run(cluste
 def test_a_sweep_of_which_one_run_fails_says_so_and_runs_the_code_it_was_submitted_with(cluster: Cluster) -> None:
     (cluster.folder / "ournet.py").write_text(NET.replace("FAILS", "'density=0.2-seed=1' in os.environ['SWEPT']"))
     setup = 'export SWEPT=$(grep -o "[^/]*seed=." JOBS | sed -n "$((SLURM_ARRAY_TASK_ID + 1))p")'
-    setup = setup.replace("JOBS", str(cluster.folder / "swept" / "job" / "runs.json"))
+    setup = setup.replace("JOBS", str(cluster.folder / "swept" / "array-*" / "job" / "runs.json"))
     (cluster.folder / "site.yaml").write_text(f"partition: train\nsetup:\n  - '{setup}'\n")
     cluster.env["GHOSTMASK_CLUSTER"] = str(cluster.folder / "site.yaml")
     given = cluster.settings("model.name=ournet:build", "train.epochs=2", "finetune.epochs=1")
@@ -133,6 +150,8 @@ def test_the_script_is_printed_and_what_is_wrong_is_one_line(cluster: Cluster) -
     assert "1, 2, 4" in refused("--nodes", "3")
     said = cluster.call("submit", "plain.yaml", *cluster.settings(), "--partition", "nowhere", code=2)
     assert "error: --cluster slurm: sbatch refused the job: " in said.splitlines()[-1]
+    assert "--partition: is not read with --cluster local" in refused("--cluster", "local", "--partition", "x")
+    assert "--chain: is for one run on Slurm" in refused("--cluster", "local", "--chain", "2")
     cluster.env["GHOSTMASK_CLUSTER"] = str(cluster.folder / "no.yaml")
     assert "there is no such file" in refused()
     (cluster.folder / "no.yaml").write_text("gpus: 3\n")

@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, get_type_hints
 
+from ghostmask.engine.errors import InputError
 from ghostmask.launcher import settings
 from ghostmask.launcher.arguments import RUN_HELP, add_settings, check_network, count, refuse_ranks, typed_path
-from ghostmask.launcher.cluster.options import CLUSTERS, ClusterOptions, read_options, typed
+from ghostmask.launcher.cluster.options import CLUSTERS, HERE, ClusterOptions, read_options, typed
 from ghostmask.launcher.grid import combinations, run_name
 from ghostmask.launcher.source import find_source
 from ghostmask.launcher.values import as_text
@@ -76,7 +77,13 @@ CLUSTER_COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
 
 def _submit(arguments: Namespace) -> int:
     refuse_ranks("submit")
-    options = read_options(typed(vars(arguments)))
+    given = typed(vars(arguments))
+    for name in (
+        () if arguments.cluster == "slurm" else [n for n, v in given.items() if v is not None and n not in HERE]
+    ):
+        flag = f"--{name.replace('_', '-')}"
+        raise InputError(f"{flag}: is not read with --cluster {arguments.cluster}; leave it out")
+    options = read_options(given)
     configs = [settings.load_config(arguments.config, arguments.overrides)]
     if arguments.sweep:
         group = settings.run_folder(configs[0])

@@ -111,6 +111,10 @@ def read_options(given: Mapping[str, Any]) -> ClusterOptions:
     return _replaced(options, {name: value for name, value in given.items() if value is not None}, "--")
 
 
+HERE = ("tasks_per_node", "gpus_per_node", "time", "interface", "setup", "nodes")
+"""What --cluster local and debug read; the rest is for Slurm."""
+
+
 def typed(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Of the command line's arguments those that are options, numbers read as in a YAML file; None: not given."""
     hints = get_type_hints(ClusterOptions)

@@ -37,7 +37,9 @@ class SlurmJob:
 def ask(ids: Sequence[str]) -> dict[str, SlurmJob]:
     """Of each job that Slurm knows still. A job whose node failed is final only when it is not in the queue again: the
     queue is asked first. Jobs are left out where Slurm cannot be asked."""
-    found = {job: known for job in ids if (known := _of_controller(job)) is not None}
+    arrays = {job.partition("_")[0] for job in ids}
+    lines = [line for array in sorted(arrays) for line in _of_controller(array)]
+    found = {job: _read(line) for job in ids for line in lines if _is_of(job, line)}
     missing = [job for job in ids if job not in found]
     if missing:
         found |= _of_accounting(missing)
@@ -56,15 +58,15 @@ def cancel(job: str) -> str:
     return "" if done is not None and done.returncode == 0 else _reason(done)
 
 
-def _of_controller(job: str) -> SlurmJob | None:
-    """The controller knows a job from its submission until some minutes after its end (MinJobAge)."""
+def _of_controller(job: str) -> list[str]:
+    """A line on a job, or on each of an array's. The controller knows a job from its submission until some minutes
+    after its end (MinJobAge)."""
     done = _run(["scontrol", "--oneliner", "show", "job", job])
-    if done is None or done.returncode:
-        return None
-    lines = [line for line in done.stdout.splitlines() if _is_of(job, line)]
-    if not lines:
-        return None
-    values = dict(re.findall(r"(\w+)=(\S*)", lines[0]))
+    return done.stdout.splitlines() if done is not None and done.returncode == 0 else []
+
+
+def _read(line: str) -> SlurmJob:
+    values = dict(re.findall(r"(\w+)=(\S*)", line))
     nodes = "" if values.get("NodeList") in (None, "(null)") else values["NodeList"]
     restarts = values.get("Restarts", "0")
     return SlurmJob(values["JobState"], nodes, values.get("Reason", ""), int(restarts) if restarts.isdecimal() else 0)

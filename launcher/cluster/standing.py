@@ -60,7 +60,7 @@ def standing(run: Path) -> Standing:
         found.seconds_left = None
     elif active:
         _from_queue(found, active)
-    elif record is not None and record.cluster == "local" and _runs_here(record.ids[-1]):
+    elif record is not None and record.cluster == "local" and active_jobs(record):
         found.state, found.where, found.job = "running", "this machine", record.ids[-1]
     elif owner is not None and not owner.released and owner.is_gone() is False:
         found.state, found.where = "running", f"{owner.host}, process {owner.pid}"
@@ -69,6 +69,13 @@ def standing(run: Path) -> Standing:
     if found.state != "running":
         found.seconds_left = None
     return found
+
+
+def active_jobs(record: JobRecord) -> list[str]:
+    """Those of its jobs that wait, run or are ending."""
+    if record.cluster == "local":
+        return [job for job in record.ids if _runs_here(job)]
+    return [job for job, known in _jobs(record).items() if known.active]
 
 
 def _jobs(record: JobRecord | None) -> dict[str, SlurmJob]:

@@ -16,10 +16,11 @@ from ghostmask.engine.errors import InputError
 from ghostmask.launcher import locate
 from ghostmask.launcher.cluster import slurm
 from ghostmask.launcher.cluster.record import FILE
-from ghostmask.launcher.cluster.standing import Standing, require_job, standing
+from ghostmask.launcher.cluster.standing import Standing, active_jobs, require_job, standing
 from ghostmask.launcher.table import markdown
 
-FOLLOW_S = 0.5
+FOLLOW_S, LOOK_S = 0.5, 10.0
+"""Between two looks at a log, and between two questions to Slurm."""
 OVER = ("finished", "failed", "cancelled", "stopped", "new")
 """States in which nothing more is written to a log."""
 
@@ -47,19 +48,13 @@ def cancel(runs: Sequence[str]) -> int:
     """End the jobs of runs for good; what was saved last stays. Returns 0."""
     for folder in known_runs(runs):
         record = require_job(folder)
-        if record.cluster == "local":
-            if standing(folder).state == "running":
-                os.kill(int(record.ids[-1]), signal.SIGTERM)
-                print(f"{folder}: told to stop")
-            else:
-                print(f"{folder}: does not run")
-            continue
-        active = [job for job, known in slurm.ask(record.ids).items() if known.active]
+        active = active_jobs(record)
         for job in active:
-            refused = slurm.cancel(job)
-            if refused:
+            if record.cluster == "local":
+                os.kill(int(job), signal.SIGTERM)  # the controller hands it on to the task, which saves
+            elif refused := slurm.cancel(job):
                 raise InputError(f"run = {str(folder)!r}: Slurm does not cancel job {job}: {refused}")
-        print(f"{folder}: job {', '.join(active)} cancelled" if active else f"{folder}: has no job in the queue")
+        print(f"{folder}: job {', '.join(active)} cancelled" if active else f"{folder}: has no job to cancel")
     return 0
 
 
@@ -73,8 +68,11 @@ def logs(run: str, *, rank: int, follow: bool) -> int:
     if not follow and not any(path.exists() for path in paths):
         raise InputError(f"run = {str(folder)!r}: rank {rank} has not printed anything yet; see ghostmask status")
     shown = dict.fromkeys(paths, 0)
+    asked = 0.0
     while True:
-        over = standing(folder).state in OVER
+        over = False
+        if follow and time.monotonic() - asked > LOOK_S:
+            over, asked = standing(folder).state in OVER, time.monotonic()
         for path in paths:
             shown[path] = _print_from(path, shown[path])
         if over or not follow:

@@ -16,12 +16,12 @@ from typing import Any
 from ghostmask.engine.atomic import replacing
 from ghostmask.engine.errors import InputError, bad_value
 from ghostmask.launcher.checks import check_config
-from ghostmask.launcher.cluster import slurm
 from ghostmask.launcher.cluster.ended import RUNS
 from ghostmask.launcher.cluster.job import TrainJob
 from ghostmask.launcher.cluster.options import ClusterOptions, seconds
 from ghostmask.launcher.cluster.record import JobRecord, read_job, write_job
 from ghostmask.launcher.cluster.snapshot import take_snapshot
+from ghostmask.launcher.cluster.standing import active_jobs
 from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.folder import resumed
 from ghostmask.launcher.locate import check_writable
@@ -30,8 +30,8 @@ from ghostmask.launcher.settings import run_folder, to_yaml
 
 LAST_S = 300
 """After the first rank has ended the others are given so long, before Slurm ends them."""
-FIRST_USE_S = 60
-"""Between the time limit's signal and the limit on `local`, where there is no Slurm that requeues."""
+LOCAL_SIGNAL_S = 30
+"""Before its time limit a local job is told to save: submitit's own choice."""
 
 
 def submit(
@@ -47,16 +47,17 @@ def submit(
     """
     configs = [_checked(config, options) for config in configs]
     runs = [run_folder(config).absolute() for config in configs]
-    if len(runs) > 1 and chain > 1:
-        raise InputError("--chain: is for one run; submit those of a sweep one by one")
+    if chain > 1 and (len(runs) > 1 or cluster != "slurm"):
+        raise InputError("--chain: is for one run on Slurm; leave it out, or submit the runs of a sweep one by one")
     if cluster != "slurm" and (options.nodes > 1 or len(runs) > 1):
         raise InputError(f"--cluster {cluster}: is one machine and one run; leave --nodes and --sweep out")
     for run in runs:
         _refuse_active(run)
-    home = runs[0] if len(runs) == 1 else Path(os.path.commonpath(runs))
+    group = Path(os.path.commonpath(runs))
+    # A sweep's array has a place of its own: other runs of the same group may be submitted while it runs.
+    home = runs[0] if len(runs) == 1 else group / time.strftime("array-%Y%m%d-%H%M%S")
     code, jobs = home / "code", home / "job"
-    name = configs[0].run if len(runs) == 1 else home.name
-    executor = _executor(cluster, jobs, code, options, name, parallel, chain)
+    executor = _executor(cluster, jobs, code, options, group.name, parallel, chain)
     if dry_run:
         if cluster == "slurm":
             print(_script(executor, len(runs)))
@@ -99,9 +100,7 @@ def _checked(config: RunConfig, options: ClusterOptions) -> RunConfig:
 
 def _refuse_active(run: Path) -> None:
     record = read_job(run)
-    if record is None or record.cluster != "slurm":
-        return
-    active = [job for job, known in slurm.ask(record.ids).items() if known.active]
+    active = active_jobs(record) if record is not None else []
     if active:
         raise InputError(f"run = {str(run)!r}: has job {', '.join(active)}; wait for it, or: ghostmask cancel {run}")
 
@@ -117,12 +116,13 @@ def _executor(
         raise InputError(f"--cluster slurm: {error}; submit where sbatch is, or give --cluster local") from None
     if cluster == "debug":
         return executor
-    common = {"timeout_min": -(-seconds(options.time) // 60), "name": Path(name).name, "stderr_to_stdout": True}
+    minutes = -(-seconds(options.time) // 60)
+    common = {"timeout_min": minutes, "name": name, "stderr_to_stdout": True}
     if cluster == "local":
         executor.update_parameters(**common, gpus_per_node=options.gpus_per_node, local_setup=_setup(code, options))
         return executor
     wanted: dict[str, Any] = {
-        "slurm_time": _minutes(options.time), "slurm_signal_delay_s": options.signal_s, "nodes": options.nodes,
+        "slurm_time": minutes, "slurm_signal_delay_s": options.signal_s, "nodes": options.nodes,
         "tasks_per_node": options.ranks_per_node, "gpus_per_node": options.gpus_per_node or None,
         "cpus_per_task": options.cpus_per_task or None, "mem_gb": options.mem_gb or None,
         "slurm_setup": _setup(code, options), "slurm_teardown": _teardown(jobs),
@@ -143,7 +143,7 @@ def _task(config: RunConfig, run: Path, options: ClusterOptions, cluster: str, f
         writing.write_text(to_yaml(config), encoding="utf-8")
     if cluster == "slurm":
         return TrainJob(str(file), str(run), tuple(flags))
-    end_s = float(seconds(options.time) - FIRST_USE_S)
+    end_s = float(seconds(options.time) - LOCAL_SIGNAL_S)
     return TrainJob(str(file), str(run), tuple(flags), options.ranks_per_node, end_s)
 
 
@@ -196,10 +196,6 @@ def _sbatch(options: ClusterOptions, chained: bool) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         found[name] = value if equals else True
     return found
-
-
-def _minutes(time_limit: str) -> int:
-    return -(-seconds(time_limit) // 60)
 
 
 def _script(executor: Any, count: int) -> str:
