@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +21,16 @@ STEPS = ("train.epochs=12", "finetune.epochs=1", "checkpoint.every_steps=10")
 
 
 @pytest.fixture(scope="module")
-def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A disk of 64 MiB, mounted before the nodes start: each has the mounts that were there then."""
+    folder = tmp_path_factory.mktemp("disk")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture(scope="module")
+def box(tmp_path_factory: pytest.TempPathFactory, disk: Path) -> Iterator[Box]:
     yield from started_box(tmp_path_factory.mktemp("slurm"), net="ns")
 
 
@@ -47,15 +58,15 @@ def finished(cluster: Cluster, undisturbed: bytes, requeues: int) -> None:
     print(json.dumps({"test": os.environ.get("PYTEST_CURRENT_TEST", ""), "starts": starts, "ends": ends}))
 
 
-def test_time_limit_shorter_than_the_run(cluster: Cluster, undisturbed: bytes) -> None:
-    # Slurm looks once a minute, and signals up to a minute early.
-    slow = ("train.epochs=12", "finetune.epochs=1", "checkpoint.every_steps=1000", "train.threads=1")
-    (cluster.folder / "site.yaml").write_text("time: '1'\nsignal_s: 30\n")
-    cluster.env["GHOSTMASK_CLUSTER"] = str(cluster.folder / "site.yaml")
-    cluster.submit("run", *slow, "checkpoint.keep=99", options=TWO[:4])
+def test_time_limit_shorter_than_the_run(cluster: Cluster) -> None:
+    """Slurm looks at limits now and then: it signals up to a minute early."""
+    long = ("train.epochs=60", "finetune.epochs=1", "checkpoint.every_steps=100000")
+    cluster.submit("run", *long, options=(*TWO[:4], "--time", "1", "--signal-s", "30"))
     found = cluster.wait("run", "finished", "failed", seconds=600)
     assert found["state"] == "finished"
-    assert cluster.exported("run") == undisturbed
+    assert found["requeues"] >= 2
+    cluster.call("train", "plain.yaml", f"run={cluster.folder / 'alone'}", *cluster.settings(*long))
+    assert cluster.exported("run") == cluster.exported("alone")
 
 
 @pytest.mark.parametrize("how", ["USR2", "TERM"])
@@ -132,22 +143,20 @@ def test_a_rank_that_is_killed_each_time_is_not_started_for_ever(cluster: Cluste
     assert "three attempts in a row without a new checkpoint; code 76" in found["why"]
 
 
-def test_checkpoints_that_cannot_be_written_and_a_full_disk_end_with_code_4(cluster: Cluster) -> None:
-    disk = cluster.folder / "disk"
-    disk.mkdir()
-    mount = f"mount -t tmpfs -o size=64m tmpfs {disk}"
-    assert os.system(mount) == 0
-    try:
-        cluster.submit("disk/run", *STEPS, "checkpoint.every_steps=5", options=TWO)
-        cluster.wait_for_step("disk/run", 10)
-        os.system(f"dd if=/dev/zero of={disk}/filler bs=64k 2>/dev/null")
-        found = cluster.wait("disk/run", "failed", seconds=400)
-        assert found["why"].startswith("code 4"), "trained to its end, and nothing could be saved"
-        (disk / "filler").unlink()
-        cluster.submit("disk/run", *STEPS, "checkpoint.every_steps=5", options=TWO)
-        assert cluster.wait("disk/run", "finished", seconds=400)["state"] == "finished"
-    finally:
-        os.system(f"umount -l {disk}")
+def test_a_disk_that_is_full_for_good_ends_the_job_with_code_4(
+    cluster: Cluster, disk: Path, undisturbed: bytes
+) -> None:
+    run = str(disk / "run")
+    cluster.submit(run, *STEPS, "checkpoint.every_steps=5", options=TWO)
+    cluster.wait_for_step(run, 10)
+    filler = disk / "filler"
+    subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=64k"], stderr=subprocess.DEVNULL, check=False)
+    found = cluster.wait(run, "failed", seconds=400)
+    assert found["why"].startswith("code 4"), "trained to its end, and nothing could be saved"
+    filler.unlink()
+    cluster.submit(run, *STEPS, "checkpoint.every_steps=5", options=TWO)
+    cluster.wait(run, "finished", seconds=400)
+    assert cluster.exported(run) == undisturbed
 
 
 def test_a_hung_rank_is_named_and_the_job_goes_on(cluster: Cluster, undisturbed: bytes) -> None:
@@ -215,7 +224,7 @@ def test_a_local_job_goes_on_after_its_time_limit(cluster: Cluster) -> None:
 def test_srun_in_a_script_of_ones_own(cluster: Cluster, undisturbed: bytes) -> None:
     (cluster.folder / "job.sh").write_text(
         "#!/bin/bash\n"
-        f"srun {os.sys.executable} -m ghostmask train plain.yaml run={cluster.folder / 'run'} "  # type: ignore[attr-defined]
+        f"srun {sys.executable} -m ghostmask train plain.yaml run={cluster.folder / 'run'} "
         f"{' '.join(cluster.settings(*STEPS))}\n"
         "code=$?\n[ $code = 75 ] || [ $code = 76 ] && scontrol requeue $SLURM_JOB_ID\nexit $code\n"
     )

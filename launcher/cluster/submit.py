@@ -121,6 +121,8 @@ def _executor(
     if cluster == "local":
         executor.update_parameters(**common, gpus_per_node=options.gpus_per_node, local_setup=_setup(code, options))
         return executor
+    if options.signal_s >= seconds(options.time):
+        raise bad_value("signal_s", options.signal_s, f"is not below the time limit, {options.time}; give less")
     wanted: dict[str, Any] = {
         "slurm_time": minutes, "slurm_signal_delay_s": options.signal_s, "nodes": options.nodes,
         "tasks_per_node": options.ranks_per_node, "gpus_per_node": options.gpus_per_node or None,
