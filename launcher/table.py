@@ -38,26 +38,32 @@ def table(runs: Sequence[Path], file: Path | None) -> int:
     seeds, density; runs that are not finished are counted with what became of them. Raises InputError for a folder
     that is no run's.
     """
-    from ghostmask.launcher.cluster.standing import standing
-
     settings = [flat(_config(run)) for run in runs]
     keys = sorted({key for values in settings for key in values if key not in NOT_SHOWN and _differs(key, settings)})
+    shown = [tuple(as_text(values[key]) if key in values else "-" for key in keys) for values in settings]
+    show_lines(keys, list(zip(shown, runs, strict=True)), file)
+    return 0
+
+
+def show_lines(columns: Sequence[str], runs: Sequence[tuple[tuple[str, ...], Path]], file: Path | None) -> None:
+    """Print a Markdown table (and write a CSV) with a line for all runs that have the same values in `columns`."""
+    from ghostmask.launcher.cluster.standing import standing
+
     lines: dict[tuple[str, ...], Line] = {}
-    for run, values in zip(runs, settings, strict=True):
-        line = lines.setdefault(tuple(as_text(values[key]) if key in values else "-" for key in keys), Line())
+    for shown, run in runs:
+        line = lines.setdefault(shown, Line())
         found = _result(run)
         if found is None:
             line.others.append(standing(run).state)
         else:
             line.accuracies.append(100 * found[0])
             line.densities.append(found[1])
-    head = [*keys, "test accuracy", "seeds", "density", "not finished"]
+    if file is not None:
+        _write_csv(file, columns, lines)
+    head = [*columns, "test accuracy", "seeds", "density", "not finished"]
     rows = [[*shown, spread(line.accuracies), str(len(line.accuracies)), _density(line), _counted(line.others)]
             for shown, line in lines.items()]  # fmt: skip
-    if file is not None:
-        _write_csv(file, keys, lines)
     print(markdown(head, rows))
-    return 0
 
 
 def spread(scores: Sequence[float]) -> str:
@@ -109,7 +115,7 @@ def _counted(states: Sequence[str]) -> str:
     return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
 
 
-def _write_csv(file: Path, keys: list[str], lines: dict[tuple[str, ...], Line]) -> None:
+def _write_csv(file: Path, keys: Sequence[str], lines: dict[tuple[str, ...], Line]) -> None:
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow([*keys, "accuracy_mean", "accuracy_std", "seeds", "density", "not_finished"])
