@@ -9,7 +9,7 @@ import torch
 from ghostmask.benchmarks.registry import BENCHMARKS
 from ghostmask.benchmarks.row import not_met, table, write_json
 from ghostmask.benchmarks.timing import Bench, machine
-from ghostmask.engine.errors import InputError, say
+from ghostmask.engine.errors import InputError, output, say
 from ghostmask.engine.registry import resolve
 from ghostmask.engine.world import connect
 from ghostmask.launcher.run import threads_per_rank
@@ -26,7 +26,7 @@ def bench(name: str, *, device: str, quick: bool, file: Path | None, strict: boo
     torch.set_num_threads(threads_per_rank())
     with connect(device) as world:
         rows = [machine(), *resolve(BENCHMARKS[name])(Bench(world, quick))]
-    print(table(rows), flush=True)
+    output(table(rows))
     if file is not None:
         write_json(rows, file)
     missed = not_met(rows) if strict else []

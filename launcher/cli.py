@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from ghostmask.benchmarks.registry import BENCHMARKS
 from ghostmask.engine.config import DEVICES
-from ghostmask.engine.errors import InputError, bad_value
+from ghostmask.engine.errors import InputError, bad_value, output
 from ghostmask.engine.launch import read_launch
 from ghostmask.launcher import locate, settings, show
 from ghostmask.launcher.arguments import (
@@ -129,7 +129,7 @@ class _Version(argparse.Action):
     """--version: looks the versions up only when it is asked for."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
-        print(show.versions())
+        output(show.versions())
         parser.exit()
 
 
@@ -316,5 +316,5 @@ def _device_of(run: Path) -> str:
 
 
 def _print(text: str) -> int:
-    print(text.rstrip("\n"))
+    output(text.rstrip("\n"))
     return 0

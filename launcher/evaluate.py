@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ghostmask.engine.errors import InputError
+from ghostmask.engine.errors import InputError, output
 from ghostmask.engine.evaluation import score
 from ghostmask.engine.world import connect
 from ghostmask.launcher.config import RunConfig
@@ -41,7 +41,7 @@ def evaluate(run: Path, *, as_json: bool = False) -> int:
         summary = _summary(config, net, data.image_shape, accuracy)
         data.close()
         if world.is_main:
-            print(json.dumps(summary) if as_json else closing_table(summary, run, file.parent, 0.0), flush=True)
+            output(json.dumps(summary) if as_json else closing_table(summary, run, file.parent, 0.0))
         world.barrier()
     return 0
 

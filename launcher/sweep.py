@@ -15,7 +15,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ghostmask.engine.errors import InputError, RunStopped
+from ghostmask.engine.errors import InputError, RunStopped, tell
 from ghostmask.engine.spawn import PRELOAD, fork_server
 from ghostmask.launcher.checks import check_config
 from ghostmask.launcher.config import RunConfig
@@ -44,7 +44,7 @@ def sweep(arguments: Sequence[str], *, vary: Sequence[str], seeds: int, folder: 
             own = [*settings, *chosen, f"seed={seed}", f"run={os.path.join(folder, f'{name}-seed{seed}')}"]
             plans.append(((config, *values), planned(config, own)))
     for shown, run in plans:
-        print(f"{' | '.join(shown)} | {run.config.run}: {trained(run):.2f}", file=sys.stderr, flush=True)
+        tell(f"{' | '.join(shown)} | {run.config.run}: {trained(run):.2f}", sys.stderr)
     columns = ["config", *(text.partition("=")[0] for text in vary)]
     show_lines(columns, [(shown, Path(run.config.run)) for shown, run in plans], file=None)
     return 0

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ghostmask.engine.atomic import read_small
-from ghostmask.engine.errors import InputError
+from ghostmask.engine.errors import InputError, output
 from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.folder import read_run
 from ghostmask.launcher.settings import flat
@@ -63,7 +63,7 @@ def show_lines(columns: Sequence[str], runs: Sequence[tuple[tuple[str, ...], Pat
     head = [*columns, "test accuracy", "seeds", "density", "not finished"]
     rows = [[*shown, spread(line.accuracies), str(len(line.accuracies)), _density(line), _counted(line.others)]
             for shown, line in lines.items()]  # fmt: skip
-    print(markdown(head, rows))
+    output(markdown(head, rows))
 
 
 def spread(scores: Sequence[float]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from ghostmask.engine.agree import on_main
-from ghostmask.engine.errors import EXIT_NOT_SAVED, RunStopped, to_stderr
+from ghostmask.engine.errors import EXIT_NOT_SAVED, RunStopped, tell, to_stderr
 from ghostmask.engine.evaluation import Score, score
 from ghostmask.engine.launch import read_launch
 from ghostmask.engine.world import connect
@@ -99,7 +100,7 @@ def finish(run: Run, out: Path, folder: Path, mark: str = "") -> None:
     def export() -> None:
         summary = _persistently(lambda: write_export(out, run.net, masks, mark=mark, **details), out)
         run.reporter.progress.close()
-        print(closing_table(summary, folder, out, run.reporter.mean_images_per_s), flush=True)
+        tell(closing_table(summary, folder, out, run.reporter.mean_images_per_s), sys.stdout)
 
     on_main(run.world, export)
 
