@@ -60,9 +60,9 @@ def finished(cluster: Cluster, undisturbed: bytes, requeues: int) -> None:
 
 def test_time_limit_shorter_than_the_run(cluster: Cluster) -> None:
     """Slurm looks at limits now and then: it signals up to a minute early."""
-    long = ("train.epochs=30", "finetune.epochs=1", "checkpoint.every_steps=100000")
-    cluster.submit("run", *long, options=(*TWO[:4], "--time", "1", "--signal-s", "30"))
-    found = cluster.wait("run", "finished", "failed", seconds=600)
+    long = ("train.epochs=80", "finetune.epochs=1", "checkpoint.every_steps=100000")
+    cluster.submit("run", *long, options=(*TWO[:4], "--time", "2", "--signal-s", "30"))
+    found = cluster.wait("run", "finished", "failed", seconds=900)
     assert found["state"] == "finished"
     assert found["requeues"] >= 2
     cluster.call("train", "plain.yaml", f"run={cluster.folder / 'alone'}", *cluster.settings(*long))
