@@ -28,7 +28,7 @@ def recipe_hooks(config: RunConfig, data: DataPipeline, world: World) -> tuple[H
     """
     hooks: list[Hook] = []
     if config.mix.on:
-        if config.data.batch_size // config.train.replicas < 2:
+        if data.batch_size // config.train.replicas < 2:
             name = "mixup" if config.mix.mixup else "cutmix"
             fix = f"each of {config.train.replicas} parts of the batch (train.replicas) has one image; give fewer parts"
             raise bad_value(f"mix.{name}", getattr(config.mix, name), fix)

@@ -126,9 +126,8 @@ class Run:
         """Collective: the trainer of a phase that starts, or goes on, at `step` of the run."""
         config = self.config
         setup = with_tweaks(self.method.enter(phase), config, self.net, phase, step)
-        average = config.ema.decay if self.method.every_phase_has_a_result or phase == self._last_trained() else 0.0
         task = Task(
-            phase, setup.model.to(self.world.device), [replace(g, average=average) for g in setup.groups],
+            phase, setup.model.to(self.world.device), [replace(g, average=self.decay(phase)) for g in setup.groups],
             learning_rate(config, phase), (*self.recipe, *setup.hooks, *self.hooks), setup.passes,
             Loss(config.tost.label_smoothing, config.distill.alpha, config.distill.temperature), config.optim.clip,
             config.seed,
@@ -140,9 +139,10 @@ class Run:
             self.shares.noisy if noisy else self.shares.plain, self.store, self.reporter, meta,
         )  # fmt: skip
 
-    def _last_trained(self) -> Phase:
-        """The phase that ends with the network that is delivered."""
-        return [*self.phases[:1], *(p for p in self.phases if p.epochs > 0)][-1]
+    def decay(self, phase: Phase) -> float:
+        """ema.decay in phases that end with a network that is delivered, 0 in others."""
+        last = [*self.phases[:1], *(p for p in self.phases if p.epochs > 0)][-1]
+        return self.config.ema.decay if self.method.every_phase_has_a_result or phase == last else 0.0
 
 
 @dataclass(frozen=True)
