@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ghostmask.engine.data import PartBatch
+from ghostmask.engine.drawing import drawing
 from ghostmask.engine.hooks import Hook
-from ghostmask.engine.recipe import MixConfig
+from ghostmask.engine.recipe import AugmentConfig
 
 if TYPE_CHECKING:
     from ghostmask.engine.trainer import Trainer
@@ -22,7 +20,7 @@ class Mixing(Hook):
     """torchvision's MixUp and CutMix on each part of a batch by itself: an image is mixed with the one before it in its
     part (the first with the last; the order of samples is a permutation already), all of a part with one share."""
 
-    def __init__(self, config: MixConfig, num_classes: int, seed: int) -> None:
+    def __init__(self, config: AugmentConfig, num_classes: int, seed: int) -> None:
         self.config, self.num_classes, self.seed = config, num_classes, seed
 
     def on_part(self, trainer: Trainer, number: int, part: PartBatch) -> PartBatch:
@@ -35,20 +33,11 @@ class Mixing(Hook):
         from torchvision.transforms import v2  # half a second
 
         c = self.config
-        with _drawing(f"{self.seed} mix {step} {number}"):
+        with drawing(f"{self.seed} mix {step} {number}"):
             mix, kind = torch.rand(2).tolist()
-            if mix >= c.fraction:
+            if mix >= c.mix_fraction:
                 return images, None
             use_cutmix = c.cutmix > 0 and (c.mixup == 0 or kind < 0.5)
             form: Any = v2.CutMix if use_cutmix else v2.MixUp
             mixed, soft = form(alpha=c.cutmix if use_cutmix else c.mixup, num_classes=self.num_classes)(images, labels)
         return mixed, soft
-
-
-@contextmanager
-def _drawing(purpose: str) -> Iterator[None]:
-    """Inside, torch's CPU generator, from which torchvision draws, is at a state of its own; then it goes on as
-    before."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int.from_bytes(sha256(purpose.encode()).digest()[:8], "big"))
-        yield

@@ -8,24 +8,32 @@ from ghostmask.engine.config import path_field, require, require_number
 
 
 @dataclass(frozen=True)
-class MixConfig:
-    """Mixup and CutMix, in every phase: images of a part of the batch are mixed in pairs, and their labels alike."""
+class AugmentConfig:
+    """What is done to training images on the device, in every phase, after the loader's crop and flip (data.augment).
+
+    Mixup and CutMix: images of a part of the batch are mixed in pairs, and their labels alike."""
 
     mixup: float = 0.0
     """Mixup (Zhang et al. 2018): alpha of Beta(alpha, alpha), from which the first image's share is drawn; 0 = off."""
     cutmix: float = 0.0
     """CutMix (Yun et al. 2019): the same for the share of the area that is not cut out; 0 = off. With both, every part
     gets one of them, with equal probabilities."""
-    fraction: float = 1.0
+    mix_fraction: float = 1.0
     """Share of the parts of batches (train.replicas) that are mixed at all."""
+    randaugment: int = 0
+    """RandAugment (Cubuk et al. 2020): operations that every image goes through, such as 2; 0 = off."""
+    magnitude: int = 9
+    """Strength of RandAugment's operations, of 0 to 30."""
 
     def __post_init__(self) -> None:
-        require_number("mix.mixup", self.mixup, 0, 1000)
-        require_number("mix.cutmix", self.cutmix, 0, 1000)
-        require_number("mix.fraction", self.fraction, 0, 1, above=True)
+        require_number("augment.mixup", self.mixup, 0, 1000)
+        require_number("augment.cutmix", self.cutmix, 0, 1000)
+        require_number("augment.mix_fraction", self.mix_fraction, 0, 1, above=True)
+        require_number("augment.randaugment", self.randaugment, 0, 20)
+        require_number("augment.magnitude", self.magnitude, 0, 30)
 
     @property
-    def on(self) -> bool:
+    def mixes(self) -> bool:
         """Whether anything is mixed."""
         return self.mixup > 0 or self.cutmix > 0
 

@@ -141,8 +141,10 @@ def _check_recipe(config: RunConfig) -> None:
         raise config.not_read("optim", "decay_norms", "optim.weight_decay=0", "a weight decay")
     if "lars_trust" in given and not optim.lars:
         raise config.not_read("optim", "lars_trust", "optim.lars=false", "optim.lars=true")
-    if "fraction" in config.given("mix") and not config.mix.on:
-        raise config.not_read("mix", "fraction", "mix.mixup=0 and mix.cutmix=0", "one of them")
+    if "magnitude" in config.given("augment") and not config.augment.randaugment:
+        raise config.not_read("augment", "magnitude", "augment.randaugment=0", "augment.randaugment=2")
+    if "mix_fraction" in config.given("augment") and not config.augment.mixes:
+        raise config.not_read("augment", "mix_fraction", "augment.mixup=0 and augment.cutmix=0", "one of them")
     for name in sorted(config.given("distill")) if not config.distill.path else ():
         raise config.not_read("distill", name, "distill.path=", "distill.path=RUN")
     searched_last = mask.method == "probmask" and (

@@ -17,7 +17,7 @@ from ghostmask.engine.config import (
     require_number,
 )
 from ghostmask.engine.errors import InputError
-from ghostmask.engine.recipe import DistillConfig, EmaConfig, MixConfig
+from ghostmask.engine.recipe import AugmentConfig, DistillConfig, EmaConfig
 from ghostmask.launcher.values import as_text
 from ghostmask.masks.settings import MaskSettings
 from ghostmask.models.config import ModelConfig, TostConfig
@@ -39,7 +39,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
-    mix: MixConfig = field(default_factory=MixConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

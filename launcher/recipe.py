@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from ghostmask.data_pipelines.open import describe
 from ghostmask.engine.checkpoint.state_file import read_state_dict
 from ghostmask.engine.data import DataPipeline
 from ghostmask.engine.distill import Distillation
 from ghostmask.engine.errors import bad_value
 from ghostmask.engine.hooks import Hook
 from ghostmask.engine.mixing import Mixing
+from ghostmask.engine.randaugment import RandAugmenting
 from ghostmask.engine.world import World
 from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.folder import read_run
@@ -27,12 +29,15 @@ def recipe_hooks(config: RunConfig, data: DataPipeline, world: World) -> tuple[H
     cannot be mixed.
     """
     hooks: list[Hook] = []
-    if config.mix.on:
+    if config.augment.randaugment:
+        info = describe(config.data)
+        hooks.append(RandAugmenting(config.augment, info.mean, info.std, config.seed))
+    if config.augment.mixes:
         if data.batch_size // config.train.replicas < 2:
-            name = "mixup" if config.mix.mixup else "cutmix"
+            name = "mixup" if config.augment.mixup else "cutmix"
             fix = f"each of {config.train.replicas} parts of the batch (train.replicas) has one image; give fewer parts"
-            raise bad_value(f"mix.{name}", getattr(config.mix, name), fix)
-        hooks.append(Mixing(config.mix, data.num_classes, config.seed))
+            raise bad_value(f"augment.{name}", getattr(config.augment, name), fix)
+        hooks.append(Mixing(config.augment, data.num_classes, config.seed))
     if config.distill.path:
         hooks.append(_teacher(config, data, world))
     return tuple(hooks)

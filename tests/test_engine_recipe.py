@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,13 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn import functional
+from torchvision.transforms import v2
 
+from ghostmask.data_pipelines.normalise import Normalisation
 from ghostmask.engine.config import OptimConfig
-from ghostmask.engine.data import Batch
+from ghostmask.engine.data import Batch, PartBatch
+from ghostmask.engine.drawing import drawing
 from ghostmask.engine.evaluation import hits, score
 from ghostmask.engine.loss import Loss, LossModule
 from ghostmask.engine.mixing import Mixing
-from ghostmask.engine.recipe import MixConfig
+from ghostmask.engine.randaugment import RandAugmenting
+from ghostmask.engine.recipe import AugmentConfig
 from ghostmask.engine.sharding.layerwise import exact_norms, sgd_of
 from ghostmask.engine.sharding.rules import Scale, Sgd
 from ghostmask.engine.sharding.slices import Layout, Slice
@@ -70,7 +75,7 @@ def test_a_mirrored_evaluation_scores_the_mean_of_both_logits() -> None:
 
 def test_mixup_is_a_convex_combination_of_neighbours_and_of_their_labels() -> None:
     images, labels = some_batch()
-    mixing = Mixing(MixConfig(mixup=0.4), CLASSES, seed=3)
+    mixing = Mixing(AugmentConfig(mixup=0.4), CLASSES, seed=3)
     shares = []
     for step in range(300):
         mixed, soft = mixing.mixed(images, labels, step, 2)
@@ -87,7 +92,7 @@ def test_mixup_is_a_convex_combination_of_neighbours_and_of_their_labels() -> No
 
 def test_cutmix_puts_a_box_of_the_neighbour_into_the_image_and_its_area_into_the_targets() -> None:
     images, labels = some_batch()
-    mixing = Mixing(MixConfig(cutmix=1.0), CLASSES, seed=3)
+    mixing = Mixing(AugmentConfig(cutmix=1.0), CLASSES, seed=3)
     boxes = 0
     for step in range(30):
         mixed, soft = mixing.mixed(images, labels, step, 0)
@@ -107,7 +112,7 @@ def test_cutmix_puts_a_box_of_the_neighbour_into_the_image_and_its_area_into_the
 
 def test_what_is_mixed_is_a_function_of_seed_step_and_part_and_leaves_the_generators_alone() -> None:
     images, labels = some_batch()
-    config = MixConfig(mixup=0.2, cutmix=1.0, fraction=0.5)
+    config = AugmentConfig(mixup=0.2, cutmix=1.0, mix_fraction=0.5)
     before = torch.random.get_rng_state()
     made = {key: Mixing(config, CLASSES, key[0]).mixed(images, labels, *key[1:])[0]
             for key in [(s, t, p) for s in (1, 2) for t in range(40) for p in range(3)]}  # fmt: skip
@@ -119,6 +124,47 @@ def test_what_is_mixed_is_a_function_of_seed_step_and_part_and_leaves_the_genera
     assert 85 < plain < 155, "half of 240 parts"
     boxed = sum(0 < int((m == images).sum()) < images.numel() for m in made.values())
     assert 30 < boxed < 90, "a quarter"
+
+
+def test_randaugment_of_one_image_is_torchvisions_and_of_many_a_function_of_step_and_part() -> None:
+    hook = RandAugmenting(AugmentConfig(randaugment=2, magnitude=9), (0.5, 0.4, 0.3), (0.2, 0.3, 0.25), seed=3)
+    pixels = torch.randint(256, (40, 3, 16, 16), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+    before = torch.random.get_rng_state()
+    found = hook.augmented(pixels, 5, 1)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(hook.augmented(pixels, 5, 1), found)
+    assert not torch.equal(hook.augmented(pixels, 5, 2), found)
+    assert not torch.equal(hook.augmented(pixels, 6, 1), found)
+    assert 20 < sum(not torch.equal(a, b) for a, b in zip(pixels, found, strict=True)) <= 40
+    for step in range(20):
+        with drawing(f"3 randaugment {step} 0"):
+            wanted = pixels[:1]
+            for _ in range(2):
+                torch.randperm(1)
+                wanted = v2.RandAugment(num_ops=1, magnitude=9)(wanted)
+        assert torch.equal(hook.augmented(pixels[:1], step, 0), wanted)
+
+
+def test_every_image_of_a_part_gets_each_operation_as_often_as_torchvision_gives_it() -> None:
+    hook = RandAugmenting(AugmentConfig(randaugment=1), (0.5,) * 3, (0.2,) * 3, seed=3)
+    ramp = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    parts = [hook.augmented(ramp.expand(24, 3, 16, 16), step, 0) for step in range(40)]
+    alike = [sum(torch.equal(part[0], other) for other in part[1:]) for part in parts]
+    assert sum(alike) / len(alike) < 8, "the images of a part do not share their operations"
+    found = {image.numpy().tobytes() for part in parts for image in part}
+    torch.manual_seed(0)
+    known = {v2.RandAugment(num_ops=1, magnitude=9)(ramp).numpy().tobytes() for _ in range(400)}
+    assert found == known
+    assert len(known) > 15
+
+
+def test_an_image_that_randaugment_leaves_alone_keeps_its_bits() -> None:
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3).contiguous()
+    images = Normalisation.of(mean, std, 16, torch.device("cpu"))(pixels)
+    hook = RandAugmenting(AugmentConfig(), mean, std, seed=0)
+    step: Any = SimpleNamespace(position=SimpleNamespace(step=0))
+    assert torch.equal(hook.on_part(step, 0, PartBatch(images, torch.zeros(1))).images, images)
 
 
 def test_soft_targets_are_smoothed_as_labels_are() -> None:

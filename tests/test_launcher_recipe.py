@@ -127,7 +127,7 @@ def teacher_file(path: Path, seed: int = 9, **changes: Any) -> nn.Module:
 
 def everything(teacher: Path) -> RunConfig:
     return configured(
-        SHORT, mix={"mixup": 0.3, "cutmix": 1.0}, ema={"decay": 0.8}, distill={"path": str(teacher)},
+        SHORT, augment={"mixup": 0.3, "cutmix": 1.0}, ema={"decay": 0.8}, distill={"path": str(teacher)},
         checkpoint={"every_steps": 3},
     )  # fmt: skip
 
@@ -197,8 +197,8 @@ def test_a_teacher_that_is_no_such_network_is_one_line(tmp_path: Path) -> None:
 
 
 def test_parts_of_one_image_are_not_mixed() -> None:
-    with pytest.raises(InputError, match=r"mix.cutmix = 1.0: each of 24 parts of the batch .* has one image"):
-        hooks_of(configured(SHORT, mix={"cutmix": 1.0}, train={"replicas": 24}))
+    with pytest.raises(InputError, match=r"augment.cutmix = 1.0: each of 24 parts of the batch .* has one image"):
+        hooks_of(configured(SHORT, augment={"cutmix": 1.0}, train={"replicas": 24}))
 
 
 def test_rates_follow_the_batch_and_those_of_probabilities_do_not() -> None:
@@ -240,6 +240,6 @@ def layouts(world: World, folder: str, config: RunConfig) -> set[bool]:
 def test_channels_last_is_the_order_of_the_images_that_convolutions_get_mixed_or_not(tmp_path: Path) -> None:
     for channels_last in (True, False):
         config = configured(
-            SHORT, train={"channels_last": channels_last, "epochs": 1}, mix={"mixup": 1.0, "fraction": 0.5}
+            SHORT, train={"channels_last": channels_last, "epochs": 1}, augment={"mixup": 1.0, "mix_fraction": 0.5}
         )
         assert run_distributed(layouts, 1, str(tmp_path / str(channels_last)), config) == [{channels_last}]

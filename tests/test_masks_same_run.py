@@ -29,7 +29,7 @@ TOST = {**TOST_PRESETS["all"], "ghost_skip_fraction": 0.7, "swish_fraction": 0.6
 RECIPE: dict[str, Any] = {
     "model": {"blurpool": True, "zero_init_last": True},
     "optim": {"decay_norms": False, "lars": True, "lars_trust": 0.02, "scale_lr": "sqrt", "lr": 1.0},
-    "mix": {"mixup": 0.3, "cutmix": 1.0, "fraction": 0.7},
+    "augment": {"randaugment": 2, "mixup": 0.3, "cutmix": 1.0, "mix_fraction": 0.7},
     "ema": {"decay": 0.8},
     "train": {"eval_flip": True},
 }
