@@ -35,9 +35,9 @@ class Line:
 def table(runs: Sequence[Path], file: Path | None) -> int:
     """Print a Markdown table of the runs, and write it as CSV to `file`, unless that is None; returns 0.
 
-    A line per setting that differs between them: mean and sample standard deviation of the test accuracy (and of
-    top-5 accuracy, where some run has one), number of seeds, density; runs that are not finished are counted with what became of them. Raises InputError for a folder
-    that is no run's.
+    A line per setting that differs between them: mean and sample standard deviation of the test accuracy (and of top-5
+    accuracy, where some run has one), number of seeds, density; runs that are not finished are counted with what became
+    of them. Raises InputError for a folder that is no run's.
     """
     settings = [flat(_config(run)) for run in runs]
     keys = sorted({key for values in settings for key in values if key not in NOT_SHOWN and _differs(key, settings)})
