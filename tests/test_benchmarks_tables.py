@@ -83,16 +83,17 @@ def test_a_sweep_shows_what_is_trained_and_stops_at_a_run_that_fails(
         summary = {
             "accuracy": 0.9 + density + seed / 100,
             "density": density,
+            **({"top5": 0.8 + density} if density == 0.1 else {}),
             "config": to_dict(load_config(settings[0], settings[1:] + own)),
         }
         (run / "export").mkdir(parents=True)
         (run / "export" / "summary.json").write_text(json.dumps(summary))
     assert run_command(["sweep", *settings, *varied]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "| config | mask.density | optim.lr | test accuracy | seeds | density | not finished |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-        "| digits_tost | 0.1 | 0.1 | 100.50 +- 0.71 | 2 | 0.1 |  |",
-        "| digits_tost | 0.05 | 0.1 | 95.50 +- 0.71 | 2 | 0.05 |  |",
+        "| config | mask.density | optim.lr | test accuracy | top-5 | seeds | density | not finished |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| digits_tost | 0.1 | 0.1 | 100.50 +- 0.71 | 90.00 +- 0.00 | 2 | 0.1 |  |",
+        "| digits_tost | 0.05 | 0.1 | 95.50 +- 0.71 | - | 2 | 0.05 |  |",
     ]
     (run / "export" / "summary.json").unlink()  # the data are not there
     with pytest.raises(RunStopped, match=r"digits_tost-0\.05-0\.1-seed1 ended with exit code 2") as stopped:

@@ -21,7 +21,7 @@ from ghostmask.launcher.settings import load_config, setting_types
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
-SECTIONS = "model|data|mask|tost|optim|train|finetune|checkpoint"
+SECTIONS = "model|data|mask|tost|optim|train|finetune|augment|ema|distill|checkpoint"
 
 
 def prose_and_code(text: str) -> tuple[str, list[str]]:

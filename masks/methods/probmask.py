@@ -28,6 +28,8 @@ from ghostmask.masks.settings import Ranked, Scheduled, choice, number
 if TYPE_CHECKING:
     from ghostmask.engine.trainer import Trainer
 
+OF_WEIGHTS = {"lr", "momentum", "nesterov", "weight_decay", "decay_norms", "scale_lr", "lars", "lars_trust"}
+"""Settings of `optim` that probabilities do not read."""
 CANDIDATE_BATCHES = 50
 """Training batches on which final=best_of compares its candidates."""
 
@@ -84,7 +86,7 @@ class ProbMask(MaskMethod):
         if settings.train_weights:
             return
         chosen, fix = "mask.train_weights=false", "mask.train_weights=true"
-        unread = set() if run.tost.ghost_skip else {"lr", "momentum", "nesterov", "weight_decay"}  # ghosts are trained
+        unread = set() if run.tost.ghost_skip else OF_WEIGHTS  # ghosts are trained
         for name in sorted(run.given("optim") & unread):
             raise run.not_read("optim", name, chosen, fix)
         if run.finetune.epochs > 0:
