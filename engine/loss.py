@@ -22,7 +22,7 @@ class LossModule(nn.Module):
         self.label_smoothing = label_smoothing
         self.precision = precision
         # Kept out of the module tree: the compiled object holds the same parameters under other names.
-        self._forward = (torch.compile(model) if compiled else model,)
+        self._forward = (torch.compile(model, dynamic=False) if compiled else model,)
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         with record_function("forward"):
