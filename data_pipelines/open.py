@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from ghostmask.data_pipelines.beton import Manifest, beton_path, peek_manifest, publish, read_manifest
 from ghostmask.data_pipelines.config import DataConfig
 from ghostmask.data_pipelines.registry import DATASETS
+from ghostmask.data_pipelines.resizing import check_resizing
 from ghostmask.data_pipelines.source import SPLITS, Source
 from ghostmask.engine.cores import usable_cores
 from ghostmask.engine.errors import InputError, bad_value
@@ -111,6 +112,7 @@ def open_dataset(config: DataConfig, seed: int, world: World, parts: Parts) -> D
 
 def _source(config: DataConfig) -> Source:
     source: Source = resolve(DATASETS[config.dataset])(config)
+    check_resizing(config, source)
     return source
 
 

@@ -47,7 +47,7 @@ class LossModule(nn.Module):
         self.loss = loss
         self.precision = precision
         # Kept out of the module tree: the compiled object holds the same parameters under other names.
-        self._forward = (torch.compile(model) if compiled else model,)
+        self._forward = (torch.compile(model, dynamic=False) if compiled else model,)
 
     def forward(
         self, images: Tensor, labels: Tensor, soft: Tensor | None = None, teacher: Tensor | None = None

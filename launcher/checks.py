@@ -121,6 +121,8 @@ def _check_lengths(config: RunConfig) -> None:
         not late or optim.schedule != "step",
         "optim.milestones", list(optim.milestones), f"train.epochs = {epochs} ends before {late}; leave that out",
     )  # fmt: skip
+    grown = config.data.grow_until
+    require(grown <= epochs, "data.grow_until", grown, f"train.epochs = {epochs} ends before; give at most that")
     warmup = Duration.parse(optim.warmup, "optim.warmup")
     require(
         warmup.amount == 0 or (epochs > 0 and (warmup.unit != "ep" or warmup.amount <= epochs)),
@@ -182,3 +184,7 @@ def _check_data(config: RunConfig) -> None:
     for dataset, names in READ_BY_DATASET.items():
         for name in sorted(config.given("data") & names) if data.dataset != dataset else ():
             raise config.not_read("data", name, f"data.dataset={data.dataset}", f"data.dataset={dataset}")
+    for name in sorted(config.given("data") & {"grow_from", "grow_until"}) if not data.start_size else ():
+        raise config.not_read("data", name, "data.start_size=0", "data.start_size=160")
+    if "window_pages" in config.given("data") and data.order != "quasi_random":
+        raise config.not_read("data", "window_pages", f"data.order={data.order}", "data.order=quasi_random")

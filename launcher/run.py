@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from ghostmask.data_pipelines.open import open_dataset
 from ghostmask.engine.checkpoint.store import CheckpointStore, Saved
-from ghostmask.engine.cores import usable_cores
+from ghostmask.engine.cores import cores_per_rank, usable_cores
 from ghostmask.engine.data import DataPipeline, Parts
 from ghostmask.engine.errors import InputError, RunStopped
 from ghostmask.engine.hooks import Hook
-from ghostmask.engine.launch import read_launch
 from ghostmask.engine.loss import Loss
 from ghostmask.engine.metrics import MetricWriter
 from ghostmask.engine.position import Duration, Phase
@@ -243,9 +242,4 @@ def usable_threads(threads: int) -> int:
     cores = usable_cores()
     if threads > cores:
         warnings.warn(f"train.threads = {threads}: this machine has {cores} cores, {cores} are used", stacklevel=2)
-    return min(threads, cores) or threads_per_rank()
-
-
-def threads_per_rank() -> int:
-    """Cores this process may use, divided among the ranks of this machine."""
-    return max(1, usable_cores() // read_launch().local_size)
+    return min(threads, cores) or cores_per_rank()
