@@ -43,8 +43,8 @@ def _absence(launch: Launch) -> str:
     except dist.DistError as error:
         where = f"{launch.address}:{launch.port}"
         return (
-            f"the ranks' store at {where} does not answer within {MEET_S:g} s ({error}); is rank 0 running there, and is "
-            "the port open?"
+            f"the ranks' store at {where} does not answer within {MEET_S:g} s ({error}); is rank 0 running there, and "
+            "is the port open?"
         )
     return ""
 
