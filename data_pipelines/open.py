@@ -56,6 +56,12 @@ def describe(config: DataConfig) -> DatasetInfo:
     return DatasetInfo(num_classes, shape, source.mean, source.std, source.files)
 
 
+def count_train(config: DataConfig) -> int | None:
+    """Training images in the .beton file that is there; None without one. Reads no image and imports no torch."""
+    manifest = peek_manifest(beton_path(config.root, _source(config).name, "train"))
+    return manifest.num_images if manifest else None
+
+
 def check_batch(config: DataConfig, replicas: int) -> None:
     """Raises InputError unless the global batch can be cut into `replicas` parts of equal size. Needs no data."""
     rest = config.batch_size % replicas

@@ -82,10 +82,6 @@ class BetonPipeline:
         for loader in self._loaders.values():
             loader.close()
 
-    def _host(self, split: str) -> Generator[_Pair]:
-        """All images of a split in their order, not augmented where config.augment is not set."""
-        return self._loaders[split].batches(order.eval_rows(len(self._loaders[split]), 0, 1))
-
     def _batches(self, split: str, rows: Words) -> Generator[Batch]:
         host = self._loaders[split].batches(rows)
         on_cuda = self._world.device.type == "cuda"

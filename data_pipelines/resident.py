@@ -41,12 +41,28 @@ class ResidentPipeline(BetonPipeline):
         augmentation = source.augmentation if config.augment else Augmentation()
         self._share = config.batch_size // parts.total * parts.count
         self._stores = {
-            "train": Store.read(self._host("train"), self.num_train, source.image_size, augmentation, world.device),
-            "eval": Store.read(self._host("eval"), self.num_eval, source.image_size, Augmentation(), world.device),
+            split: Store.read(
+                loader.batches(order.eval_rows(len(loader), 0, 1)),
+                len(loader),
+                source.image_size,
+                augmentation if split == "train" else Augmentation(),
+                world.device,
+            )
+            for split, loader in self._loaders.items()
         }
         self.close()
 
-    def _batches(self, split: str, rows: Words) -> Generator[Batch]:
+    def train(self, epoch: int, first_step: int = 0) -> Generator[Batch]:
+        rows = order.train_rows(
+            self._seed, epoch, num_train=self.num_train, batch_size=self.batch_size, parts=self.parts,
+            first_step=first_step,
+        )  # fmt: skip
+        return self._gathered("train", rows)
+
+    def evaluate(self) -> Generator[Batch]:
+        return self._gathered("eval", order.eval_rows(self.num_eval, self._world.rank, self._world.size))
+
+    def _gathered(self, split: str, rows: Words) -> Generator[Batch]:
         store, device = self._stores[split], self._world.device
         start, mirrored, samples = (torch.from_numpy(column).to(device) for column in store.draws(rows))
         for first in range(0, len(rows), self._share):

@@ -296,6 +296,9 @@ def _show_config(arguments: Namespace) -> int:
     config = settings.load_config(first if named else None, others if named else arguments.overrides)
     if named:
         check_config(config, world_size=1)
+        from ghostmask.launcher.derived import derived
+
+        return _print("\n".join([settings.to_yaml(config).rstrip("\n"), *derived(config)]))
     return _print(settings.to_yaml(config))
 
 

@@ -7,12 +7,12 @@ import importlib.util
 import json
 import os
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-import ghostmask
 from ghostmask.engine.cores import usable_cores
 from ghostmask.launcher.doctor.finding import Finding, failed, passed, warned
 from ghostmask.launcher.doctor.patient import Patient
@@ -73,12 +73,17 @@ def code(patient: Patient) -> Finding:
         differing = differences(here, patient.world.broadcast_object(here), values=False)
         if differing:
             return failed(f"other files than on rank 0: {differing}", "install the same ghostmask on every node")
-    return passed(f"{len(here)} files in {Path(ghostmask.__file__).parent}, {digest[:12]}")
+    return passed(f"{len(here)} files in {package_folder()}, {digest[:12]}")
+
+
+def package_folder() -> Path:
+    """Where the ghostmask that runs here lies."""
+    return Path(sys.modules[__name__.partition(".")[0]].__file__ or "").parent
 
 
 def package_files(model: str = "") -> dict[str, str]:
     """Name -> SHA-256 of every Python file of ghostmask, and of the module of a network of the user's own."""
-    package = Path(ghostmask.__file__).parent
+    package = package_folder()
     files = {
         os.path.relpath(os.path.join(at, name), package): Path(at, name)
         for at, _, names in os.walk(package, followlinks=True)
