@@ -18,6 +18,11 @@ if ! .venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_availabl
     settings+=(model.name=digits_resnet data.batch_size=128 train.epochs=3 finetune.epochs=1 train.precision=fp32
         optim.lr=0.1 optim.warmup=100st train.log_every=50)
 fi
+for given in "$@"; do # goes before ours
+    for place in "${!settings[@]}"; do
+        [ "${settings[place]%%=*}" != "${given%%=*}" ] || unset "settings[place]"
+    done
+done
 settings+=("$@")
 echo "smoke-cifar: ghostmask prepare $config ${settings[*]}"
 .venv/bin/python -m ghostmask prepare "$config" "${settings[@]}"
