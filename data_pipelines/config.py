@@ -25,6 +25,9 @@ class DataConfig:
     """Random crop and flip of training images."""
     num_workers: int = may_change(0)
     """FFCV worker threads per rank; 0 = cores / ranks on this machine."""
+    resident: str = may_change("auto")
+    """Keep all images on the device and augment them there, in whole batches (the same bits as FFCV's loader, which is
+    then not used): always, never, or auto = on a GPU, where they are of one size and take less than 1 GB."""
     image_size: int = 0
     """Side of a training image in pixels; 0 = the dataset's own."""
     start_size: int = 0
@@ -54,6 +57,8 @@ class DataConfig:
             raise unknown_name("data.dataset", self.dataset, DATASETS)
         require_number("data.batch_size", self.batch_size, 1, 2**24)
         require_number("data.num_workers", self.num_workers, 0, 65_536)
+        if self.resident not in ("auto", "always", "never"):
+            raise unknown_name("data.resident", self.resident, ("auto", "always", "never"))
         require_number("data.image_size", self.image_size, 0, 4096)
         require_number("data.start_size", self.start_size, 0, 4096)
         require(self.start_size % 32 == 0, "data.start_size", self.start_size, "give a multiple of 32, such as 160")

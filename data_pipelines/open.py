@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from ghostmask.engine.world import World
 
 
+RESIDENT_BYTES = 1 << 30
+"""Of a device's memory that data.resident=auto takes at most, 4 bytes for a pixel with its border."""
+
+
 @dataclass(frozen=True)
 class DatasetInfo:
     """What is known of a dataset without loading it."""
@@ -51,6 +55,12 @@ def describe(config: DataConfig) -> DatasetInfo:
         num_classes = manifest.num_classes
     shape = (3, source.image_size, source.image_size)
     return DatasetInfo(num_classes, shape, source.mean, source.std, source.files)
+
+
+def count_train(config: DataConfig) -> int | None:
+    """Training images in the .beton file that is there; None without one. Reads no image and imports no torch."""
+    manifest = peek_manifest(beton_path(config.root, _source(config).name, "train"))
+    return manifest.num_images if manifest else None
 
 
 def check_batch(config: DataConfig, replicas: int) -> None:
@@ -105,9 +115,22 @@ def open_dataset(config: DataConfig, seed: int, world: World, parts: Parts) -> D
 
     with torch_threads_kept():  # importing FFCV takes seconds: only what needs it does
         from ghostmask.data_pipelines.pipeline import BetonPipeline
+        from ghostmask.data_pipelines.resident import ResidentPipeline
 
     contents = {split: manifest.content for split, manifest in manifests.items()}
-    return BetonPipeline(config, source, paths, num_classes, contents, seed=seed, world=world, parts=parts)
+    images = sum(manifest.num_images for manifest in manifests.values())
+    kind = ResidentPipeline if is_resident(config, source, images, world.device.type) else BetonPipeline
+    return kind(config, source, paths, num_classes, contents, seed=seed, world=world, parts=parts)
+
+
+def is_resident(config: DataConfig, source: Source, num_images: int, device: str) -> bool:
+    """Whether data.resident keeps these images on the device. Raises InputError where it cannot."""
+    fits = not source.augmentation.resized_crop
+    if config.resident == "always" and not fits:
+        fix = f"images of data.dataset={config.dataset} differ in size, which only FFCV's loader reads; use auto"
+        raise bad_value("data.resident", config.resident, fix)
+    small = num_images * (source.image_size + 2 * source.augmentation.pad) ** 2 * 4 <= RESIDENT_BYTES
+    return fits and (config.resident == "always" or (config.resident == "auto" and device == "cuda" and small))
 
 
 def _source(config: DataConfig) -> Source:

@@ -19,6 +19,7 @@ from ghostmask.data_pipelines.config import DataConfig
 from ghostmask.data_pipelines.decode import ResizedCrop, WholeImage
 from ghostmask.data_pipelines.loader import BetonLoader
 from ghostmask.data_pipelines.normalise import Normalisation
+from ghostmask.data_pipelines.order import Words
 from ghostmask.data_pipelines.quasi_random import quasi_random
 from ghostmask.data_pipelines.resizing import image_side
 from ghostmask.data_pipelines.source import Augmentation, Source
@@ -67,18 +68,21 @@ class BetonPipeline:
 
     def train(self, epoch: int, first_step: int = 0) -> Generator[Batch]:
         """Batches first_step, first_step + 1, ... of epoch: this rank's parts of each, one part after the other."""
-        loader, samples = self._loaders["train"], None
+        rows, side = self.train_rows(epoch, first_step), image_side(self._config, self.image_shape[1], epoch)
+        return self._batches(self._loaders["train"].batches(rows, side, read_ahead=self._by_page))
+
+    def train_rows(self, epoch: int, first_step: int) -> Words:
+        """See `order`: of the batches that `train` yields."""
+        samples = None
         if self._by_page:
             samples = quasi_random(
-                self._seed, epoch, loader.pages, batch_size=self.batch_size, num_parts=self.parts.total,
-                window_pages=self._config.window_pages,
+                self._seed, epoch, self._loaders["train"].pages, batch_size=self.batch_size,
+                num_parts=self.parts.total, window_pages=self._config.window_pages,
             )  # fmt: skip
-        rows = order.train_rows(
+        return order.train_rows(
             self._seed, epoch, num_train=self.num_train, batch_size=self.batch_size, parts=self.parts,
             first_step=first_step, samples=samples,
         )  # fmt: skip
-        side = image_side(self._config, self.image_shape[1], epoch)
-        return self._batches(loader.batches(rows, side, read_ahead=self._by_page))
 
     def evaluate(self) -> Generator[Batch]:
         """Every evaluation image exactly once over all ranks; ranks may yield different numbers of batches."""
