@@ -37,14 +37,17 @@ class BetonPipeline:
         self.image_shape = (3, source.image_size, source.image_size)
         self.batch_size = config.batch_size
         self._seed, self._world = seed, world
-        self._normalise = Normalisation.of(source.mean, source.std, source.image_size, world.device)
+        sides = {"train": source.image_size, "eval": source.eval_size or source.image_size}
+        self._normalise = {
+            split: Normalisation.of(source.mean, source.std, side, world.device) for split, side in sides.items()
+        }
         share = config.batch_size // parts.total * parts.count
         augmentations = {"train": source.augmentation if config.augment else Augmentation(), "eval": Augmentation()}
         self._loaders = {
             split: BetonLoader(
                 paths[split],
                 ResizedCrop(source.image_size, augmentation)
-                if source.augmentation.resized_crop
+                if source.augmentation.resized_crop and split == "train"
                 else WholeImage(augmentation),
                 share,
                 config.num_workers,
@@ -87,7 +90,7 @@ class BetonPipeline:
         on_cuda = self._world.device.type == "cuda"
         try:
             for images, labels in _one_copied_ahead(host, self._world.device) if on_cuda else host:
-                yield Batch(self._normalise(images), labels)
+                yield Batch(self._normalise[split](images), labels)
         finally:
             host.close()
 

@@ -23,11 +23,17 @@ READ_BY_TWEAK = {
 }
 """Tweak of ToST in the main phase -> the other settings of `tost` that it reads."""
 
+PHOTOGRAPHS = {
+    "max_resolution", "jpeg_fraction", "eval_size", "eval_resize", "interpolation", "exif", "val_fraction", "val_seed",
+    "bad_images",
+}  # fmt: skip
 READ_BY_DATASET = {
     "synthetic": {"num_train", "num_eval", "num_classes"},
-    "imagefolder": {"max_resolution", "jpeg_fraction"},
+    "imagefolder": PHOTOGRAPHS | {"val_labels"},
+    "imagenet": PHOTOGRAPHS | {"val_labels"},
+    "webdataset": PHOTOGRAPHS,
 }
-"""data.dataset -> the settings of `data` that no other dataset reads."""
+"""data.dataset -> the settings of `data` that only it, or some of those here, read."""
 
 
 def check_config(config: RunConfig, world_size: int) -> None:
@@ -144,6 +150,7 @@ def _check_tost(config: RunConfig) -> None:
 
 def _check_data(config: RunConfig) -> None:
     data = config.data
+    read = READ_BY_DATASET.get(data.dataset, set())
     for dataset, names in READ_BY_DATASET.items():
-        for name in sorted(config.given("data") & names) if data.dataset != dataset else ():
+        for name in sorted((config.given("data") & names) - read):
             raise config.not_read("data", name, f"data.dataset={data.dataset}", f"data.dataset={dataset}")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ghostmask.data_pipelines.open import preprocessing
 from ghostmask.engine.agree import on_main
 from ghostmask.engine.errors import EXIT_NOT_SAVED, RunStopped, to_stderr
 from ghostmask.engine.evaluation import Score, score
@@ -94,6 +95,7 @@ def finish(run: Run, out: Path, folder: Path, mark: str = "") -> None:
     run.store.check_owner()
     details: dict[str, Any] = {
         "accuracy": result.accuracy, "image_shape": run.data.image_shape, "config": to_dict(run.config),
+        "preprocessing": preprocessing(run.config.data),
     }  # fmt: skip
 
     def export() -> None:

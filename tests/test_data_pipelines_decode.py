@@ -60,7 +60,7 @@ def _stored(root: Path) -> list[np.ndarray]:
     from ghostmask.data_pipelines.imagefolder import imagefolder
 
     images = imagefolder(_config(root, 0.0)).images("train")
-    return [images[i][0] for i in range(len(images))]
+    return [images[i][0].data for i in range(len(images))]
 
 
 def test_training_crops_are_the_derived_boxes_resized(root: Path) -> None:
@@ -80,7 +80,7 @@ def test_training_crops_are_the_derived_boxes_resized(root: Path) -> None:
     pipeline.close()
 
 
-def test_evaluation_takes_the_centre_square(root: Path) -> None:
+def test_training_without_augmentation_takes_the_centre_square(root: Path) -> None:
     pipeline = _open(_config(root, 0.0))
     unaugmented = _open(_config(root, 0.0, augment=False))
     rows = order.train_rows(0, 0, num_train=NUM_TRAIN, batch_size=12, parts=Parts())
