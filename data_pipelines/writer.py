@@ -15,8 +15,8 @@ import threading
 import time
 from collections import deque
 from multiprocessing import connection
-from pathlib import Path
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
