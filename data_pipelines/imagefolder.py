@@ -106,7 +106,8 @@ def _flat(root: Path, folder: Path, labels: Path, names: list[str]) -> Places:
     paths = list(_images(folder, left_out))
     _say_what_is_left_out(folder, left_out)
     found = read_labels(labels, [os.path.basename(path) for path in paths], names)
-    return Places.of(root, (), (_place(root, path, label) for path, label in zip(paths, found, strict=True)))
+    rows = sorted(zip(found, paths, strict=True))  # as they would lie in class folders
+    return Places.of(root, (), (_place(root, path, label) for label, path in rows))
 
 
 def _place(root: Path, path: str, label: int) -> Place:

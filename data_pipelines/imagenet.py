@@ -57,8 +57,8 @@ def imagenet(config: DataConfig) -> Source:
         changed, found = val.stat().st_mtime_ns, sorted(members(val), key=lambda member: Path(member.name).name)
         names = [Path(member.name).name for member in found]
         numbers = read_labels(labels, names, list(classes()))
-        rows = zip(names, numbers, found, strict=True)
-        return Places.of(root, (val,), (Place(n, label, 0, m.offset, m.size, changed) for n, label, m in rows))
+        rows = sorted(zip(numbers, names, found, strict=True))  # as they would lie in class folders
+        return Places.of(root, (val,), (Place(n, label, 0, m.offset, m.size, changed) for label, n, m in rows))
 
     def tars() -> list[Path]:
         return [path for path in (train, *([] if config.val_fraction else [val, labels])) if path.is_file()]
