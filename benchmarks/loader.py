@@ -54,7 +54,7 @@ def rows(bench: Bench) -> list[Row]:
         pixels, kind = small_images(bench.quick)
         paths = {split: folder / f"{split}.beton" for split in SPLITS}
         for path in paths.values():
-            write_images(_Pixels(pixels, None), path, jpeg_fraction=None, num_workers=1, name=None)
+            write_images(_Pixels(pixels, None), path)
         found = [_photographs_row(case, config, what, bench) for case, config in configs.items()]
         return [*found, _cifar_row(paths, pixels, kind, bench), _resident_row(paths, pixels, kind, bench)]
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ghostmask.engine.atomic import read_small
 from ghostmask.engine.errors import InputError
 
-FORMAT = 2
+FOLDER = "beton"
+"""Below data.root."""
+FORMAT = 3
 """Raised when the way .beton files are written changes: older ones are then written anew."""
 READ_WHOLE_BYTES = 1 << 30
 """Files up to this size are checked byte for byte (0.1 s for CIFAR), larger ones at both ends, with FFCV's tables."""
@@ -31,13 +34,23 @@ class Manifest:
     crc32: int
     """Of the whole file, or of both ends of a large one."""
     content: str = ""
-    """Of the images and labels in their order, before they are encoded: equal wherever and however they are written."""
+    """Of the images and labels in their order, as the source has them: equal wherever and however they are written."""
+    counts: list[int] = field(default_factory=list)
+    """Images of each class."""
+    classes: list[str] = field(default_factory=list)
+    """Names of the classes in the order of their labels; [] where they have none."""
+    words: dict[str, str] = field(default_factory=dict)
+    """Name of a class -> the class in words, where the source has them."""
+    left_out: int = 0
+    """Images that could not be read."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """The settings it was written with."""
     format: int = FORMAT
 
 
 def beton_path(root: str | Path, name: str, split: str) -> Path:
     """ROOT/beton/NAME-SPLIT.beton; NAME holds the dataset and its writer settings."""
-    return Path(root) / "beton" / f"{name}-{split}.beton"
+    return Path(root) / FOLDER / f"{name}-{split}.beton"
 
 
 def manifest_path(beton: Path) -> Path:
@@ -70,13 +83,14 @@ def peek_manifest(beton: Path) -> Manifest | None:
         return None
 
 
-def publish(partial: Path, beton: Path, *, fingerprint: str, num_images: int, num_classes: int, content: str) -> None:
-    """Give a completely written file its name, and the manifest that makes it valid; both survive a power cut."""
+def publish(partial: Path, beton: Path, **known: Any) -> Manifest:
+    """Give a completely written file its name, and the manifest that makes it valid; both survive a power cut.
+
+    known: fields of the manifest, but for the file's own.
+    """
     with open(partial, "rb") as file:
         os.fsync(file.fileno())
-    manifest = Manifest(
-        fingerprint, num_images, num_classes, partial.stat().st_size, checksum(partial), content
-    )  # fmt: skip
+    manifest = Manifest(**known, num_bytes=partial.stat().st_size, crc32=checksum(partial))
     # Without its manifest a .beton is not valid, so at no point is an old manifest seen beside a new file.
     manifest_path(beton).unlink(missing_ok=True)
     os.replace(partial, beton)
@@ -86,6 +100,7 @@ def publish(partial: Path, beton: Path, *, fingerprint: str, num_images: int, nu
         text.flush()
         os.fsync(text.fileno())
     os.replace(partial_manifest, manifest_path(beton))
+    return manifest
 
 
 def checksum(path: Path) -> int:

@@ -39,8 +39,12 @@ def _cifar(config: DataConfig, name: str, folder: str, num_classes: int, *moment
         files = [p for p in (root / folder).glob("*") if p.is_file()]
         return fingerprint_files(root, files) if files else None
 
+    def class_names() -> list[str]:
+        return list(_read_or_download(name, root, folder, train=False).classes)
+
     return Source(
-        config.dataset, num_classes, fixed_size(config, 32), mean, std, PAD_CROP_FLIP, images, fingerprint
+        config.dataset, num_classes, fixed_size(config, 32), mean, std, PAD_CROP_FLIP, images, fingerprint,
+        class_names=class_names,
     )  # fmt: skip
 
 

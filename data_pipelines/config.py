@@ -44,7 +44,25 @@ class DataConfig:
     max_resolution: int = 512
     """Longest shorter side that an image folder's .beton keeps."""
     jpeg_fraction: float = 0.5
-    """Share of an image folder's images stored as JPEG, the rest raw; in [0, 1]."""
+    """Share of training photographs stored as JPEG, the rest raw; in [0, 1]."""
+    eval_size: int = 0
+    """Side of an evaluation photograph in pixels; 0 = that of a training image."""
+    eval_resize: int = 0
+    """Shorter side that an evaluation photograph is resized to before its centre is cropped; 0 = 256/224 of the crop's
+    side from a side of 128 on, and the crop's side (nothing but what is too long is cut off) for smaller images."""
+    interpolation: str = "bilinear"
+    """How evaluation photographs are resized: bilinear or bicubic, antialiased, by torchvision on Pillow's image."""
+    exif: bool = False
+    """Turn photographs as their EXIF data say; false = as they are stored, as torchvision reads them."""
+    val_labels: str = path_field("", changes=True)
+    """For ROOT/val without class folders: a file of lines "name label" (Kaggle's LOC_val_solution.csv too), of one
+    label per image in the order of names, or ILSVRC2012's devkit (.tar.gz) or ground truth beside its meta.mat."""
+    val_fraction: float = 0.0
+    """Share of each class that is taken from the training photographs for evaluation, where there are no others."""
+    val_seed: int = 0
+    """Another seed takes another share."""
+    bad_images: str = may_change("stop")
+    """Images that cannot be read: stop (when all have been looked at) or skip them."""
     num_train: int = 1024
     """dataset=synthetic only: training images."""
     num_eval: int = 256
@@ -76,4 +94,11 @@ class DataConfig:
         require_number("data.num_train", self.num_train, 1, 1e8)
         require_number("data.num_eval", self.num_eval, 1, 1e8)
         require_number("data.num_classes", self.num_classes, 2, 25_000)
+        require_number("data.eval_size", self.eval_size, 0, 4096)
+        require_number("data.eval_resize", self.eval_resize, 0, 65_535)
+        require(self.interpolation in ("bilinear", "bicubic"), "data.interpolation", self.interpolation,
+                "use bilinear or bicubic")  # fmt: skip
+        require(0 <= self.val_fraction < 1, "data.val_fraction", self.val_fraction, "give a number in [0, 1)")
+        require_number("data.val_seed", self.val_seed, 0, 2**32 - 1)
+        require(self.bad_images in ("stop", "skip"), "data.bad_images", self.bad_images, "use stop or skip")
         require(bool(self.root), "data.root", self.root, "give a folder")

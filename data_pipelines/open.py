@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ghostmask.data_pipelines.beton import Manifest, beton_path, peek_manifest, publish, read_manifest
+from ghostmask.data_pipelines.beton import Manifest, peek_manifest, read_manifest
 from ghostmask.data_pipelines.config import DataConfig
 from ghostmask.data_pipelines.registry import DATASETS
 from ghostmask.data_pipelines.resizing import check_resizing
 from ghostmask.data_pipelines.source import SPLITS, Source
-from ghostmask.engine.cores import usable_cores
 from ghostmask.engine.errors import InputError, bad_value
 from ghostmask.engine.registry import resolve
 
@@ -47,11 +42,9 @@ def describe(config: DataConfig) -> DatasetInfo:
     source = _source(config)
     num_classes = source.num_classes
     if num_classes == 0:
-        manifest = peek_manifest(beton_path(config.root, source.name, "train"))
+        manifest = peek_manifest(source.beton(config.root, "train"))
         if manifest is None:
-            raise bad_value(
-                "data.root", config.root, "no train/CLASS folders and no .beton there; give the image folder"
-            )
+            raise bad_value("data.root", config.root, source.absent)
         num_classes = manifest.num_classes
     shape = (3, source.image_size, source.image_size)
     return DatasetInfo(num_classes, shape, source.mean, source.std, source.files)
@@ -59,7 +52,7 @@ def describe(config: DataConfig) -> DatasetInfo:
 
 def count_train(config: DataConfig) -> int | None:
     """Training images in the .beton file that is there; None without one. Reads no image and imports no torch."""
-    manifest = peek_manifest(beton_path(config.root, _source(config).name, "train"))
+    manifest = peek_manifest(_source(config).beton(config.root, "train"))
     return manifest.num_images if manifest else None
 
 
@@ -74,23 +67,39 @@ def check_batch(config: DataConfig, replicas: int) -> None:
 
 
 def prepare(config: DataConfig, progress: bool = True) -> dict[str, Path]:
-    """Write the .beton files of splits train and eval that are not there, damaged, or older than their source.
+    """Write the .beton files of splits train and eval that are not there, damaged, or older than their source; what an
+    interrupted call has written is not written again.
 
     One process of a run calls it; others wait. Two processes at once are safe: the second waits for the first, and
     then finds the files. If the source is gone, valid files stay. Raises InputError if there is neither.
     Another process does the writing: a script that calls this at its top level needs `if __name__ == "__main__"`.
     """
     source = _source(config)
-    paths = {split: beton_path(config.root, source.name, split) for split in SPLITS}
-    if _outdated(source, paths):
-        try:
-            paths["train"].parent.mkdir(parents=True, exist_ok=True)
-            with _alone(paths["train"].parent / ".lock"):
-                for split in _outdated(source, paths):
-                    _write(source, split, paths[split], progress)
-        except OSError as error:
-            raise bad_value("data.root", config.root, f"the .beton files cannot be written there ({error})") from error
-    return paths
+    from ghostmask.data_pipelines.prepare import bring_up_to_date
+
+    return bring_up_to_date(config, source, progress)
+
+
+def preprocessing(config: DataConfig) -> dict[str, Any]:
+    """What is done to an image before the network sees it in evaluation, as whoever uses the network must do it too.
+
+    size: of the input; resize: shorter side before the centre is cropped, with `interpolation` (None = not at all);
+    exif: whether images are turned as their EXIF data say; mean and std: per channel, of pixels in [0, 1]; classes:
+    names in the order of the outputs; words: name -> the class in words. Of what only the .beton knows: [] and {}
+    where there is none.
+    """
+    source = _source(config)
+    manifest = peek_manifest(source.beton(config.root, "eval"))
+    return {
+        "size": source.eval_size or source.image_size,
+        "resize": source.resize or None,
+        "interpolation": source.interpolation or None,
+        "exif": source.exif,
+        "mean": list(source.mean),
+        "std": list(source.std),
+        "classes": manifest.classes if manifest else [],
+        "words": manifest.words if manifest else {},
+    }
 
 
 def open_dataset(config: DataConfig, seed: int, world: World, parts: Parts) -> DataPipeline:
@@ -101,7 +110,7 @@ def open_dataset(config: DataConfig, seed: int, world: World, parts: Parts) -> D
     """
     check_batch(config, parts.total)
     source = _source(config)
-    paths = {split: beton_path(config.root, source.name, split) for split in SPLITS}
+    paths = {split: source.beton(config.root, split) for split in SPLITS}
     manifests = {split: _require_whole(config, path) for split, path in paths.items()}
     num_classes = source.num_classes or manifests["train"].num_classes
     for split, manifest in manifests.items():
@@ -109,6 +118,9 @@ def open_dataset(config: DataConfig, seed: int, world: World, parts: Parts) -> D
             fix = (
                 f"{paths[split]} has {manifest.num_classes} classes, not {num_classes}; run `ghostmask prepare CONFIG`"
             )
+            raise bad_value("data.root", config.root, fix)
+        if manifest.settings != source.settings.get(split, {}) or manifest.classes != manifests["train"].classes:
+            fix = f"{paths[split]} was written with other settings or classes; run `ghostmask prepare CONFIG`"
             raise bad_value("data.root", config.root, fix)
     _check_sizes(config, manifests, world.size)
     from ghostmask.data_pipelines.threads import torch_threads_kept
@@ -153,57 +165,3 @@ def _check_sizes(config: DataConfig, manifests: dict[str, Manifest], num_ranks: 
     if num_ranks > num_eval:
         fix = f"{num_ranks} ranks are more than its {num_eval} evaluation images; use at most {num_eval} ranks"
         raise bad_value("data.dataset", config.dataset, fix)
-
-
-def _outdated(source: Source, paths: dict[str, Path]) -> list[str]:
-    """The splits that must be written."""
-    fingerprint = source.fingerprint()
-    outdated = []
-    for split, path in paths.items():
-        try:
-            manifest = read_manifest(path)
-        except InputError:
-            outdated.append(split)
-            continue
-        if fingerprint is not None and manifest.fingerprint != fingerprint:
-            outdated.append(split)
-    return outdated
-
-
-def _write(source: Source, split: str, path: Path, progress: bool) -> None:
-    images = source.images(split)
-    fingerprint = source.fingerprint()
-    if fingerprint is None or not len(images):
-        raise InputError(f"data.dataset: {source.name} has no {split} images")
-    from ghostmask.data_pipelines.threads import torch_threads_kept
-
-    with torch_threads_kept():
-        from ghostmask.data_pipelines.write import write_images
-
-    num_workers = usable_cores() if source.augmentation.resized_crop else 1
-    partial = path.with_name(f".{path.stem}.partial")
-    try:
-        content = write_images(
-            images,
-            partial,
-            jpeg_fraction=source.jpeg_fraction,
-            num_workers=num_workers,
-            name=path.name if progress else None,
-        )
-        publish(
-            partial, path, fingerprint=fingerprint, num_images=len(images), num_classes=source.num_classes,
-            content=content,
-        )  # fmt: skip
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """One process at a time; a killed holder lets go by itself."""
-    handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)  # not "w": that waits for ever for a pipe
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)

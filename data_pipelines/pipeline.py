@@ -41,14 +41,16 @@ class BetonPipeline:
         self.batch_size = config.batch_size
         self._config, self._seed, self._world = config, seed, world
         self._by_page = config.order == "quasi_random"
-        self._normalise = Normalisation.of(source.mean, source.std, source.image_size, world.device)
+        self._normalise = Normalisation.of(
+            source.mean, source.std, max(source.image_size, source.eval_size), world.device
+        )
         share = config.batch_size // parts.total * parts.count
         augmentations = {"train": source.augmentation if config.augment else Augmentation(), "eval": Augmentation()}
         self._loaders = {
             split: BetonLoader(
                 paths[split],
                 ResizedCrop(source.image_size, augmentation)
-                if source.augmentation.resized_crop
+                if source.augmentation.resized_crop and split == "train"
                 else WholeImage(augmentation),
                 share,
                 config.num_workers,

@@ -7,6 +7,8 @@ DATASETS = {
     "cifar100": "ghostmask.data_pipelines.cifar:cifar100",
     "digits": "ghostmask.data_pipelines.digits:digits",
     "imagefolder": "ghostmask.data_pipelines.imagefolder:imagefolder",
+    "imagenet": "ghostmask.data_pipelines.imagenet:imagenet",
     "synthetic": "ghostmask.data_pipelines.synthetic:synthetic",
+    "webdataset": "ghostmask.data_pipelines.webdataset:webdataset",
 }
 """name -> "module:function", imported when it is used."""

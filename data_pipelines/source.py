@@ -5,30 +5,58 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ghostmask.data_pipelines.beton import beton_path
 from ghostmask.data_pipelines.config import DataConfig
 from ghostmask.engine.errors import bad_value
 
 SPLITS = ("train", "eval")
 
 
+class Stored(NamedTuple):
+    """An image as its .beton keeps it."""
+
+    data: NDArray[np.uint8]
+    """(H, W, 3) pixels, or (n,) the bytes of a JPEG."""
+    height: int
+    width: int
+    content: bytes
+    """What it was made from: the bytes of the source's file, whatever is kept of them."""
+
+
 class Images(Protocol):
-    """One split, indexable: (image (H, W, 3) uint8, label in [0, num_classes)). Is pickled and forked."""
+    """One split, indexable: ((H, W, 3) uint8 or Stored, label in [0, num_classes)). Is pickled and forked."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> tuple[NDArray[np.uint8], int]: ...
+    def __getitem__(self, index: int, /) -> tuple[NDArray[np.uint8] | Stored, int]: ...
+
+
+@runtime_checkable
+class NamedImages(Images, Protocol):
+    """Images of which each is known by itself: writing that was interrupted goes on, though others came or went.
+
+    Looking at one may raise photograph.BadImage.
+    """
+
+    def key(self, index: int) -> bytes:
+        """16 bytes that are others when the image, its name or its label are."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What messages call it."""
+        ...
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What happens to a training image; an evaluation image is only centre-cropped where sizes differ."""
+    """What happens to a training image; an evaluation image is stored as the network sees it."""
 
     pad: int = 0
     """Zero pixels added on every side before a crop of the original size at a random place; 0 = no crop."""
@@ -43,7 +71,7 @@ class Source:
     """A dataset, as the function that `data_pipelines.registry` names for it returns it. Making one reads no image."""
 
     name: str
-    """Stem of the .beton files: the dataset and every setting that changes what is written."""
+    """Stem of the training .beton: the dataset and every setting that changes what is written."""
     num_classes: int
     """0 = not known while the source is absent: then the .beton files say."""
     image_size: int
@@ -58,8 +86,28 @@ class Source:
     """Identity of the source's content; None = the source is absent."""
     files: bool = True
     """Whether data.root must hold (or receive) source files."""
-    jpeg_fraction: float | None = None
-    """Share of images that is stored as JPEG; None = they are of one size, all raw."""
+    class_names: Callable[[], list[str]] = list
+    """In the order of the labels; [] where they have none. Called where the source is there."""
+    class_words: Callable[[], dict[str, str]] = dict
+    """Name of a class -> the class in words, where the source has both."""
+    eval_name: str = ""
+    """Stem of the evaluation .beton; "" = that of training."""
+    eval_size: int = 0
+    """Side of an evaluation image in pixels; 0 = that of a training image."""
+    resize: int = 0
+    """Shorter side that an evaluation image had before its centre was cropped; 0 = it is as it was."""
+    interpolation: str = ""
+    """How it was resized; "" = not at all."""
+    exif: bool = False
+    """Whether images are turned as their EXIF data say."""
+    settings: dict[str, dict[str, int | float | str | bool]] = field(default_factory=dict)
+    """Of each split, what its .beton is written with: training refuses one that says otherwise."""
+    absent: str = ""
+    """What to say where there is neither a source nor a .beton."""
+
+    def beton(self, root: str, split: str) -> Path:
+        """Where the .beton of a split lies."""
+        return beton_path(root, (self.eval_name if split == "eval" else "") or self.name, split)
 
 
 def fingerprint_files(folder: Path, files: Iterable[Path]) -> str:

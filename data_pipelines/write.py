@@ -3,35 +3,81 @@
 from __future__ import annotations
 
 import signal
-from multiprocessing import connection, parent_process, set_start_method
+from multiprocessing import connection, parent_process
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ghostmask.data_pipelines.source import Images
 from ghostmask.engine.errors import InputError
 from ghostmask.engine.spawn import fork_server
 
 GIVE_UP_S = 5.0
-"""How long a writer that was told to end may take to remove what it holds in shared memory."""
+"""How long a writer that was told to end may take to end its workers."""
+SAMPLE = 64
+"""Images that are looked at to say what all will cost."""
 
 
-def write_images(images: Images, path: Path, *, jpeg_fraction: float | None, num_workers: int, name: str | None) -> str:
-    """Write fields image and label of all images to path, and return the digest of their content (64 bits, in hex);
-    name: of the progress bar, None = no bar.
+class Cost(NamedTuple):
+    """What writing takes, estimated."""
 
-    jpeg_fraction None: images of one size, all raw. Which of others become JPEG (quality 90) depends on their index
-    alone. Raises InputError for an unreadable image or a full disk.
+    num_bytes: int
+    seconds: float
+    """Of one core."""
 
-    FFCV's writer forks its workers, and a fork of this process would find the locks of its threads (torch, numba, gloo,
-    CUDA) held for ever: it works in a process without threads. The images are pickled once, and shared by the workers.
+
+class Written(NamedTuple):
+    """What was written."""
+
+    content: str
+    """A digest of images and labels in their order (64 bits, in hex)."""
+    counts: list[int]
+    """Images of each class."""
+    bad: list[str]
+    """What is wrong with each image that is left out, in their order."""
+
+
+def write_images(
+    images: Images, path: Path, *, num_workers: int = 1, name: str | None = None, identity: str = ""
+) -> Written:
+    """Write fields image and label of all images to path, but for those that are bad; name: of the progress bar, None =
+    no bar; identity: of images without names of their own.
+
+    What an interrupted call has written is kept, with a list of it beside path, until another goes on. Raises
+    InputError for a full disk or a worker that is killed.
+
+    Workers are forked, and a fork of this process would find the locks of its threads (torch, numba, gloo, CUDA) held
+    for ever: it is done by a process without threads. The images are pickled once, and shared by the workers.
     """
+    job = {"images": images, "path": path, "journal": journal_path(path), "num_workers": num_workers, "name": name}
+    written: Written = _apart("write", job | {"identity": identity})
+    return written
+
+
+def measure_images(images: Images) -> Cost:
+    """What `write_images` would cost, from a sample spread over the images."""
+    step = max(1, len(images) // SAMPLE)
+    cost: Cost = _apart("measure", {"images": images, "sample": list(range(step // 2, len(images), step))})
+    return cost
+
+
+def journal_path(partial: Path) -> Path:
+    """The list of what is written to a file that is not finished."""
+    return partial.with_suffix(".journal")
+
+
+def died(exit_code: int | None) -> str:
+    """What to say of a process that ended with this code and no word."""
+    return f"data: a process that wrote the .beton died with exit code {exit_code} (-9 is often too little memory)"
+
+
+def _apart(function: str, job: dict[str, Any]) -> Any:
+    """The result of a function of `writer`, called in a process of its own. Raises its InputError and OSError."""
     here, there = connection.Pipe()
-    job = {"images": images, "path": path, "jpeg_fraction": jpeg_fraction, "num_workers": num_workers, "name": name}
-    writer = fork_server(f"{__package__}.writer").Process(target=_answer, args=(there, job))
+    writer = fork_server(f"{__package__}.writer").Process(target=_answer, args=(there, function, job))
     writer.start()
     there.close()
     try:
-        content, error = here.recv()
+        result, error = here.recv()
     except EOFError:
         writer.join()
         raise InputError(died(writer.exitcode)) from None
@@ -42,26 +88,20 @@ def write_images(images: Images, path: Path, *, jpeg_fraction: float | None, num
         here.close()
     if error is not None:
         raise error
-    return str(content)
+    return result
 
 
-def died(exit_code: int | None) -> str:
-    """What to say of a process that ended with this code and no word."""
-    return f"data: a process that wrote the .beton died with exit code {exit_code} (-9 is often too little memory)"
-
-
-def _answer(there: connection.Connection, job: dict[str, Any]) -> None:
+def _answer(there: connection.Connection, function: str, job: dict[str, Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends this process
     signal.signal(signal.SIGTERM, _leave)
-    set_start_method("fork", force=True)  # the locks of FFCV's allocator are made for the default way to start
-    from ghostmask.data_pipelines.writer import write
+    from ghostmask.data_pipelines import writer
 
-    content, error = "", None
+    result, error = None, None
     try:
-        content = write(**job, parent=parent_process())
+        result = getattr(writer, function)(**job, parent=parent_process())
     except (InputError, OSError) as known:
         error = known
-    there.send((content, error))
+    there.send((result, error))
 
 
 def _leave(*_: object) -> None:

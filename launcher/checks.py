@@ -26,11 +26,17 @@ READ_BY_TWEAK = {
 BLIND_AT_ZERO = ("snip", "grasp", "synflow", "mlprune")
 """Finders whose scores are 0 for weights behind which nothing depends on them."""
 
+PHOTOGRAPHS = {
+    "max_resolution", "jpeg_fraction", "eval_size", "eval_resize", "interpolation", "exif", "val_fraction", "val_seed",
+    "bad_images",
+}  # fmt: skip
 READ_BY_DATASET = {
     "synthetic": {"num_train", "num_eval", "num_classes"},
-    "imagefolder": {"max_resolution", "jpeg_fraction"},
+    "imagefolder": PHOTOGRAPHS | {"val_labels"},
+    "imagenet": PHOTOGRAPHS | {"val_labels"},
+    "webdataset": PHOTOGRAPHS,
 }
-"""data.dataset -> the settings of `data` that no other dataset reads."""
+"""data.dataset -> the settings of `data` that only it, or some of those here, read."""
 
 
 def check_config(config: RunConfig, world_size: int) -> None:
@@ -181,8 +187,9 @@ def _check_tost(config: RunConfig) -> None:
 
 def _check_data(config: RunConfig) -> None:
     data = config.data
+    read = READ_BY_DATASET.get(data.dataset, set())
     for dataset, names in READ_BY_DATASET.items():
-        for name in sorted(config.given("data") & names) if data.dataset != dataset else ():
+        for name in sorted((config.given("data") & names) - read):
             raise config.not_read("data", name, f"data.dataset={data.dataset}", f"data.dataset={dataset}")
     for name in sorted(config.given("data") & {"grow_from", "grow_until"}) if not data.start_size else ():
         raise config.not_read("data", name, "data.start_size=0", "data.start_size=160")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ghostmask.data_pipelines.open import preprocessing
 from ghostmask.engine.agree import on_main
 from ghostmask.engine.errors import EXIT_NOT_SAVED, RunStopped, tell, to_stderr
 from ghostmask.engine.evaluation import Score, score
@@ -108,6 +109,7 @@ def finish(run: Run, out: Path, folder: Path, mark: str = "") -> None:
     details: dict[str, Any] = {
         "accuracy": result.accuracy, "top5": result.top5, "image_shape": run.data.image_shape,
         "config": to_dict(run.config),
+        "preprocessing": preprocessing(run.config.data),
     }  # fmt: skip
 
     def export() -> None:
