@@ -36,7 +36,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def rows(bench: Bench) -> list[Row]:
-    """Cases loader_imagenet (half of the images JPEG, as by default), loader_imagenet_jpeg (all) and loader_cifar."""
+    """Cases loader_imagenet (half of the images JPEG, as by default), loader_imagenet_jpeg (all), loader_cifar and
+    loader_cifar_resident."""
     from ghostmask.data_pipelines.write import write_images
 
     with scratch() as folder:
@@ -55,7 +56,7 @@ def rows(bench: Bench) -> list[Row]:
         for path in paths.values():
             write_images(_Pixels(pixels, None), path)
         found = [_photographs_row(case, config, what, bench) for case, config in configs.items()]
-        return [*found, _cifar_row(paths, pixels, kind, bench)]
+        return [*found, _cifar_row(paths, pixels, kind, bench), _resident_row(paths, pixels, kind, bench)]
 
 
 def photographs(folder: Path, quick: bool) -> tuple[Path, str]:
@@ -108,10 +109,7 @@ def _cifar_row(paths: dict[str, Path], pixels: NDArray[np.uint8], kind: str, ben
 
     from ghostmask.data_pipelines.pipeline import BetonPipeline
 
-    size, images = 16 if bench.quick else 256, _Pixels(pixels, None)
-    source = Source("pixels", 10, 32, MEAN, STD, PAD_CROP_FLIP, lambda _: images, lambda: "pixels", files=False)
-    config = DataConfig(dataset="cifar10", batch_size=size, num_workers=WORKERS)
-    ours = BetonPipeline(config, source, paths, 10, dict.fromkeys(paths, ""), seed=0, world=bench.world, parts=Parts())
+    ours, size = _small_pipeline(BetonPipeline, paths, pixels, bench), 16 if bench.quick else 256
     transform = v2.Compose(
         [
             v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), v2.PILToTensor(),
@@ -124,6 +122,34 @@ def _cifar_row(paths: dict[str, Path], pixels: NDArray[np.uint8], kind: str, ben
     what = f"{len(pixels):,} {kind} 32 x 32 images"
     note = f"{what} as torchvision's CIFAR datasets hand them out, pad-crop-flip, {WORKERS} workers"
     return more_per_second("loader_cifar", *rates, "images/s", f"{note}; baseline: its DataLoader", bar=5)
+
+
+def _resident_row(paths: dict[str, Path], pixels: NDArray[np.uint8], kind: str, bench: Bench) -> Row:
+    from ghostmask.data_pipelines.pipeline import BetonPipeline
+    from ghostmask.data_pipelines.resident import ResidentPipeline
+
+    pipelines = [_small_pipeline(each, paths, pixels, bench) for each in (ResidentPipeline, BetonPipeline)]
+    rates: list[list[float]] = [[], []]
+    for epoch in range(2 if bench.quick else 4):
+        for pipeline, found in zip(pipelines, rates, strict=True):
+            found.append(_rate(pipeline.train(epoch), bench.world))
+    for pipeline in pipelines:
+        pipeline.close()
+    where = f"on the device, pad-crop-flip, {torch.get_num_threads()} torch threads"
+    note = f"{len(pixels):,} {kind} 32 x 32 images that live {where}"
+    ours, theirs = (median(found[1:]) for found in rates)
+    return more_per_second(
+        "loader_cifar_resident", ours, theirs, "images/s", f"{note}; baseline: FFCV's loader, {WORKERS} workers"
+    )
+
+
+def _small_pipeline(kind: Any, paths: dict[str, Path], pixels: NDArray[np.uint8], bench: Bench) -> DataPipeline:
+    images = _Pixels(pixels, None)
+    source = Source("pixels", 10, 32, MEAN, STD, PAD_CROP_FLIP, lambda _: images, lambda: "pixels", files=False)
+    config = DataConfig(dataset="cifar10", batch_size=16 if bench.quick else 256, num_workers=WORKERS)
+    none = dict.fromkeys(paths, "")
+    pipeline: DataPipeline = kind(config, source, paths, 10, none, seed=0, world=bench.world, parts=Parts())
+    return pipeline
 
 
 class _Pixels(Dataset[Any]):

@@ -8,6 +8,8 @@ from ghostmask.data_pipelines.registry import DATASETS
 from ghostmask.engine.config import may_change, path_field, require, require_number
 from ghostmask.engine.errors import unknown_name
 
+ORDERS = ("random", "quasi_random")
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -21,10 +23,24 @@ class DataConfig:
     """Global batch: images of all ranks together per optimizer step."""
     augment: bool = True
     """Random crop and flip of training images."""
-    num_workers: int = may_change(2)
-    """FFCV worker threads per rank."""
+    num_workers: int = may_change(0)
+    """FFCV worker threads per rank; 0 = cores / ranks on this machine."""
+    resident: str = may_change("auto")
+    """Keep all images on the device and augment them there, in whole batches (the same bits as FFCV's loader, which is
+    then not used): always, never, or auto = on a GPU, where they are of one size and take less than 1 GB."""
     image_size: int = 0
     """Side of a training image in pixels; 0 = the dataset's own."""
+    start_size: int = 0
+    """Image folders: side of training images at first, a multiple of 32; it grows by 32 pixels at once from epoch
+    grow_from to image_size in epoch grow_until; 0 = image_size in every epoch. Evaluation images do not change."""
+    grow_from: int = 0
+    """Epoch of the run before which training images have start_size."""
+    grow_until: int = 0
+    """Epoch of the run from which on training images have image_size."""
+    order: str = "random"
+    """random; or quasi_random, for .beton files larger than memory: read in whole pages (8 MiB), in random order."""
+    window_pages: int = 256
+    """order=quasi_random: pages whose images are mixed, all ranks together; a node needs memory for twice its share."""
     max_resolution: int = 512
     """Longest shorter side that an image folder's .beton keeps."""
     jpeg_fraction: float = 0.5
@@ -58,8 +74,21 @@ class DataConfig:
         if self.dataset not in DATASETS:
             raise unknown_name("data.dataset", self.dataset, DATASETS)
         require_number("data.batch_size", self.batch_size, 1, 2**24)
-        require_number("data.num_workers", self.num_workers, 1, 65_536)
+        require_number("data.num_workers", self.num_workers, 0, 65_536)
+        if self.resident not in ("auto", "always", "never"):
+            raise unknown_name("data.resident", self.resident, ("auto", "always", "never"))
         require_number("data.image_size", self.image_size, 0, 4096)
+        require_number("data.start_size", self.start_size, 0, 4096)
+        require(self.start_size % 32 == 0, "data.start_size", self.start_size, "give a multiple of 32, such as 160")
+        require_number("data.grow_from", self.grow_from, 0, 1e6)
+        require_number("data.grow_until", self.grow_until, 0, 1e6)
+        require(
+            not self.start_size or self.grow_from < self.grow_until,
+            "data.grow_until", self.grow_until, f"give an epoch after data.grow_from = {self.grow_from}",
+        )  # fmt: skip
+        if self.order not in ORDERS:
+            raise unknown_name("data.order", self.order, ORDERS)
+        require_number("data.window_pages", self.window_pages, 1, 1e6)
         require_number("data.max_resolution", self.max_resolution, 16, 65_535)
         require_number("data.jpeg_fraction", self.jpeg_fraction, 0, 1)
         require_number("data.num_train", self.num_train, 1, 1e8)

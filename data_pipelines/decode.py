@@ -195,11 +195,13 @@ class WholeImage(SimpleRGBImageDecoder):  # type: ignore[misc]  # FFCV has no ty
 
 
 class ResizedCrop(SimpleRGBImageDecoder):  # type: ignore[misc]  # FFCV has no types
-    """Images of any size, cropped at random or at their centre, resized and mirrored: (n, size, size, 3) uint8."""
+    """Images of any size, cropped at random or at their centre, resized and mirrored: (n, side, side, 3) uint8."""
 
     def __init__(self, size: int, augmentation: Augmentation) -> None:
         super().__init__()
         self.size, self.augmentation = size, augmentation
+        self.side = 0
+        """Of the crops that are made now, at the front of their buffer; 0 = size, which none exceeds."""
 
     def declare_state_and_memory(self, previous_state: Any) -> Any:
         """FFCV's question: what comes out, and which buffer is needed."""
@@ -218,13 +220,16 @@ class ResizedCrop(SimpleRGBImageDecoder):  # type: ignore[misc]  # FFCV has no t
 
         def decode(rows: Any, destination: Any, metadata: Any, storage_state: Any) -> Any:
             storage, starts, lengths = storage_state
+            side = self.side or self.size
+            shape = len(rows), side, side, 3
+            out = destination.reshape(-1)[: math.prod(shape)].reshape(shape)
             if not sizes:
                 sizes.append(lengths[np.searchsorted(starts, pointers)])
             damaged = np.empty(len(rows), dtype=np.bool_)
-            crop(rows, storage, pointers, sizes[0], heights, widths, jpeg, share, flip, destination, damaged)
+            crop(rows, storage, pointers, sizes[0], heights, widths, jpeg, share, flip, out, damaged)
             if damaged.any():
                 raise DamagedImage(int(rows[damaged.argmax(), 0]))
-            return destination
+            return out
 
         return decode
 

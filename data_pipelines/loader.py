@@ -25,8 +25,10 @@ from torch import Tensor
 
 from ghostmask.data_pipelines.decode import DamagedImage
 from ghostmask.data_pipelines.order import Words
+from ghostmask.data_pipelines.readahead import ReadAhead
 from ghostmask.data_pipelines.threads import torch_threads_kept
-from ghostmask.engine.errors import InputError, bad_value
+from ghostmask.engine.cores import cores_per_rank, usable_cores
+from ghostmask.engine.errors import InputError
 
 BATCHES_AHEAD = 3
 JOIN_S = 0.02
@@ -58,13 +60,20 @@ class BetonLoader:
         self.labels: NDArray[np.int64] = np.ascontiguousarray(self._loader.reader.metadata["f1"])
         if self.labels.min() < 0 or self.labels.max() >= num_classes:
             raise InputError(f"{path}: labels {self.labels.min()}..{self.labels.max()} are not in [0, {num_classes})")
+        pointers, self._page_bytes = self._loader.reader.metadata["f0"]["data_ptr"], int(self._loader.reader.page_size)
+        self.pages: NDArray[np.int64] = (pointers // np.uint64(self._page_bytes)).astype(np.int64)
+        """Of every sample the page of the file in which its image lies."""
+        self._decoder = decoder
         self._open: set[_Epoch] = set()
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batches(self, rows: Words) -> Generator[tuple[Tensor, Tensor]]:
+    def batches(self, rows: Words, side: int = 0, read_ahead: bool = False) -> Generator[tuple[Tensor, Tensor]]:
         """(images (n, H, W, 3) uint8, labels (n,) int64) of the rows (see `order`), batch_size at a time.
+
+        side: of the images, for a decoder of images of any size; 0 = the largest. read_ahead: whether the rows
+        go through the file page by page, which are then asked for early, and leave the page cache after use.
 
         The images lie in a buffer of FFCV's (page-locked where there is CUDA) that is overwritten after the next batch
         has been asked for. Raises InputError for an image that cannot be decoded.
@@ -72,7 +81,8 @@ class BetonLoader:
         if not len(rows):
             return
         with torch_threads_kept():
-            epoch = _Epoch(self._loader, rows)
+            ahead = self._read_ahead(rows) if read_ahead else None
+            epoch = _Epoch(self._loader, rows, self._decoder, side, ahead)
         self._open.add(epoch)
         try:
             for first, (images,) in zip(range(0, len(rows), self.batch_size), epoch, strict=False):
@@ -86,6 +96,9 @@ class BetonLoader:
         finally:
             epoch.close()
             self._open.discard(epoch)
+
+    def _read_ahead(self, rows: Words) -> ReadAhead:
+        return ReadAhead(self.path, self._page_bytes, self.pages[rows[:, 0].astype(np.int64)], self.batch_size)
 
     def _explained(self, error: BaseException) -> BaseException:
         if isinstance(error, DamagedImage):
@@ -105,8 +118,9 @@ class BetonLoader:
 class _Epoch(EpochIterator):  # type: ignore[misc]  # FFCV has no types
     """One pass over some rows, decoded by a thread."""
 
-    def __init__(self, loader: Any, rows: Words) -> None:
+    def __init__(self, loader: Any, rows: Words, decoder: Any, side: int, ahead: ReadAhead | None) -> None:
         self.error: BaseException | None = None
+        self.decoder, self.side, self.ahead = decoder, side, ahead
         super().__init__(loader, rows)
 
     def run(self) -> None:
@@ -120,9 +134,12 @@ class _Epoch(EpochIterator):  # type: ignore[misc]  # FFCV has no types
             self.error = error
             self.output_queue.put(None)
 
-    def run_pipeline(self, *args: Any) -> Any:
+    def run_pipeline(self, batch: int, *args: Any) -> Any:
+        if self.ahead is not None:
+            self.ahead.before(batch, self.memory_context.mmap._mmap)
         with _DECODING:
-            return super().run_pipeline(*args)
+            self.decoder.side = self.side
+            return super().run_pipeline(batch, *args)
 
     def close(self) -> None:
         """End the thread: it may be decoding, or waiting for room in the queue."""
@@ -132,13 +149,14 @@ class _Epoch(EpochIterator):  # type: ignore[misc]  # FFCV has no types
             with contextlib.suppress(queue.Empty):
                 self.output_queue.get_nowait()
             self.join(JOIN_S)
+        if self.ahead is not None:
+            self.ahead.close()
 
 
 def usable_threads(num_workers: int) -> int:
-    """num_workers, or as many as numba can start here, with a warning. Raises InputError below 1."""
-    if num_workers < 1:
-        raise bad_value("data.num_workers", num_workers, "give 1 or more")
-    most = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+    """num_workers; 0 is this rank's share of the cores. More than there are only wait for each other: then as many as
+    there are, with a warning."""
+    most = min(usable_cores(), int(numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]  # numba starts no more
     if num_workers > most:
         warnings.warn(f"data.num_workers = {num_workers}: this machine has {most} cores, {most} are used", stacklevel=2)
-    return min(num_workers, most)
+    return min(num_workers or cores_per_rank(), most)

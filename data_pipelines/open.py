@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ghostmask.data_pipelines.beton import Manifest, peek_manifest, read_manifest
 from ghostmask.data_pipelines.config import DataConfig
 from ghostmask.data_pipelines.registry import DATASETS
+from ghostmask.data_pipelines.resizing import check_resizing
 from ghostmask.data_pipelines.source import SPLITS, Source
 from ghostmask.engine.errors import InputError, bad_value
 from ghostmask.engine.registry import resolve
@@ -16,6 +17,10 @@ from ghostmask.engine.registry import resolve
 if TYPE_CHECKING:
     from ghostmask.engine.data import DataPipeline, Parts
     from ghostmask.engine.world import World
+
+
+RESIDENT_BYTES = 1 << 30
+"""Of a device's memory that data.resident=auto takes at most, 4 bytes for a pixel with its border."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,12 @@ def describe(config: DataConfig) -> DatasetInfo:
         num_classes = manifest.num_classes
     shape = (3, source.image_size, source.image_size)
     return DatasetInfo(num_classes, shape, source.mean, source.std, source.files)
+
+
+def count_train(config: DataConfig) -> int | None:
+    """Training images in the .beton file that is there; None without one. Reads no image and imports no torch."""
+    manifest = peek_manifest(_source(config).beton(config.root, "train"))
+    return manifest.num_images if manifest else None
 
 
 def check_batch(config: DataConfig, replicas: int) -> None:
@@ -116,13 +127,27 @@ def open_dataset(config: DataConfig, seed: int, world: World, parts: Parts) -> D
 
     with torch_threads_kept():  # importing FFCV takes seconds: only what needs it does
         from ghostmask.data_pipelines.pipeline import BetonPipeline
+        from ghostmask.data_pipelines.resident import ResidentPipeline
 
     contents = {split: manifest.content for split, manifest in manifests.items()}
-    return BetonPipeline(config, source, paths, num_classes, contents, seed=seed, world=world, parts=parts)
+    images = sum(manifest.num_images for manifest in manifests.values())
+    kind = ResidentPipeline if is_resident(config, source, images, world.device.type) else BetonPipeline
+    return kind(config, source, paths, num_classes, contents, seed=seed, world=world, parts=parts)
+
+
+def is_resident(config: DataConfig, source: Source, num_images: int, device: str) -> bool:
+    """Whether data.resident keeps these images on the device. Raises InputError where it cannot."""
+    fits = not source.augmentation.resized_crop
+    if config.resident == "always" and not fits:
+        fix = f"images of data.dataset={config.dataset} differ in size, which only FFCV's loader reads; use auto"
+        raise bad_value("data.resident", config.resident, fix)
+    small = num_images * (source.image_size + 2 * source.augmentation.pad) ** 2 * 4 <= RESIDENT_BYTES
+    return fits and (config.resident == "always" or (config.resident == "auto" and device == "cuda" and small))
 
 
 def _source(config: DataConfig) -> Source:
     source: Source = resolve(DATASETS[config.dataset])(config)
+    check_resizing(config, source)
     return source
 
 

@@ -41,15 +41,19 @@ def sample_words(seed: int, epoch: int, indices: NDArray[Any], purpose: int = AU
     return np.asarray(state ^ (state >> np.uint64(31)), dtype=np.uint64)
 
 
-def train_rows(seed: int, epoch: int, *, num_train: int, batch_size: int, parts: Parts, first_step: int = 0) -> Words:
+def train_rows(
+    seed: int, epoch: int, *, num_train: int, batch_size: int, parts: Parts, first_step: int = 0,
+    samples: NDArray[np.int64] | None = None,
+) -> Words:  # fmt: skip
     """((steps - first_step) * batch_size / V * parts.count, 2): sample index and random word, in this rank's order.
 
-    Global batch j is permutation[j * batch_size : (j + 1) * batch_size]; part p of it is elements p, p + V, ..., with
-    V = parts.total, which divides batch_size. Of each batch come the rank's parts, one after the other. The last
-    incomplete global batch is left out.
+    samples: the epoch's order; None = `permutation`. Global batch j is samples[j * batch_size : (j + 1) * batch_size];
+    part p of it is elements p, p + V, ..., with V = parts.total, which divides batch_size. Of each batch come the
+    rank's parts, one after the other. The last incomplete global batch is left out.
     """
     steps, each = num_train // batch_size, batch_size // parts.total
-    order = permutation(seed, epoch, num_train)[: steps * batch_size].reshape(steps, each, parts.total)
+    samples = permutation(seed, epoch, num_train) if samples is None else samples
+    order = samples[: steps * batch_size].reshape(steps, each, parts.total)
     own = order[first_step:, :, parts.first : parts.first + parts.count]
     indices = own.transpose(0, 2, 1).reshape(-1)
     return np.stack([indices.astype(np.uint64), sample_words(seed, epoch, indices)], axis=1)

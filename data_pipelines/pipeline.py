@@ -7,6 +7,7 @@ epoch, parts), see `order`     three batches ahead, see `decode`           on a 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from ghostmask.data_pipelines.decode import ResizedCrop, WholeImage
 from ghostmask.data_pipelines.loader import BetonLoader
 from ghostmask.data_pipelines.normalise import Normalisation
 from ghostmask.data_pipelines.order import Words
+from ghostmask.data_pipelines.quasi_random import quasi_random
+from ghostmask.data_pipelines.resizing import image_side
 from ghostmask.data_pipelines.source import Augmentation, Source
 from ghostmask.engine.data import Batch, Parts
 from ghostmask.engine.world import World
@@ -36,11 +39,11 @@ class BetonPipeline:
         self.num_classes = num_classes
         self.image_shape = (3, source.image_size, source.image_size)
         self.batch_size = config.batch_size
-        self._seed, self._world = seed, world
-        sides = {"train": source.image_size, "eval": source.eval_size or source.image_size}
-        self._normalise = {
-            split: Normalisation.of(source.mean, source.std, side, world.device) for split, side in sides.items()
-        }
+        self._config, self._seed, self._world = config, seed, world
+        self._by_page = config.order == "quasi_random"
+        self._normalise = Normalisation.of(
+            source.mean, source.std, max(source.image_size, source.eval_size), world.device
+        )
         share = config.batch_size // parts.total * parts.count
         augmentations = {"train": source.augmentation if config.augment else Augmentation(), "eval": Augmentation()}
         self._loaders = {
@@ -62,35 +65,42 @@ class BetonPipeline:
             "batch size": config.batch_size, "steps per epoch": self.steps_per_epoch,
             "training content": contents["train"], "evaluation content": contents["eval"],
         }  # fmt: skip
+        if self._by_page:  # their order depends on it
+            self.identity["pages of the training file"] = zlib.crc32(self._loaders["train"].pages.tobytes())
 
     def train(self, epoch: int, first_step: int = 0) -> Generator[Batch]:
         """Batches first_step, first_step + 1, ... of epoch: this rank's parts of each, one part after the other."""
-        rows = order.train_rows(
-            self._seed,
-            epoch,
-            num_train=self.num_train,
-            batch_size=self.batch_size,
-            parts=self.parts,
-            first_step=first_step,
-        )
-        return self._batches("train", rows)
+        rows, side = self.train_rows(epoch, first_step), image_side(self._config, self.image_shape[1], epoch)
+        return self._batches(self._loaders["train"].batches(rows, side, read_ahead=self._by_page))
+
+    def train_rows(self, epoch: int, first_step: int) -> Words:
+        """See `order`: of the batches that `train` yields."""
+        samples = None
+        if self._by_page:
+            samples = quasi_random(
+                self._seed, epoch, self._loaders["train"].pages, batch_size=self.batch_size,
+                num_parts=self.parts.total, window_pages=self._config.window_pages,
+            )  # fmt: skip
+        return order.train_rows(
+            self._seed, epoch, num_train=self.num_train, batch_size=self.batch_size, parts=self.parts,
+            first_step=first_step, samples=samples,
+        )  # fmt: skip
 
     def evaluate(self) -> Generator[Batch]:
         """Every evaluation image exactly once over all ranks; ranks may yield different numbers of batches."""
         rows = order.eval_rows(self.num_eval, self._world.rank, self._world.size)
-        return self._batches("eval", rows)
+        return self._batches(self._loaders["eval"].batches(rows))
 
     def close(self) -> None:
         """Stop loader threads and free their buffers."""
         for loader in self._loaders.values():
             loader.close()
 
-    def _batches(self, split: str, rows: Words) -> Generator[Batch]:
-        host = self._loaders[split].batches(rows)
+    def _batches(self, host: Generator[_Pair]) -> Generator[Batch]:
         on_cuda = self._world.device.type == "cuda"
         try:
             for images, labels in _one_copied_ahead(host, self._world.device) if on_cuda else host:
-                yield Batch(self._normalise[split](images), labels)
+                yield Batch(self._normalise(images), labels)
         finally:
             host.close()
 

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ghostmask.engine.checkpoint.pieces import Piece
 from ghostmask.engine.data import Batch, Parts
 from ghostmask.engine.precision import autocast
+from ghostmask.engine.sharding.average import AVERAGE, follow
 from ghostmask.engine.world import World
 
 
@@ -37,14 +38,16 @@ class PartStatistics:
     What a part's statistics are depends on its images alone, and so not on the number of ranks.
     """
 
-    def __init__(self, model: nn.Module, parts: Parts) -> None:
-        self.model, self.parts = model, parts
+    def __init__(self, model: nn.Module, parts: Parts, average: float = 0.0) -> None:
+        """average: decay of the moving average of each part's statistics (see sharding.average); 0: there is none."""
+        self.model, self.parts, self.decay = model, parts, average
         self._counters = [b for _, b in _counters(model)]
         buffers = statistics(model)
         ends = list(accumulate(b.numel() for b in buffers.values()))
         self._places = [(n, end - b.numel(), end) for (n, b), end in zip(buffers.items(), ends, strict=True)]
         self._flat = _flattened(list(buffers.values()))
         self._sets = [self._flat] if parts.count == 1 else [self._flat.clone() for _ in range(parts.count)]
+        self._averages = [s.clone() for s in self._sets] if average else []
         self._counts: list[Tensor] = []
 
     def enter(self, part: int) -> None:
@@ -69,29 +72,50 @@ class PartStatistics:
         """Collective: every part's statistics, and the model's, become the mean over all parts (one all-reduce)."""
         if not self._flat.numel() or self.parts.total == 1:
             return
-        # In float64, so that the mean does not depend on the order of its parts.
-        total = torch.stack([s.double() for s in self._sets]).sum(0)
-        mean = world.all_reduce(total).div_(self.parts.total)
-        for part in self._sets:
-            part.copy_(mean)
-        self._flat.copy_(mean)
+        for sets in (self._sets, self._averages) if self._averages else (self._sets,):
+            # In float64, so that the mean does not depend on the order of its parts.
+            total = torch.stack([s.double() for s in sets]).sum(0)
+            mean = world.all_reduce(total).div_(self.parts.total)
+            for part in sets:
+                part.copy_(mean)
+        self._flat.copy_(self._sets[-1])
+
+    @torch.no_grad()
+    def follow(self, updates: int) -> None:
+        """After update number `updates`, from 0: the averages follow."""
+        for average, part in zip(self._averages, self._sets, strict=False):
+            follow(average, part, self.decay, updates)
+
+    @torch.no_grad()
+    def deliver(self) -> bool:
+        """Put the averages of this rank's last part into the model, where there are any; returns whether there are. All
+        parts' are equal after `average`."""
+        if self._averages:
+            self._flat.copy_(self._averages[-1])
+        return bool(self._averages)
 
     def entries(self) -> dict[str, Tensor | Piece]:
         """For a checkpoint: name -> this rank's parts of (parts * numel,), part after part."""
         found: dict[str, Tensor | Piece] = {}
         for name, low, high in self._places:
-            rows = torch.stack([s[low:high] for s in self._sets]).reshape(-1)
-            found[name] = Piece(self.parts.total * (high - low), self.parts.first * (high - low), rows)
+            for key, sets in self._kept(name):
+                rows = torch.stack([s[low:high] for s in sets]).reshape(-1)
+                found[key] = Piece(self.parts.total * (high - low), self.parts.first * (high - low), rows)
         return found
 
     def load(self, entries: dict[str, Tensor | Piece]) -> None:
         """Take back what `entries` gave, filled; entries beyond the model's are passed over."""
         for name, low, high in self._places:
-            piece = entries[name]
-            assert isinstance(piece, Piece)
-            for part, row in zip(self._sets, piece.tensor.view(self.parts.count, -1), strict=True):
-                part[low:high] = row
+            for key, sets in self._kept(name):
+                piece = entries[key]
+                assert isinstance(piece, Piece)
+                for part, row in zip(sets, piece.tensor.view(self.parts.count, -1), strict=True):
+                    part[low:high] = row
         self._flat.copy_(self._sets[-1])
+
+    def _kept(self, name: str) -> list[tuple[str, list[Tensor]]]:
+        """Key of a checkpoint -> what it holds of a buffer."""
+        return [(name, self._sets), *([(f"{name}.{AVERAGE}", self._averages)] if self._averages else [])]
 
 
 @torch.no_grad()

@@ -9,6 +9,9 @@ from ghostmask.engine.errors import bad_value, unknown_name
 from ghostmask.engine.position import Duration
 
 SCHEDULES = ("cosine", "step", "constant")
+LR_SCALES = ("none", "linear", "sqrt")
+REFERENCE_BATCH = 256
+"""Images of the batch that optim.lr is for where optim.scale_lr says so."""
 PRECISIONS = ("fp32", "tf32", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
 LARGEST = 1e9
@@ -55,6 +58,17 @@ class OptimConfig:
     """Nesterov momentum."""
     weight_decay: float = 5e-4
     """L2 penalty on every weight, batch norm included; never on probabilities."""
+    decay_norms: bool = True
+    """false: no weight decay on batch norm and biases, that is on parameters of one dimension."""
+    scale_lr: str = "none"
+    """linear or sqrt: optim.lr and finetune.lr are those of a batch of 256 images, and are multiplied by
+    data.batch_size / 256 (Goyal et al. 2017) or its square root; what comes out is said when the run starts."""
+    lars: bool = False
+    """LARS (You et al. 2017), for batches of 8,192 images and more: in every parameter of two or more dimensions the
+    gradient with its weight decay is scaled to optim.lars_trust times the norm of the weights; others move as without
+    it."""
+    lars_trust: float = 1e-3
+    """lars: how long a gradient becomes, in norms of its weights."""
     clip: float = 0.0
     """Largest joint norm of all gradients, dense weights and probabilities together; 0 = no clipping."""
     schedule: str = "cosine"
@@ -73,6 +87,9 @@ class OptimConfig:
         require_number("optim.clip", self.clip, 0)
         require_number("optim.gamma", self.gamma, 0, 1, above=True)
         Duration.parse(self.warmup, "optim.warmup")
+        require_number("optim.lars_trust", self.lars_trust, 0, above=True)
+        if self.scale_lr not in LR_SCALES:
+            raise unknown_name("optim.scale_lr", self.scale_lr, LR_SCALES)
         if self.schedule not in SCHEDULES:
             raise unknown_name("optim.schedule", self.schedule, SCHEDULES)
         require(not self.nesterov or self.momentum > 0, "optim.nesterov", self.nesterov, "needs optim.momentum above 0")
@@ -133,6 +150,8 @@ class TrainConfig:
     """Optimizer steps between lines of metrics.jsonl, TensorBoard scalars and progress."""
     eval_every: int = may_change(1)
     """Epochs between evaluations; the last epoch of a phase is always evaluated."""
+    eval_flip: bool = False
+    """Evaluation takes the mean of the logits of each image and its mirror image: accuracy and loss are of both."""
     timeout_minutes: float = may_change(10.0)
     """Minutes without progress after which several ranks end with code 77, the one that hangs having been named; six
     times that before a phase's first step and while data are opened, networks compiled or checkpoints written; 0 =

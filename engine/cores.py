@@ -1,4 +1,4 @@
-"""How many cores may this process use: those it is bound to, and no more than its cgroups' CPU quota."""
+"""How many cores may a process use, bound to some and within its cgroups' CPU quota, and what is a rank's share?"""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+
+from ghostmask.engine.launch import read_launch
 
 ROOT = Path("/sys/fs/cgroup")
 
@@ -18,6 +20,11 @@ def usable_cores() -> int:
     except OSError:
         return bound
     return max(1, math.ceil(min(bound, quota(groups))))
+
+
+def cores_per_rank() -> int:
+    """usable_cores divided among the ranks of this machine, at least 1."""
+    return max(1, usable_cores() // read_launch().local_size)
 
 
 def quota(groups: str, root: Path = ROOT) -> float:

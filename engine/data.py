@@ -19,6 +19,19 @@ class Batch(NamedTuple):
     labels: Tensor
 
 
+class PartBatch(NamedTuple):
+    """What one forward pass is given: a part's images and labels, as in Batch, and what hooks have made of them.
+
+    soft: (N, num_classes) float32, targets that sum to 1, in the place of the labels; teacher: (N, num_classes) float32
+    logits to learn from too.
+    """
+
+    images: Tensor
+    labels: Tensor
+    soft: Tensor | None = None
+    teacher: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Parts:
     """The parts of every global batch that one rank computes: [first, first + count) of `total`.

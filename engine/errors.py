@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
+from typing import TextIO
 
 LONGEST = 900
 """Characters of an error; of a longer one the middle is left out."""
@@ -55,8 +57,14 @@ EXIT_HUNG = 77
 
 
 def say(text: str) -> None:
-    """Print a line on stderr."""
-    print(f"ghostmask: {text}", file=sys.stderr, flush=True)
+    """Print a line on stderr, as `tell` does."""
+    tell(f"ghostmask: {text}", sys.stderr)
+
+
+def tell(text: str, stream: TextIO) -> None:
+    """Print a line. A terminal that is closed, or a log whose disk is full, does not end a run of days."""
+    with suppress(OSError):
+        print(text, file=stream, flush=True)
 
 
 def to_stderr(text: str) -> None:
@@ -78,6 +86,16 @@ def cut(text: str, longest: int) -> str:
     if len(text) <= longest:
         return text
     return f"{text[: longest * 2 // 3]} ... {text[len(text) - longest // 3 + 5 :]}"
+
+
+def output(text: str) -> None:
+    """Print on stdout what a command was called for. Raises InputError where the disk behind it takes nothing."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # as of `ghostmask show config | head -1`
+        raise
+    except OSError as error:
+        raise InputError(f"the output could not be written ({error.strerror})") from error
 
 
 def bad_value(field: str, value: object, fix: str) -> InputError:

@@ -14,17 +14,31 @@ from ghostmask.engine.data import Batch
 from ghostmask.engine.precision import autocast
 from ghostmask.engine.world import World
 
+TOP = 5
+"""Among how many of the likeliest classes an image's own is looked for, beside the likeliest."""
 VOTE_BATCHES = 8
 """Batches of an evaluation between two looks at whether to stop."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """accuracy: top-1 fraction in [0, 1]; loss: mean cross-entropy in nats, without label smoothing; num_images."""
+    """accuracy: top-1 fraction in [0, 1]; loss: mean cross-entropy in nats, without label smoothing; num_images; top5:
+    the share of images whose class is among the five likeliest, None with five classes or fewer."""
 
     accuracy: float
     loss: float
     num_images: int
+    top5: float | None = None
+
+    @property
+    def text(self) -> str:
+        """The accuracies, to print: "71.20%, top-5 90.10%"."""
+        return accuracy_text(self.accuracy, self.top5)
+
+
+def accuracy_text(accuracy: float, top5: float | None) -> str:
+    """Top-1 and, where there is one, top-5 accuracy, to print."""
+    return f"{accuracy:.2%}" if top5 is None else f"{accuracy:.2%}, top-5 {top5:.2%}"
 
 
 class EvaluationStopped(Exception):
@@ -33,22 +47,36 @@ class EvaluationStopped(Exception):
 
 @torch.no_grad()
 def score(
-    model: nn.Module, batches: Iterable[Batch], world: World, precision: str = "fp32", *,
+    model: nn.Module, batches: Iterable[Batch], world: World, precision: str = "fp32", *, flip: bool = False,
     asked_to_stop: Callable[[], bool] | None = None,
 ) -> Score:  # fmt: skip
     """Collective: `model` in the mode it is in (call .eval() first) over every rank's batches.
 
-    Ranks may have different numbers of batches: totals are reduced at the end. asked_to_stop: looked at every
-    VOTE_BATCHES batches; all ranks raise EvaluationStopped where it is true on some rank.
+    Ranks may have different numbers of batches: totals are reduced at the end. flip: score the mean of the logits of
+    each image and its mirror image. asked_to_stop: looked at every VOTE_BATCHES batches; all ranks raise
+    EvaluationStopped where it is true on some rank.
     """
-    totals = torch.zeros(3, dtype=torch.float64, device=world.device)
+    totals = torch.zeros(5, dtype=torch.float64, device=world.device)
     for number, batch in enumerate(_until(batches, world, asked_to_stop), 1):
         with autocast(world.device, precision):
-            logits = model(batch.images)
+            logits = model(batch.images).float()
+            if flip:
+                logits = (logits + model(batch.images.flip(3)).float()) / 2
         totals += _sums(logits.float(), batch.labels)
         world.pulse.tick(f"evaluation, batch {number}")
-    correct, loss, count = world.all_reduce(totals).tolist()
-    return Score(correct / max(count, 1), loss / max(count, 1), int(count))
+    correct, in_five, ranked, loss, count = world.all_reduce(totals).tolist()
+    top5 = in_five / ranked if ranked else None
+    return Score(correct / max(count, 1), loss / max(count, 1), int(count), top5)
+
+
+def hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """(3,) int64: images whose label has the largest of the logits (N, K), is among their five largest, and of how many
+    the latter was asked: of none where it is always so, with K <= 5."""
+    correct = logits.argmax(1) == labels
+    if logits.shape[1] <= TOP:
+        return torch.cat([correct.sum()[None], labels.new_zeros(2)])
+    in_five = correct | (logits.topk(TOP, 1).indices == labels[:, None]).any(1)
+    return torch.stack([correct.sum(), in_five.sum(), torch.ones_like(labels).sum()])
 
 
 def _until(batches: Iterable[Batch], world: World, asked_to_stop: Callable[[], bool] | None) -> Iterator[Batch]:
@@ -71,6 +99,5 @@ def _until(batches: Iterable[Batch], world: World, asked_to_stop: Callable[[], b
 
 
 def _sums(logits: Tensor, labels: Tensor) -> Tensor:
-    correct = logits.argmax(1) == labels
-    loss = functional.cross_entropy(logits, labels, reduction="sum")
-    return torch.stack([correct.sum().double(), loss.double(), torch.ones_like(correct).sum().double()])
+    loss = functional.cross_entropy(logits, labels, reduction="sum").double()
+    return torch.cat([hits(logits, labels).double(), loss[None], torch.ones_like(labels).sum()[None].double()])

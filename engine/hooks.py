@@ -5,6 +5,7 @@
         hook.on_epoch_start(trainer)
         for each step:
             hook.on_step_start(trainer)
+            [for each part: its images and targets = hook.on_part(trainer, number, part)]
             [for each noise sample, for each part of the batch: forward, backward]
             [all ranks agree that the loss is finite]
             [optimizer update, constraint, the next step's weights]
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from ghostmask.engine.data import PartBatch
     from ghostmask.engine.metrics import Counts
     from ghostmask.engine.trainer import Trainer
 
@@ -44,6 +46,14 @@ class Hook:
 
     def on_step_start(self, trainer: Trainer) -> None:
         """Before the first forward pass of a step."""
+
+    def on_part(self, trainer: Trainer, number: int, part: PartBatch) -> PartBatch:
+        """Other images or targets for a part of the step's batch; number: among all parts of the batch, on any rank.
+
+        A function of the step, the number and the images alone. Called once, however many noise samples the part is
+        computed with.
+        """
+        return part
 
     def on_step_end(self, trainer: Trainer) -> None:
         """After the optimizer update; `trainer.position` counts this step."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Mapping
 from datetime import timedelta
@@ -11,6 +10,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from ghostmask.engine.errors import tell
 from ghostmask.engine.world import World
 
 
@@ -87,9 +87,7 @@ class Progress:
         return str(timedelta(seconds=round((now - first_time) / (step - first_step) * max(0, self.total_steps - step))))
 
     def _print(self, line: str) -> None:
-        # A closed terminal or a full log disk must not end a run of days.
-        with contextlib.suppress(OSError):
-            print(line, file=self._stream, flush=True)
+        tell(line, self._stream or sys.stderr)
 
 
 def _texts(fields: Mapping[str, float | str]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -32,7 +32,7 @@ class Reporter:
         self.checkpoint_stall_s = 0.0
         self.images_per_s = 0.0
         self._images, self._seconds = 0, 0.0
-        self._loss, self._accuracy, self._steps = 0.0, 0.0, 0
+        self._loss, self._hits, self._steps = 0.0, (0.0, 0.0, 0.0), 0
         self._since = perf_counter()
 
     @property
@@ -50,9 +50,11 @@ class Reporter:
         self._since = perf_counter()
         self.data_wait_s = self.checkpoint_stall_s = 0.0
 
-    def step(self, trainer: Trainer, loss: float, accuracy: float) -> None:
-        """Collective where a hook's scalars are: count a step, and report every train.log_every of them."""
-        self._loss, self._accuracy, self._steps = self._loss + loss, self._accuracy + accuracy, self._steps + 1
+    def step(self, trainer: Trainer, loss: float, hits: Sequence[float]) -> None:
+        """Collective where a hook's scalars are: count a step, and report every train.log_every of them. hits: of all
+        images and noise samples of the step, as `evaluation.hits`."""
+        correct, in_five, ranked = (total + more for total, more in zip(self._hits, hits, strict=True))
+        self._loss, self._hits, self._steps = self._loss + loss, (correct, in_five, ranked), self._steps + 1
         position = trainer.position
         if position.step % trainer.config.log_every and position.step_in_epoch:
             return
@@ -61,7 +63,8 @@ class Reporter:
         self._images, self._seconds = self._images + self._steps * position.batch_size, self._seconds + seconds
         values: dict[str, float] = {
             "train/loss": self._loss / self._steps,
-            "train/accuracy": self._accuracy / self._steps,
+            "train/accuracy": correct / (self._steps * position.batch_size * trainer.task.passes),
+            **({"train/top5": in_five / ranked} if ranked else {}),
             "speed/images_per_s": self.images_per_s,
             "speed/data_wait_fraction": min(1.0, self.data_wait_s / seconds),
             "speed/checkpoint_stall_fraction": min(1.0, self.checkpoint_stall_s / seconds),
@@ -76,7 +79,7 @@ class Reporter:
             total_steps=self.progress.total_steps,
         )  # fmt: skip
         self.progress.update(position.step, _line(trainer, epoch, values))
-        self._loss, self._accuracy, self._steps = 0.0, 0.0, 0
+        self._loss, self._hits, self._steps = 0.0, (0.0, 0.0, 0.0), 0
         self.restart_clock()
 
     def epoch(self, trainer: Trainer, evaluation: Score | None) -> None:
@@ -85,6 +88,7 @@ class Reporter:
         values: dict[str, float] = {}
         if evaluation is not None:
             values = {"eval/accuracy": evaluation.accuracy, "eval/loss": evaluation.loss}
+            values |= {} if evaluation.top5 is None else {"eval/top5": evaluation.top5}
         for hook in trainer.task.hooks:
             values.update(_numbers(hook.epoch_scalars(trainer)))
             for name, tensor in hook.histograms(trainer).items():
@@ -93,7 +97,7 @@ class Reporter:
         if values:
             self.writer.scalars(position.step, values, phase=position.phase, epoch=epoch, samples=position.samples)
         if evaluation is not None:
-            scored = f"test accuracy {evaluation.accuracy:.2%}, test loss {evaluation.loss:.4f}"
+            scored = f"test accuracy {evaluation.text}, test loss {evaluation.loss:.4f}"
             place = f"{epoch - trainer.phase.first_epoch + 1}/{trainer.phase.epochs}"
             self.progress.message(f"{position.phase} epoch {place}: {scored}")
         self.writer.flush()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from time import perf_counter
 from typing import Any
@@ -16,11 +16,11 @@ from ghostmask.engine.batchnorm import PartStatistics, reestimate, restored
 from ghostmask.engine.checkpoint.entries import checkpoint_entries, restore
 from ghostmask.engine.checkpoint.store import CheckpointStore, Saved
 from ghostmask.engine.config import CheckpointConfig, TrainConfig
-from ghostmask.engine.data import Batch, DataPipeline
+from ghostmask.engine.data import Batch, DataPipeline, PartBatch
 from ghostmask.engine.errors import EXIT_INTERRUPTED, EXIT_NON_FINITE, FROM_CHECKPOINT, RunStopped
 from ghostmask.engine.evaluation import EvaluationStopped, Score, score
 from ghostmask.engine.hooks import Hook
-from ghostmask.engine.loss import LossModule
+from ghostmask.engine.loss import Loss, LossModule
 from ghostmask.engine.position import Phase, Position
 from ghostmask.engine.precision import set_float32_precision
 from ghostmask.engine.readback import Readback
@@ -43,8 +43,8 @@ class Task:
     """What one phase trains.
 
     model: images -> logits; passes: noise samples that the gradient of every part is averaged over (I), where a group's
-    reparametrization is noisy; label_smoothing: of the training loss; clip: largest joint norm of the state's
-    gradients, 0 = none; seed: of the noise.
+    reparametrization is noisy; loss: what is minimised; clip: largest joint norm of the state's gradients, 0 = none;
+    seed: of the noise.
     """
 
     phase: Phase
@@ -53,9 +53,14 @@ class Task:
     learning_rate: LearningRate
     hooks: Sequence[Hook] = ()
     passes: int = 1
-    label_smoothing: float = 0.0
+    loss: Loss = field(default_factory=Loss)
     clip: float = 0.0
     seed: int = 0
+
+    @property
+    def average(self) -> float:
+        """Decay of the moving average that is delivered; 0: there is none."""
+        return max((group.average for group in self.groups), default=0.0)
 
 
 class Trainer:
@@ -77,7 +82,7 @@ class Trainer:
         self.position = Position(task.phase.name, task.phase.first_step, data.steps_per_epoch, data.batch_size)
         self.evaluation: Score | None = None
         set_float32_precision(config.precision)
-        self.statistics = PartStatistics(task.model, replicas.parts)
+        self.statistics = PartStatistics(task.model, replicas.parts, task.average)
         self.sharded = self._shard()
         self._saved_step, self._saved_at = -1, perf_counter()
         self._finite: Readback | None = None
@@ -145,7 +150,10 @@ class Trainer:
         """Score, on the evaluation images, of the network that would be delivered now. Raises EvaluationStopped."""
         asked = None if signals is None else (lambda: signals.requested != 0)
         with self.evaluation_weights():
-            return score(self.model, self.data.evaluate(), self.world, self.config.precision, asked_to_stop=asked)
+            return score(
+                self.model, self.data.evaluate(), self.world, self.config.precision, flip=self.config.eval_flip,
+                asked_to_stop=asked,
+            )  # fmt: skip
 
     @contextmanager
     def evaluation_weights(self) -> Iterator[None]:
@@ -159,7 +167,7 @@ class Trainer:
         optimizer.eval()
         try:
             with restored(self.model):
-                if optimizer.differs_in_evaluation:
+                if optimizer.differs_in_evaluation and not self.statistics.deliver():
                     with closing(self.data.train(self.position.epoch)) as batches:
                         some = islice(batches, EVALUATION_BATCHES)
                         reestimate(self.model, some, self.replicas.parts, self.world, self.config.precision)
@@ -181,7 +189,7 @@ class Trainer:
         self.forget_compiled()
         self.sharded = self._shard()
         self.sharded.optimizer.adopt(before)
-        self.statistics = PartStatistics(self.model, self.replicas.parts)
+        self.statistics = PartStatistics(self.model, self.replicas.parts, self.task.average)
         self.statistics.load(parts)
 
     def forget_compiled(self) -> None:
@@ -193,6 +201,7 @@ class Trainer:
         """Collective: the model's parameters become plain ones, with the weights that are delivered; DeepSpeed's
         buffers are given up."""
         self.sharded.optimizer.give_back()
+        self.statistics.deliver()
         self.sharded.destroy()
 
     def _shard(self) -> ShardedEngine:
@@ -200,7 +209,7 @@ class Trainer:
         samples, replicas = tuple(cycle.sample for cycle in self.cycles), self.replicas
         sampling = Sampling(task.seed, task.phase.first_step, samples, replicas.across, replicas.across_order)
         return shard_model(
-            LossModule(task.model, task.label_smoothing, config.precision, compiled=config.compile),
+            LossModule(task.model, task.loss, config.precision, compiled=config.compile),
             task.groups, self.replicas.inner, zero_stage=config.zero_stage, clip=task.clip,
             microsteps=len(self.cycles[0].parts), micro_batch=self.data.batch_size // self.replicas.parts.total,
             sampling=sampling, order=self.replicas.order,
@@ -253,26 +262,25 @@ class Trainer:
         factor = self.task.learning_rate.factor(self.num_updates)
         for settings, group in zip(optimizer.param_groups, optimizer.groups, strict=True):
             settings["lr"] = group.lr * factor
-        layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
-        images = _parts(batch.images.contiguous(memory_format=layout), self.replicas.parts.count)
-        labels = batch.labels.chunk(self.replicas.parts.count)
-        totals = torch.zeros(2, dtype=torch.float32, device=self.world.device)
+        parts = self._parts(batch)
+        totals = torch.zeros(4, dtype=torch.float32, device=self.world.device)
         vote = None
         passes = [part for cycle in self.cycles for part in cycle.parts]
         for number, part in enumerate(passes, 1):
             self.statistics.enter(part)
-            loss, correct = engine(images[part], labels[part])
+            loss, hits = engine(*parts[part])
             self.statistics.leave(part)
-            totals += torch.stack([loss.detach(), correct])
+            totals += torch.cat([loss.detach()[None], hits])
             if number == len(passes):
                 vote = self._vote(totals, signals)
             engine.backward(loss)
             if vote is None:
                 engine.step()
         assert vote is not None
-        asked, due, loss_value, correct_count = self._decide(vote)
+        asked, due, loss_value, hits = self._decide(vote)
         self._check_gradient()
         engine.step()
+        self.statistics.follow(optimizer.updates - 1)
         self._finite = Readback(optimizer.finite)
         if self.world.device.type == "cpu":
             self._check_gradient()
@@ -280,8 +288,22 @@ class Trainer:
         self.world.pulse.step(f"step {self.position.step} of phase {self.phase.name}")
         for hook in self.task.hooks:
             hook.on_step_end(self)
-        self.reporter.step(self, loss_value, correct_count / (self.data.batch_size * self.task.passes))
+        self.reporter.step(self, loss_value, hits)
         return asked, due
+
+    def _parts(self, batch: Batch) -> list[PartBatch]:
+        """This rank's parts of the batch, as the hooks want them, each where memory is aligned: convolutions of
+        unaligned images round otherwise."""
+        count = self.replicas.parts.count
+        layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
+        parts = []
+        for i, pair in enumerate(zip(batch.images.chunk(count), batch.labels.chunk(count), strict=True)):
+            part = PartBatch(*pair)
+            for hook in self.task.hooks:
+                part = hook.on_part(self, self.replicas.parts.first + i, part)
+            images = part.images.contiguous(memory_format=layout)
+            parts.append(part._replace(images=images if images.data_ptr() % 64 == 0 else images.clone()))
+        return parts
 
     def _check_gradient(self) -> None:
         """Stop where the last update's gradients were not finite; it has changed nothing.
@@ -305,15 +327,15 @@ class Trainer:
         finite = torch.nan_to_num(totals, nan=0.0, posinf=0.0, neginf=0.0)
         return Readback(self.world.all_reduce(torch.cat([finite, bad, wishes])))
 
-    def _decide(self, votes: Readback) -> tuple[bool, bool, float, float]:
-        loss, correct, bad, asked, due, lost = votes.values()
+    def _decide(self, votes: Readback) -> tuple[bool, bool, float, list[float]]:
+        loss, *hits, bad, asked, due, lost = votes.values()
         if lost:
             self.store.check_owner()
         if bad:
             raise self._not_finite("loss")
         every = self.saving.every_steps
         by_step = every > 0 and (self.position.step + 1) % every == 0
-        return asked > 0, due > 0 or by_step, loss / (self.world.size * self.microsteps), correct
+        return asked > 0, due > 0 or by_step, loss / (self.world.size * self.microsteps), hits
 
     def _not_finite(self, what: str) -> RunStopped:
         step = self.position.step
@@ -345,8 +367,3 @@ class Trainer:
             return False
         done = self.position.epoch - self.phase.first_epoch
         return done % self.saving.every_epochs == 0 or self.position.step == self.phase.end_step
-
-
-def _parts(images: Tensor, count: int) -> list[Tensor]:
-    """The parts of a batch, each where memory is aligned: convolutions of unaligned images round otherwise."""
-    return [part if part.data_ptr() % 64 == 0 else part.clone() for part in images.chunk(count)]

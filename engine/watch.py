@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch.distributed import DistError
 
-from ghostmask.engine.errors import EXIT_HUNG, EXIT_LOST
+from ghostmask.engine.errors import EXIT_HUNG, EXIT_LOST, say
 from ghostmask.engine.pulse import SLOW_FACTOR, Pulse
 from ghostmask.engine.ranks import Ranks
 
@@ -166,14 +166,14 @@ class Watch:
         if what != self._named:
             self._named = what
             slow = f"{SLOW_FACTOR} times that while it opens data, compiles or saves"
-            _say(f"warning: {what}; all ranks end after {self.limit_s / 60:g} minutes without progress ({slow})")
+            say(f"warning: {what}; all ranks end after {self.limit_s / 60:g} minutes without progress ({slow})")
 
     def _end_hung(self, idle_s: float) -> None:
         """Dump what this rank is doing and end it; the first rank to come here says whom it waited for."""
         where = f"; what each rank was doing is in {self.dumps}" if self.dumps and self._dump(self.dumps) else ""
         how = f"no progress for {idle_s:.0f} s: {{}}{where}; run the same command again, without --restart"
         if not self._ask(lambda: self._explain(how)) and self.rank == 1:
-            _say(how.format(f"no sign of {self._keeper}"))
+            say(how.format(f"no sign of {self._keeper}"))
         self._end(EXIT_HUNG)
 
     def _explain(self, how: str) -> None:
@@ -187,7 +187,7 @@ class Watch:
             time.sleep(2 * self.interval_s)
             self._hear(range(self.size))
             still = {rank for rank, (beat, _) in self._heard.items() if beat.number == first[rank]} - {self.rank}
-            _say(how.format(f"no sign of {self._those(sorted(still))}" if still else self._waited_for()))
+            say(how.format(f"no sign of {self._those(sorted(still))}" if still else self._waited_for()))
 
     def _dump(self, folder: Path) -> bool:
         with suppress(OSError):
@@ -206,15 +206,12 @@ class Watch:
     def _end(self, code: int) -> None:
         """The main thread sits in a call that does not return: the process ends without it."""
         self._ask(self._leave)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
         os._exit(code)
 
     def _leave(self) -> None:
         with suppress(DistError, RuntimeError):
             self.ranks.follow()
             self.ranks.leave()
-
-
-def _say(text: str) -> None:
-    print(f"ghostmask: {text}", file=sys.stderr, flush=True)

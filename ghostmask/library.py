@@ -31,6 +31,7 @@ from ghostmask.masks.methods.gmp import Shrinking
 from ghostmask.masks.methods.probmask import Settings as ProbMaskSettings
 from ghostmask.masks.prunable import prunable_weights
 from ghostmask.masks.relaxed import RelaxedMask, Search
+from ghostmask.masks.schedules import probability_rate
 from ghostmask.masks.scoring.topk import Budget, largest
 from ghostmask.masks.settings import Protecting
 
@@ -71,14 +72,15 @@ def optimizer(
 
 
 def probmask(
-    density: float, steps: int, *, lr: float = 6e-3, steps_per_epoch: int = 1, constraint: str = "global",
+    density: float, steps: int, *, lr: float = 0.0, steps_per_epoch: int = 1, constraint: str = "global",
     temperature_end: float = 0.03, start_fraction: float = 0.16, end_fraction: float = 0.6, train_weights: bool = True,
     seed: int = 0,
 ) -> Method:  # fmt: skip
     """ProbMask: a probability for every weight, trained with Adam at `lr` under sum(s) <= density n.
 
     steps: optimizer steps of the whole search; its schedules move every steps_per_epoch of them. What decides the
-    probabilities is lr x steps (the paper: 6e-3 over 58,800 steps). seed: of ties. Raises InputError.
+    probabilities is lr x steps: lr = 0 is 41 / steps, at least the paper's 6e-3 and at most 0.12. seed: of ties. Raises
+    InputError.
     """
     settings = ProbMaskSettings(  # raises what the setting of that name would
         density=density, lr=lr, constraint=constraint, temperature_end=temperature_end, start_fraction=start_fraction,
@@ -88,7 +90,9 @@ def probmask(
     settings.require_fall("steps", steps, settings.falls, steps_per_epoch)
     start, end = settings.window(int, epochs)
     search = Search(density, constraint, temperature_end, start, end, epochs, steps_per_epoch, seed)
-    return lambda rule, rate: RelaxedMask(search, rule if train_weights else None, lr / rate)
+    return lambda rule, rate: RelaxedMask(
+        search, rule if train_weights else None, (lr or probability_rate(steps)) / rate
+    )
 
 
 def gmp(

@@ -21,6 +21,14 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", metavar="key=value", nargs="*", help=SETTINGS_HELP)
 
 
+def add_ranks(parser: argparse.ArgumentParser) -> None:
+    """--ranks N, which `launcher.cli.run_command` acts on."""
+    several = (
+        "start N ranks on this machine, one per GPU where there are GPUs (default: 1, or what torchrun or srun set)"
+    )
+    parser.add_argument("--ranks", metavar="N", type=count, default=1, help=several)
+
+
 def count(text: str) -> int:
     """A command-line number of at least 1; at most 10,000, each of which costs a pass or a run."""
     if not text.isdecimal() or len(text) > 5 or not 1 <= int(text) <= 10_000:

@@ -9,10 +9,10 @@ import torch
 from ghostmask.benchmarks.registry import BENCHMARKS
 from ghostmask.benchmarks.row import not_met, table, write_json
 from ghostmask.benchmarks.timing import Bench, machine
-from ghostmask.engine.errors import InputError, say
+from ghostmask.engine.cores import cores_per_rank
+from ghostmask.engine.errors import InputError, output, say
 from ghostmask.engine.registry import resolve
 from ghostmask.engine.world import connect
-from ghostmask.launcher.run import threads_per_rank
 
 
 def bench(name: str, *, device: str, quick: bool, file: Path | None, strict: bool = False) -> int:
@@ -23,10 +23,10 @@ def bench(name: str, *, device: str, quick: bool, file: Path | None, strict: boo
     """
     if file is not None and not file.absolute().parent.is_dir():
         raise InputError(f"--json = {str(file)!r}: there is no folder {str(file.parent)!r}; make it")
-    torch.set_num_threads(threads_per_rank())
+    torch.set_num_threads(cores_per_rank())
     with connect(device) as world:
         rows = [machine(), *resolve(BENCHMARKS[name])(Bench(world, quick))]
-    print(table(rows), flush=True)
+    output(table(rows))
     if file is not None:
         write_json(rows, file)
     missed = not_met(rows) if strict else []

@@ -27,6 +27,9 @@ PHOTOGRAPHS = {
     "max_resolution", "jpeg_fraction", "eval_size", "eval_resize", "interpolation", "exif", "val_fraction", "val_seed",
     "bad_images",
 }  # fmt: skip
+BLIND_AT_ZERO = ("snip", "grasp", "synflow", "mlprune")
+"""Finders whose scores are 0 for weights behind which nothing depends on them."""
+
 READ_BY_DATASET = {
     "synthetic": {"num_train", "num_eval", "num_classes"},
     "imagefolder": PHOTOGRAPHS | {"val_labels"},
@@ -45,6 +48,7 @@ def check_config(config: RunConfig, world_size: int) -> None:
     _check_mask(config)
     _check_lengths(config)
     _check_schedule(config)
+    _check_recipe(config)
     _check_tost(config)
     _check_data(config)
 
@@ -123,6 +127,8 @@ def _check_lengths(config: RunConfig) -> None:
         not late or optim.schedule != "step",
         "optim.milestones", list(optim.milestones), f"train.epochs = {epochs} ends before {late}; leave that out",
     )  # fmt: skip
+    grown = config.data.grow_until
+    require(grown <= epochs, "data.grow_until", grown, f"train.epochs = {epochs} ends before; give at most that")
     warmup = Duration.parse(optim.warmup, "optim.warmup")
     require(
         warmup.amount == 0 or (epochs > 0 and (warmup.unit != "ep" or warmup.amount <= epochs)),
@@ -135,6 +141,37 @@ def _check_schedule(config: RunConfig) -> None:
     if optim.schedule != "step":
         for name in sorted(config.given("optim") & {"milestones", "gamma"}):
             raise config.not_read("optim", name, f"optim.schedule={optim.schedule}", "optim.schedule=step")
+
+
+def _check_recipe(config: RunConfig) -> None:
+    optim, mask, given = config.optim, config.mask, config.given("optim")
+    if "decay_norms" in given and optim.weight_decay == 0:
+        raise config.not_read("optim", "decay_norms", "optim.weight_decay=0", "a weight decay")
+    if "lars_trust" in given and not optim.lars:
+        raise config.not_read("optim", "lars_trust", "optim.lars=false", "optim.lars=true")
+    if "magnitude" in config.given("augment") and not config.augment.randaugment:
+        raise config.not_read("augment", "magnitude", "augment.randaugment=0", "augment.randaugment=2")
+    if "mix_fraction" in config.given("augment") and not config.augment.mixes:
+        raise config.not_read("augment", "mix_fraction", "augment.mixup=0 and augment.cutmix=0", "one of them")
+    for name in sorted(config.given("distill")) if not config.distill.path else ():
+        raise config.not_read("distill", name, "distill.path=", "distill.path=RUN")
+    searched_last = mask.method == "probmask" and (
+        config.finetune.epochs == 0 or not getattr(mask, "train_weights", True)
+    )
+    require(
+        config.ema.decay == 0 or not searched_last,
+        "ema.decay", config.ema.decay, "averages weights under one mask, and a search trains under a new one at every "
+        "step; give fine-tuning epochs (finetune.epochs, mask.train_weights=true), or 0",
+    )  # fmt: skip
+    if config.model.zero_init_last:
+        trained = getattr(mask, "path", "") if mask.method != "file" else ""
+        if trained:
+            raise config.not_read("model", "zero_init_last", f"mask.path={trained}", "a run from the initialisation")
+        blind = (
+            f"mask.method={mask.method}" if mask.method in BLIND_AT_ZERO else "tost.lrsi" if config.tost.lrsi else ""
+        )
+        fix = f"{blind} looks at the initialisation, where no gradient passes a batch norm of weight 0; give false"
+        require(not blind, "model.zero_init_last", True, fix)
 
 
 def _check_tost(config: RunConfig) -> None:
@@ -154,3 +191,7 @@ def _check_data(config: RunConfig) -> None:
     for dataset, names in READ_BY_DATASET.items():
         for name in sorted((config.given("data") & names) - read):
             raise config.not_read("data", name, f"data.dataset={data.dataset}", f"data.dataset={dataset}")
+    for name in sorted(config.given("data") & {"grow_from", "grow_until"}) if not data.start_size else ():
+        raise config.not_read("data", name, "data.start_size=0", "data.start_size=160")
+    if "window_pages" in config.given("data") and data.order != "quasi_random":
+        raise config.not_read("data", "window_pages", f"data.order={data.order}", "data.order=quasi_random")

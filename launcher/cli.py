@@ -10,19 +10,21 @@ from typing import Any, NoReturn
 
 from ghostmask.benchmarks.registry import BENCHMARKS
 from ghostmask.engine.config import DEVICES
-from ghostmask.engine.errors import InputError, bad_value
+from ghostmask.engine.errors import InputError, bad_value, output
 from ghostmask.engine.launch import read_launch
 from ghostmask.launcher import locate, settings, show
 from ghostmask.launcher.arguments import (
     CONFIG_HELP,
     RUN_HELP,
     SETTINGS_HELP,
+    add_ranks,
     add_settings,
     check_network,
     count,
     refuse_ranks,
     typed_path,
 )
+from ghostmask.launcher.before import BEFORE_COMMANDS
 from ghostmask.launcher.checks import check_config, check_finder
 from ghostmask.launcher.cluster.commands import CLUSTER_COMMANDS
 from ghostmask.launcher.environment import prepare_environment
@@ -76,10 +78,10 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--new-data", action="store_true", help="go on although the data are others than the run was trained on"
     )
-    _add_ranks(train)
+    add_ranks(train)
     evaluate = _add(commands, "evaluate", "print the accuracy and density of a run's network", _evaluate)
     evaluate.add_argument("run", metavar="RUN", help=RUN_HELP)
-    _add_ranks(evaluate)
+    add_ranks(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     export = _add(commands, "export", "write a run's network as a plain state dict", _export)
     export.add_argument("run", metavar="RUN", help=RUN_HELP)
@@ -103,10 +105,10 @@ def build_parser() -> argparse.ArgumentParser:
         type=typed_path("--out"),
         help=OUT_HELP,
     )
-    _add_ranks(find)
+    add_ranks(find)
     prepare = _add(commands, "prepare", "download a config's dataset and write its .beton files", _prepare)
     add_settings(prepare)
-    for name, (summary, describe) in CLUSTER_COMMANDS.items():
+    for name, (summary, describe) in (BEFORE_COMMANDS | CLUSTER_COMMANDS).items():
         describe(_add(commands, name, summary))
     _add_bench(_add(commands, "bench", "time one part of the system against textbook code", _bench))
     _add_sweep(_add(commands, "sweep", "train several settings over several seeds and print a table", _sweep))
@@ -129,7 +131,7 @@ class _Version(argparse.Action):
     """--version: looks the versions up only when it is asked for."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
-        print(show.versions())
+        output(show.versions())
         parser.exit()
 
 
@@ -139,13 +141,6 @@ def _add(commands: Any, name: str, summary: str, handler: Callable[[Namespace], 
     )
     parser.set_defaults(handler=handler)
     return parser
-
-
-def _add_ranks(parser: _Parser) -> None:
-    several = (
-        "start N ranks on this machine, one per GPU where there are GPUs (default: 1, or what torchrun or srun set)"
-    )
-    parser.add_argument("--ranks", metavar="N", type=count, default=1, help=several)
 
 
 def _add_bench(parser: _Parser) -> None:
@@ -301,6 +296,9 @@ def _show_config(arguments: Namespace) -> int:
     config = settings.load_config(first if named else None, others if named else arguments.overrides)
     if named:
         check_config(config, world_size=1)
+        from ghostmask.launcher.derived import derived
+
+        return _print("\n".join([settings.to_yaml(config).rstrip("\n"), *derived(config)]))
     return _print(settings.to_yaml(config))
 
 
@@ -316,5 +314,5 @@ def _device_of(run: Path) -> str:
 
 
 def _print(text: str) -> int:
-    print(text.rstrip("\n"))
+    output(text.rstrip("\n"))
     return 0

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 from ghostmask.data_pipelines.config import DataConfig
 from ghostmask.engine.config import (
+    REFERENCE_BATCH,
     CheckpointConfig,
     FinetuneConfig,
     OptimConfig,
@@ -15,6 +17,7 @@ from ghostmask.engine.config import (
     require_number,
 )
 from ghostmask.engine.errors import InputError
+from ghostmask.engine.recipe import AugmentConfig, DistillConfig, EmaConfig
 from ghostmask.launcher.values import as_text
 from ghostmask.masks.settings import MaskSettings
 from ghostmask.models.config import ModelConfig, TostConfig
@@ -36,6 +39,9 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
@@ -45,6 +51,12 @@ class RunConfig:
     def noises(self) -> int:
         """S: noise samples per step; 1 for methods without noise."""
         return int(getattr(self.mask, "noises", 1))
+
+    @property
+    def lr_scale(self) -> float:
+        """What optim.lr and finetune.lr are multiplied by for the size of the batch (optim.scale_lr)."""
+        ratio = self.data.batch_size / REFERENCE_BATCH
+        return {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[self.optim.scale_lr]
 
     def given(self, section: str) -> set[str]:
         """The settings of a section that are not at their default: someone set them and expects them to be read."""

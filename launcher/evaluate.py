@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from ghostmask.engine.errors import InputError
-from ghostmask.engine.evaluation import score
+from ghostmask.engine.errors import InputError, output
+from ghostmask.engine.evaluation import Score, score
 from ghostmask.engine.world import connect
 from ghostmask.launcher.config import RunConfig
-from ghostmask.launcher.export import load_export, summarise
+from ghostmask.launcher.export import accuracies, load_export, summarise
 from ghostmask.launcher.folder import read_run
 from ghostmask.launcher.run import open_data
 from ghostmask.launcher.settings import to_dict
@@ -37,16 +37,16 @@ def evaluate(run: Path, *, as_json: bool = False) -> int:
         net = build_model(config.model, data.num_classes, data.image_shape, config.seed)
         fill(net, load_export(file, FIELD), FIELD, str(file))
         net.to(world.device).eval()
-        accuracy = score(net, data.evaluate(), world, config.train.precision).accuracy
-        summary = _summary(config, net, data.image_shape, accuracy)
+        result = score(net, data.evaluate(), world, config.train.precision, flip=config.train.eval_flip)
+        summary = _summary(config, net, data.image_shape, result)
         data.close()
         if world.is_main:
-            print(json.dumps(summary) if as_json else closing_table(summary, run, file.parent, 0.0), flush=True)
+            output(json.dumps(summary) if as_json else closing_table(summary, run, file.parent, 0.0))
         world.barrier()
     return 0
 
 
-def _summary(config: RunConfig, net: torch.nn.Module, shape: tuple[int, int, int], accuracy: float) -> dict[str, Any]:
+def _summary(config: RunConfig, net: torch.nn.Module, shape: tuple[int, int, int], result: Score) -> dict[str, Any]:
     weights = prunable_weights(net, config.mask.dense_layers, config.mask.only)
     masks = {} if config.mask.method == "dense" else {name: w.detach() != 0 for name, w in weights.items()}
-    return {"accuracy": accuracy, **summarise(net, masks, shape), "config": to_dict(config)}
+    return {**accuracies(result.accuracy, result.top5), **summarise(net, masks, shape), "config": to_dict(config)}

@@ -36,6 +36,15 @@ methods: magnitude (with mask.path), random, snip, grasp, synflow, mlprune, file
     "prepare": """examples:
   ghostmask prepare cifar10_resnet32_probmask                   downloads CIFAR-10, writes data/beton/
   ghostmask prepare imagenet_resnet50_probmask data.root=/data/imagenet""",
+    "init": """examples:
+  ghostmask init /data/flowers                                  writes flowers.yaml
+  ghostmask init /data/flowers --out configs/flowers.yaml""",
+    "doctor": """examples:
+  ghostmask doctor digits_probmask
+  torchrun --nproc-per-node 4 -m ghostmask doctor imagenet_resnet50_probmask data.root=/data/imagenet
+  srun ghostmask doctor imagenet_resnet50_probmask data.root=/data/imagenet
+
+exit codes: 0 it would run (warnings or not), 2 a check failed""",
     "submit": """examples:
   ghostmask submit imagenet_resnet50_probmask --nodes 4 --gpus-per-node 8 --partition gpu --time 12:00:00
   ghostmask submit digits_probmask run=here --cluster local --tasks-per-node 2

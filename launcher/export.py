@@ -29,18 +29,19 @@ def write_export(
     image_shape: tuple[int, int, int],
     config: dict[str, Any],
     preprocessing: dict[str, Any] | None = None,
+    top5: float | None = None,
     mark: str = "",
 ) -> dict[str, Any]:
     """Write folder/model.safetensors and folder/summary.json, and return the summary; `net` stays as it is.
 
     net: the mask-free network. masks: bool tensors by weight name, as `prunable_weights` names them; empty for a dense
-    network. accuracy: evaluation accuracy in [0, 1], None where there was no evaluation. config: the resolved
-    configuration, JSON-able. preprocessing: what is done to an image before the network sees it (see
-    data_pipelines.open.preprocessing). mark: see engine.atomic.replacing. Call it on one rank. Each file appears whole
-    or not at all, the summary last. Raises ValueError for a mask that fits no weight.
+    network. accuracy: evaluation accuracy in [0, 1], None where there was no evaluation; top5: as
+    Score's. config: the resolved configuration, JSON-able. preprocessing: what is done to an image before the network
+    sees it (see data_pipelines.open.preprocessing). mark: see engine.atomic.replacing. Call it on one rank. Each file
+    appears whole or not at all, the summary last. Raises ValueError for a mask that fits no weight.
     """
-    summary = {"accuracy": accuracy, "preprocessing": preprocessing or {}, **summarise(net, masks, image_shape)}
-    summary["config"] = config
+    summary = {**accuracies(accuracy, top5), "preprocessing": preprocessing or {}}
+    summary |= {**summarise(net, masks, image_shape), "config": config}
     text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / MODEL_FILE, mark) as writing:
@@ -49,6 +50,11 @@ def write_export(
     with replacing(folder / SUMMARY_FILE, mark) as writing:
         writing.write_text(text, encoding="utf-8")
     return summary
+
+
+def accuracies(accuracy: float | None, top5: float | None) -> dict[str, float | None]:
+    """What a summary says of them; nothing of top-5 accuracy where it means nothing."""
+    return {"accuracy": accuracy} | ({} if top5 is None else {"top5": top5})
 
 
 def summarise(net: nn.Module, masks: Mapping[str, Tensor], image_shape: tuple[int, int, int]) -> dict[str, Any]:

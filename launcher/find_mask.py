@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ghostmask.engine.errors import say
+from ghostmask.engine.errors import output, say
 from ghostmask.engine.sharding.replicas import share
 from ghostmask.engine.world import connect
 from ghostmask.launcher.config import RunConfig
@@ -33,6 +33,6 @@ def find_mask(config: RunConfig, out: Path) -> int:
         if world.is_main:
             meta = {"method": config.mask.method, "density": density_of(masks), "config": to_dict(config)}
             write_masks(out, masks, meta)
-            print(out, flush=True)
+            output(str(out))
         world.barrier()
     return 0

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from ghostmask.engine.checkpoint.store import CheckpointError, CheckpointStore, Saved
 from ghostmask.engine.curvature import Curvature, Spectrum, top_eigenvalues
 from ghostmask.engine.data import Batch, DataPipeline
-from ghostmask.engine.errors import InputError
+from ghostmask.engine.errors import InputError, output
 from ghostmask.engine.launch import read_launch
 from ghostmask.engine.metrics import MetricWriter
 from ghostmask.engine.progress import Progress
@@ -63,7 +63,7 @@ def measure(
     reporter = Reporter(MetricWriter(out, world, None), Progress(world, saves[-1].step), world)
     if world.is_main:
         steps = ", ".join(str(s.step) for s in saves)
-        print(f"{len(saves)} checkpoints are left of this run (checkpoint.keep = {config.checkpoint.keep}): {steps}")
+        output(f"{len(saves)} checkpoints are left of this run (checkpoint.keep = {config.checkpoint.keep}): {steps}")
     spectra = []
     for saved in saves:
         try:
@@ -118,4 +118,4 @@ def _write(saved: Saved, spectrum: Spectrum, reporter: Reporter, world: World, s
     if world.is_main:
         numbers = "  ".join(f"{v:.4g}" for v in spectrum.eigenvalues)
         note = "" if spectrum.converged else f"  (not converged after {spectrum.products} products)"
-        print(f"step {saved.step}  {phase} epoch {epoch}  largest eigenvalues  {numbers}{note}", flush=True)
+        output(f"step {saved.step}  {phase} epoch {epoch}  largest eigenvalues  {numbers}{note}")

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from torch.distributed import DistError
 
-from ghostmask.engine.errors import EXIT_DEFECT, EXIT_INPUT, EXIT_INTERRUPTED, EXIT_LOST, PeerFailed
+from ghostmask.engine.errors import EXIT_DEFECT, EXIT_INPUT, EXIT_INTERRUPTED, EXIT_LOST, PeerFailed, say, tell
 from ghostmask.engine.launch import read_launch
 from ghostmask.engine.ranks import JOIN_S, Ranks, is_lost_contact, join
 
@@ -65,7 +65,7 @@ def _tell(ranks: Ranks, error: BaseException, code: int, text: str) -> int:
         if mine:
             _say("", EXIT_LOST, f"lost contact to {who or 'a peer'}, which left no word; {AGAIN}")
             if not who:  # every rank is there: it is the connection's own error that counts
-                print(text, file=sys.stderr)
+                tell(text, sys.stderr)
         return EXIT_LOST
     if code == EXIT_INTERRUPTED and (first := ranks.code()) not in (None, code):
         ranks.follow()  # a launcher that ends the ranks because one of them has failed
@@ -78,7 +78,7 @@ def _tell(ranks: Ranks, error: BaseException, code: int, text: str) -> int:
 
 def _say(whom: str, code: int, text: str) -> None:
     several = "\n" in text
-    print(f"ghostmask: {whom}{':' if whom else ''}{chr(10) if several else ' ' if whom else ''}{text}", file=sys.stderr)
+    say(f"{whom}{':' if whom else ''}{chr(10) if several else ' ' if whom else ''}{text}")
 
 
 def _finish_saves() -> None:

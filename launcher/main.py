@@ -7,7 +7,7 @@ import select
 import sys
 from collections.abc import Sequence
 
-from ghostmask.engine.errors import EXIT_DEFECT, EXIT_INPUT, EXIT_INTERRUPTED, InputError, RunStopped
+from ghostmask.engine.errors import EXIT_DEFECT, EXIT_INPUT, EXIT_INTERRUPTED, InputError, RunStopped, say
 from ghostmask.engine.signals import Interrupted, RaisingSignals
 
 EXIT_CTRL_C = 130
@@ -27,11 +27,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             from ghostmask.launcher import cli  # under the signal handlers, as every import after it
 
             code = cli.run_command(sys.argv[1:] if argv is None else argv)
-            sys.stdout.flush()
+            _flush()
         except BaseException as error:
             signals.quiet()
             return _end(error, signals.requested)
     return code
+
+
+def _flush() -> None:
+    """Drop what could not be written of a run's progress (see `tell`): Python would try again, and end with 120."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _end(error: BaseException, signal: int) -> int:
@@ -39,6 +49,7 @@ def _end(error: BaseException, signal: int) -> int:
     if isinstance(error, BrokenPipeError) and _reader_is_gone():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
+    _flush()
     code, text = _reason(error, signal)
     if _is_one_of_several():
         from ghostmask.launcher.last_words import end_together
@@ -46,7 +57,7 @@ def _end(error: BaseException, signal: int) -> int:
         end_together(error, code, text)
     if code == EXIT_DEFECT:
         raise error
-    print(f"ghostmask: {text}", file=sys.stderr)
+    say(text)
     return code
 
 

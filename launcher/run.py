@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from ghostmask.data_pipelines.open import open_dataset
 from ghostmask.engine.checkpoint.store import CheckpointStore, Saved
-from ghostmask.engine.cores import usable_cores
+from ghostmask.engine.cores import cores_per_rank, usable_cores
 from ghostmask.engine.data import DataPipeline, Parts
 from ghostmask.engine.errors import InputError, RunStopped
 from ghostmask.engine.hooks import Hook
-from ghostmask.engine.launch import read_launch
+from ghostmask.engine.loss import Loss
 from ghostmask.engine.metrics import MetricWriter
 from ghostmask.engine.position import Duration, Phase
 from ghostmask.engine.profile import ProfileSteps
@@ -55,6 +55,8 @@ class Run:
     reporter: Reporter
     hooks: tuple[Hook, ...] = ()
     """More hooks for every phase, after the method's own."""
+    recipe: tuple[Hook, ...] = ()
+    """What the recipe does to batches (launcher.recipe); before all others."""
     opened: OpenRun | None = None
     """The folder that it owns; None for a run that is only looked at."""
 
@@ -121,11 +123,13 @@ class Run:
 
     def trainer(self, phase: Phase, step: int) -> Trainer:
         """Collective: the trainer of a phase that starts, or goes on, at `step` of the run."""
-        setup = with_tweaks(self.method.enter(phase), self.config, self.net, phase, step)
+        config = self.config
+        setup = with_tweaks(self.method.enter(phase), config, self.net, phase, step)
         task = Task(
-            phase, setup.model.to(self.world.device), setup.groups, learning_rate(self.config, phase),
-            (*setup.hooks, *self.hooks), setup.passes, self.config.tost.label_smoothing, self.config.optim.clip,
-            self.config.seed,
+            phase, setup.model.to(self.world.device), [replace(g, average=self.decay(phase)) for g in setup.groups],
+            learning_rate(config, phase), (*self.recipe, *setup.hooks, *self.hooks), setup.passes,
+            Loss(config.tost.label_smoothing, config.distill.alpha, config.distill.temperature), config.optim.clip,
+            config.seed,
         )  # fmt: skip
         meta = {"config": to_dict(self.config), "data": dict(self.data.identity), "versions": versions()}
         noisy = any(group.reparametrization.noisy for group in setup.groups)
@@ -133,6 +137,11 @@ class Run:
             task, self.data, self.config.train, self.config.checkpoint, self.world,
             self.shares.noisy if noisy else self.shares.plain, self.store, self.reporter, meta,
         )  # fmt: skip
+
+    def decay(self, phase: Phase) -> float:
+        """ema.decay in phases that end with a network that is delivered, 0 in others."""
+        last = [*self.phases[:1], *(p for p in self.phases if p.epochs > 0)][-1]
+        return self.config.ema.decay if self.method.every_phase_has_a_result or phase == last else 0.0
 
 
 @dataclass(frozen=True)
@@ -173,19 +182,22 @@ def build_method(config: RunConfig, world: World, data: DataPipeline) -> MaskMet
     check_part(net, data.image_shape, config.data.batch_size, config.train.replicas)
     net.to(world.device)
     bf16 = config.train.precision == "bf16" and config.train.zero_stage > 0
-    recipe = Recipe(config.optim, config.finetune, config.train.epochs, config.seed, bf16)
+    optim = replace(config.optim, lr=config.optim.lr * config.lr_scale)
+    finetune = replace(config.finetune, lr=config.finetune.lr * config.lr_scale)
+    recipe = Recipe(optim, finetune, config.train.epochs, config.seed, bf16)
     method: MaskMethod = resolve(METHODS[config.mask.method])(config.mask, net, recipe, world)
     return method
 
 
 def assemble(
-    config: RunConfig, folder: Path, data: DataPipeline, method: MaskMethod, opened: OpenRun, shares: Shares
+    config: RunConfig, folder: Path, data: DataPipeline, method: MaskMethod, opened: OpenRun, shares: Shares,
+    recipe: tuple[Hook, ...] = (),
 ) -> Run:  # fmt: skip
-    """The run in `folder`, whose writers go on after the checkpoint there; nothing is trained yet."""
+    """The run in `folder`, whose writers go on after the checkpoint there; nothing is trained yet. recipe: see Run."""
     step = opened.saved.step if opened.saved else None
     writer = MetricWriter(folder, method.world, step, opened.holds)
     hooks = (ProfileSteps(folder / "profile"),) if config.train.profile else ()
-    return replace(_run(config, data, method, opened.store, shares, writer, hooks), opened=opened)
+    return replace(_run(config, data, method, opened.store, shares, writer, hooks), opened=opened, recipe=recipe)
 
 
 def assemble_to_read(
@@ -230,9 +242,4 @@ def usable_threads(threads: int) -> int:
     cores = usable_cores()
     if threads > cores:
         warnings.warn(f"train.threads = {threads}: this machine has {cores} cores, {cores} are used", stacklevel=2)
-    return min(threads, cores) or threads_per_rank()
-
-
-def threads_per_rank() -> int:
-    """Cores this process may use, divided among the ranks of this machine."""
-    return max(1, usable_cores() // read_launch().local_size)
+    return min(threads, cores) or cores_per_rank()

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ghostmask.engine.evaluation import accuracy_text
+
 
 def closing_table(summary: Mapping[str, Any], folder: Path, export: Path, images_per_s: float) -> str:
     """Two columns to print. summary: as launcher.export writes it to `export`; folder: of the run; images_per_s: mean
@@ -14,7 +16,7 @@ def closing_table(summary: Mapping[str, Any], folder: Path, export: Path, images
         ("dense parameters (prunable)", f"{summary['prunable']:,}"),
         ("weights kept", f"{summary['kept']:,}"),
         ("density", f"{summary['density']:.4%}"),
-        ("test accuracy", f"{summary['accuracy']:.2%}"),
+        ("test accuracy", accuracy_text(summary["accuracy"], summary.get("top5"))),
         ("FLOPs, sparse / dense", f"{summary['flops_sparse']:,} / {summary['flops_dense']:,}"),
         *([("images/s while training", f"{images_per_s:,.0f}")] if images_per_s else []),
         ("TensorBoard", f"tensorboard --logdir {folder / 'tensorboard'}"),

@@ -15,14 +15,14 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ghostmask.engine.errors import InputError, RunStopped
+from ghostmask.engine.errors import InputError, RunStopped, tell
 from ghostmask.engine.spawn import PRELOAD, fork_server
 from ghostmask.launcher.checks import check_config
 from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.environment import prepare_environment
 from ghostmask.launcher.grid import combinations
 from ghostmask.launcher.settings import differences, from_dict, load_config
-from ghostmask.launcher.table import markdown, spread
+from ghostmask.launcher.table import show_lines
 
 
 def sweep(arguments: Sequence[str], *, vary: Sequence[str], seeds: int, folder: Path) -> int:
@@ -36,19 +36,17 @@ def sweep(arguments: Sequence[str], *, vary: Sequence[str], seeds: int, folder: 
     if not configs:
         raise InputError("ghostmask sweep: name at least one CONFIG, such as digits_probmask")
     settings = [text for text in arguments if "=" in text]
-    plans: dict[tuple[str, ...], list[PlannedRun]] = {}
+    plans: list[tuple[tuple[str, ...], PlannedRun]] = []
     for config, chosen in itertools.product(configs, combinations("--vary", vary)):
-        name = "-".join([Path(config).stem, *(text.partition("=")[2] for text in chosen)])
-        plans[config, *chosen] = [
-            planned(config, [*settings, *chosen, f"seed={seed}", f"run={os.path.join(folder, f'{name}-seed{seed}')}"])
-            for seed in range(seeds)
-        ]
-    rows = []
-    for (config, *chosen), runs in plans.items():
-        scores = [trained(run) for run in runs]
-        rows.append([config, *(text.partition("=")[2] for text in chosen), spread(scores)])
-        print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
-    print(markdown(["config", *(text.partition("=")[0] for text in vary), f"test accuracy, {seeds} seeds"], rows))
+        values = [text.partition("=")[2] for text in chosen]
+        name = "-".join([Path(config).stem, *values])
+        for seed in range(seeds):
+            own = [*settings, *chosen, f"seed={seed}", f"run={os.path.join(folder, f'{name}-seed{seed}')}"]
+            plans.append(((config, *values), planned(config, own)))
+    for shown, run in plans:
+        tell(f"{' | '.join(shown)} | {run.config.run}: {trained(run):.2f}", sys.stderr)
+    columns = ["config", *(text.partition("=")[0] for text in vary)]
+    show_lines(columns, [(shown, Path(run.config.run)) for shown, run in plans], file=None)
     return 0
 
 

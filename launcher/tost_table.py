@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ghostmask.engine.errors import unknown_name
+from ghostmask.engine.errors import output, unknown_name
 from ghostmask.launcher.checks import READ_BY_TWEAK
 from ghostmask.launcher.settings import load_config
 from ghostmask.launcher.sweep import PlannedRun, accuracy, planned, trained
@@ -50,7 +50,7 @@ def tost_table(
             for run in (found.get(cell), runs[cell]):
                 if run is not None:
                     trained(run)
-    print(table({cell: accuracy(run.config) for cell, run in runs.items()}, masks, densities, tweaks, seeds))
+    output(table({cell: accuracy(run.config) for cell, run in runs.items()}, masks, densities, tweaks, seeds))
     return 0
 
 

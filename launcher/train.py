@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from ghostmask.data_pipelines.open import preprocessing
 from ghostmask.engine.agree import on_main
-from ghostmask.engine.errors import EXIT_NOT_SAVED, RunStopped, to_stderr
+from ghostmask.engine.errors import EXIT_NOT_SAVED, RunStopped, tell, to_stderr
 from ghostmask.engine.evaluation import Score, score
 from ghostmask.engine.launch import read_launch
 from ghostmask.engine.world import connect
@@ -20,6 +21,7 @@ from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.export import write_export
 from ghostmask.launcher.folder import resumed
 from ghostmask.launcher.open_run import OpenRun, open_owned
+from ghostmask.launcher.recipe import recipe_hooks
 from ghostmask.launcher.run import Run, Shares, assemble, build_method, open_data, settle
 from ghostmask.launcher.settings import run_folder, to_dict
 from ghostmask.launcher.source import Source
@@ -57,10 +59,10 @@ def _train_owned(config: RunConfig, restart: bool, source: Source | None, new_da
         shares = Shares.of(config, world)
         data = open_data(config, world, shares.plain.parts)
         check_steps(config, data.steps_per_epoch)
-        method = build_method(config, world, data)
+        method, recipe = build_method(config, world, data), recipe_hooks(config, data, world)
         opened = open_owned(folder, config, world, data, restart=restart, source=source, new_data=new_data)
         try:
-            with assemble(config, folder, data, method, opened, shares).closing() as run:
+            with assemble(config, folder, data, method, opened, shares, recipe).closing() as run:
                 return _train(run, opened, source)
         finally:
             opened.release()
@@ -72,6 +74,8 @@ def _train(run: Run, opened: OpenRun, source: Source | None) -> int:
         run.check_place(saved, f"--from {source}" if source else f"run = {str(opened.folder)!r}")
         if run.world.is_main:
             run.reporter.progress.message(f"resuming {opened.folder} at step {saved.step}, phase {saved.meta['phase']}")
+    if run.config.lr_scale != 1 and run.world.is_main:
+        run.reporter.progress.message(rates_text(run.config))
     run.execute(saved)
     finish(run, opened.folder / "export", opened.folder)
     opened.store.wait()
@@ -85,6 +89,15 @@ def _train(run: Run, opened: OpenRun, source: Source | None) -> int:
     return 0
 
 
+def rates_text(config: RunConfig) -> str:
+    """What optim.scale_lr makes of the learning rates."""
+    scale, optim = config.lr_scale, config.optim
+    rates = f"optim.lr {optim.lr:g} -> {optim.lr * scale:g}, finetune.lr {config.finetune.lr:g} -> "
+    return (
+        f"learning rates for {config.data.batch_size} images ({optim.scale_lr}): {rates}{config.finetune.lr * scale:g}"
+    )
+
+
 def finish(run: Run, out: Path, folder: Path, mark: str = "") -> None:
     """Collective: evaluate the masked network, export it to `out` and print the closing table of the run in `folder`.
 
@@ -94,14 +107,14 @@ def finish(run: Run, out: Path, folder: Path, mark: str = "") -> None:
     result = evaluate_masked(run)
     run.store.check_owner()
     details: dict[str, Any] = {
-        "accuracy": result.accuracy, "image_shape": run.data.image_shape, "config": to_dict(run.config),
-        "preprocessing": preprocessing(run.config.data),
+        "accuracy": result.accuracy, "top5": result.top5, "image_shape": run.data.image_shape,
+        "config": to_dict(run.config), "preprocessing": preprocessing(run.config.data),
     }  # fmt: skip
 
     def export() -> None:
         summary = _persistently(lambda: write_export(out, run.net, masks, mark=mark, **details), out)
         run.reporter.progress.close()
-        print(closing_table(summary, folder, out, run.reporter.mean_images_per_s), flush=True)
+        tell(closing_table(summary, folder, out, run.reporter.mean_images_per_s), sys.stdout)
 
     on_main(run.world, export)
 
@@ -131,4 +144,4 @@ def evaluate_masked(run: Run) -> Score:
     for name, mask in run.masks().items():
         run.net.get_parameter(name).masked_fill_(~mask, 0.0)
     run.net.eval()
-    return score(run.net, run.data.evaluate(), run.world, run.config.train.precision)
+    return score(run.net, run.data.evaluate(), run.world, run.config.train.precision, flip=run.config.train.eval_flip)

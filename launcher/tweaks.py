@@ -9,9 +9,9 @@ from torch import nn
 
 from ghostmask.engine.hooks import Hook
 from ghostmask.engine.position import Phase
+from ghostmask.engine.sharding.layerwise import sgd_of
 from ghostmask.engine.sharding.placement import ParameterGroup
 from ghostmask.engine.sharding.reparametrization import Plain
-from ghostmask.engine.sharding.rules import Sgd
 from ghostmask.launcher.config import RunConfig
 from ghostmask.masks.masked import present_masks
 from ghostmask.masks.method import FINETUNE, Setup
@@ -32,9 +32,8 @@ def with_tweaks(setup: Setup, config: RunConfig, net: nn.Module, phase: Phase, s
             ghosts = None
             if ghost_alpha(done, tost.ghost_skip_fraction) > 0:
                 ghosts = Ghosts(net, _seed(config.seed, phase))
-                optim = config.optim
-                form = Plain({"weight": Sgd(optim.momentum, optim.weight_decay, optim.nesterov)})
-                groups.append(ParameterGroup(GHOST, dict(ghosts.named_parameters()), form, optim.lr))
+                form, lr = Plain({"weight": sgd_of(config.optim)}), config.optim.lr * config.lr_scale
+                groups.append(ParameterGroup(GHOST, dict(ghosts.named_parameters()), form, lr))
             ghosted = GhostedModel(model, ghosts)
             hooks.append(GhostSkip(tost, ghosted))
             model = ghosted

@@ -53,6 +53,9 @@ class FixedMask(Masked):
     def gradients(self, gradient: Tensor, state: State, part: Slice, draw: Draw) -> State:
         return {"weight": gradient.mul_(state["mask"])}
 
+    def counted(self, name: str, state: State) -> Tensor:
+        return torch.where(state["mask"], state[name], 0.0)
+
     def mask(self, state: State, part: Slice) -> Tensor:
         return state["mask"]
 

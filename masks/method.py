@@ -29,6 +29,7 @@ from ghostmask.engine.config import FinetuneConfig, OptimConfig
 from ghostmask.engine.data import DataPipeline
 from ghostmask.engine.hooks import Hook
 from ghostmask.engine.position import Phase
+from ghostmask.engine.sharding.layerwise import sgd_of
 from ghostmask.engine.sharding.placement import ParameterGroup
 from ghostmask.engine.sharding.reparametrization import Plain, Reparametrization
 from ghostmask.engine.sharding.rules import Sgd
@@ -128,8 +129,7 @@ class MaskMethod(ABC):
 
     def rule(self) -> Sgd:
         """How dense weights move."""
-        optim = self.recipe.optim
-        return Sgd(optim.momentum, optim.weight_decay, optim.nesterov)
+        return sgd_of(self.recipe.optim)
 
     def prepare(self) -> None:  # noqa: B027  (a method that starts from the initialisation needs nothing)
         """A new run: bring `net` to the state the method starts from."""

@@ -13,6 +13,7 @@ from ghostmask.engine.metrics import Counts
 from ghostmask.engine.sharding.slices import Slice
 from ghostmask.masks.masked import PRUNABLE, Masked
 from ghostmask.masks.relaxed import RelaxedMask
+from ghostmask.masks.schedules import DECIDING
 from ghostmask.masks.scoring.topk import empty_layers
 
 if TYPE_CHECKING:
@@ -94,9 +95,8 @@ class ProbabilityReport(DensityReport):
 
 
 def suggested_rate(lr: float, steps: int) -> float:
-    """A rate with which `steps` steps decide: what decides is rate x steps, and the paper has 6e-3 over 58,800 steps
-    (and was seen to do with a tenth of that product: 6e-2 over 690)."""
-    return max(lr * 2, 41.0 / max(steps, 1))
+    """A rate with which `steps` steps decide (see schedules.probability_rate), and a higher one than lr."""
+    return max(lr * 2, DECIDING / max(steps, 1))
 
 
 def layer_histograms(values: Tensor, part: Slice) -> dict[str, Counts]:

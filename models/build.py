@@ -12,9 +12,11 @@ from torch import nn
 
 from ghostmask.engine.errors import bad_value
 from ghostmask.engine.registry import resolve
+from ghostmask.models.blurpool import blurpool
 from ghostmask.models.config import ModelConfig
 from ghostmask.models.foreign import check_network, find_builder, output_of
 from ghostmask.models.registry import MODELS
+from ghostmask.models.residual import zero_init_last
 
 
 def build_model(config: ModelConfig, num_classes: int, image_shape: tuple[int, int, int], seed: int) -> nn.Module:
@@ -32,9 +34,12 @@ def build_model(config: ModelConfig, num_classes: int, image_shape: tuple[int, i
     with _seeded(seed), torch.device("cpu"):
         if config.name in MODELS:
             net: nn.Module = resolve(MODELS[config.name])(num_classes, image_shape)
-            return net
-        found = find_builder(config.name)(num_classes, image_shape)
-        return check_network(found, config.name, num_classes, image_shape)
+        else:
+            found = find_builder(config.name)(num_classes, image_shape)
+            net = check_network(found, config.name, num_classes, image_shape)
+        if config.zero_init_last:
+            zero_init_last(net)
+        return blurpool(net) if config.blurpool else net
 
 
 def check_part(net: nn.Module, image_shape: tuple[int, int, int], batch_size: int, parts: int) -> None:

@@ -18,6 +18,12 @@ class ModelConfig:
     as package.module:function, with (num_classes, image_shape) or (num_classes)."""
     num_classes: int = 0
     """Classes of the last layer; 0 = as many as the dataset has."""
+    zero_init_last: bool = False
+    """The last batch norm of every residual block starts at weight 0, the block as identity (Goyal et al. 2017)."""
+    blurpool: bool = False
+    """BlurPool (Zhang 2019): a 3x3 binomial filter before every strided convolution of 16 input channels or more. The
+    exported state dict is the plain network's, but whoever loads it must filter too: models/blurpool.py. Its
+    operations are not among the FLOPs that are reported."""
 
     def __post_init__(self) -> None:
         check_name(self.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 MODELS = {
     "resnet20": "ghostmask.models.cifar_resnet:resnet20",
     "resnet32": "ghostmask.models.cifar_resnet:resnet32",
+    "resnet9": "ghostmask.models.resnet9:resnet9",
     "resnet18_cifar": "ghostmask.models.cifar_resnet:resnet18",
     "resnet50_cifar": "ghostmask.models.cifar_resnet:resnet50",
     "vgg19": "ghostmask.models.vgg:vgg19",

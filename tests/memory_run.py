@@ -20,6 +20,7 @@ from ghostmask.engine.trainer import Trainer
 from ghostmask.engine.world import World
 from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.open_run import open_owned
+from ghostmask.launcher.recipe import recipe_hooks
 from ghostmask.launcher.run import Run, Shares, assemble, build_method
 from ghostmask.launcher.settings import settings_of
 from ghostmask.models.config import ModelConfig
@@ -64,7 +65,8 @@ def memory_run(world: World, folder: Path, config: RunConfig, data: MemoryData |
     data.parts = shares.plain.parts
     method = build_method(config, world, data)
     opened = open_owned(folder, config, world, data)
-    return assemble(config, folder, data, method, opened, shares), opened.saved
+    recipe = recipe_hooks(config, data, world)
+    return assemble(config, folder, data, method, opened, shares, recipe), opened.saved
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from ghostmask.engine.errors import InputError, RunStopped
 from ghostmask.launcher import sweep, tost_table
 from ghostmask.launcher.cli import run_command
 from ghostmask.launcher.settings import load_config, to_dict
+from ghostmask.launcher.table import spread
 from ghostmask.models.config import TostConfig
 
 SCORES = {
@@ -81,16 +82,18 @@ def test_a_sweep_shows_what_is_trained_and_stops_at_a_run_that_fails(
         own = [f"mask.density={density}", "optim.lr=0.1", f"seed={seed}", f"run={run}"]
         summary = {
             "accuracy": 0.9 + density + seed / 100,
+            "density": density,
+            **({"top5": 0.8 + density} if density == 0.1 else {}),
             "config": to_dict(load_config(settings[0], settings[1:] + own)),
         }
         (run / "export").mkdir(parents=True)
         (run / "export" / "summary.json").write_text(json.dumps(summary))
     assert run_command(["sweep", *settings, *varied]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "| config | mask.density | optim.lr | test accuracy, 2 seeds |",
-        "| --- | --- | --- | --- |",
-        "| digits_tost | 0.1 | 0.1 | 100.50 +- 0.71 |",
-        "| digits_tost | 0.05 | 0.1 | 95.50 +- 0.71 |",
+        "| config | mask.density | optim.lr | test accuracy | top-5 | seeds | density | not finished |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| digits_tost | 0.1 | 0.1 | 100.50 +- 0.71 | 90.00 +- 0.00 | 2 | 0.1 |  |",
+        "| digits_tost | 0.05 | 0.1 | 95.50 +- 0.71 | - | 2 | 0.05 |  |",
     ]
     (run / "export" / "summary.json").unlink()  # the data are not there
     with pytest.raises(RunStopped, match=r"digits_tost-0\.05-0\.1-seed1 ended with exit code 2") as stopped:
@@ -110,7 +113,7 @@ def test_a_row_takes_the_seeds_whose_runs_are_all_there_and_differences_seed_by_
 
 
 def test_one_score_has_no_spread() -> None:
-    assert [sweep.spread(scores) for scores in ([], [98.5], [98.0, 99.0])] == ["-", "98.50", "98.50 +- 0.71"]
+    assert [spread(scores) for scores in ([], [98.5], [98.0, 99.0])] == ["-", "98.50", "98.50 +- 0.71"]
 
 
 @pytest.mark.parametrize("tweak", tost_table.TWEAKS[1:])

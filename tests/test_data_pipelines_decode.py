@@ -180,6 +180,19 @@ def test_more_workers_than_cores_are_a_warning_not_a_crash(root: Path) -> None:
     pipeline.close()
 
 
+def test_workers_are_a_ranks_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ghostmask.data_pipelines.loader import usable_threads
+    from ghostmask.engine.cores import usable_cores
+
+    assert usable_threads(0) == usable_cores()
+    for name, value in {"RANK": 1, "WORLD_SIZE": 64, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 64}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1234")
+    assert usable_threads(0) == max(1, usable_cores() // 64)
+    assert usable_threads(1) == 1
+
+
 def test_shared_photographs_load(tmp_path: Path) -> None:
     source = SHARED / "data" / "imagenet_fullres"
     if not source.is_dir():

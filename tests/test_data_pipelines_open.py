@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -173,6 +174,29 @@ def test_an_epoch_left_early_ends_its_thread_and_the_next_one_works(open_rank: O
     assert len(list(pipeline.evaluate())) == NUM_EVAL  # while a training epoch is open
     pipeline.close()
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("order", ["random", "quasi_random"])
+def test_fifty_epochs_left_early_leak_neither_threads_nor_files_nor_memory(order: str, open_rank: Open) -> None:
+    """An epoch's buffers are 6 MB: one in ten of them kept would be seen."""
+    pipeline = open_rank(image_size=64, num_train=400, batch_size=100, order=order)
+    page_bytes = os.sysconf("SC_PAGE_SIZE")
+
+    def held() -> tuple[int, int, int]:
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * page_bytes
+        return threading.active_count(), len(os.listdir("/proc/self/fd")), resident
+
+    seen = []
+    for epoch in range(60):
+        batches = pipeline.train(epoch)
+        for _ in range(epoch % 3 + 1):
+            next(batches)
+        batches.close()
+        seen.append(held())
+    threads, files, resident = zip(*seen[10:], strict=True)
+    assert len(set(threads)) == 1
+    assert len(set(files)) == 1
+    assert max(resident[-10:]) - max(resident[:10]) < 25e6
 
 
 def test_loading_leaves_torchs_threads_alone(open_rank: Open) -> None:

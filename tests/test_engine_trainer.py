@@ -24,7 +24,7 @@ from ghostmask.engine.config import CheckpointConfig, TrainConfig
 from ghostmask.engine.data import Parts
 from ghostmask.engine.errors import EXIT_INTERRUPTED, EXIT_NON_FINITE, InputError, RunStopped
 from ghostmask.engine.hooks import Hook
-from ghostmask.engine.loss import LossModule
+from ghostmask.engine.loss import Loss, LossModule
 from ghostmask.engine.metrics import MetricWriter
 from ghostmask.engine.position import Phase
 from ghostmask.engine.progress import Progress
@@ -173,7 +173,7 @@ def test_the_bytes_of_the_state_fall_as_one_over_the_ranks(trained: Any) -> None
 def test_label_smoothing_spreads_its_share_over_all_classes() -> None:
     torch.manual_seed(0)
     net, images, labels = Net(), torch.randn(5, 3, 8, 8), torch.tensor([0, 3, 1, 2, 2])
-    loss, correct = LossModule(net, 0.3, "fp32", compiled=False)(images, labels)
+    loss, (correct, *_) = LossModule(net, Loss(0.3), "fp32", compiled=False)(images, labels)
     wanted = functional.one_hot(labels, 4) * 0.7 + 0.3 / 4
     torch.testing.assert_close(loss, -(wanted * net(images).log_softmax(1)).sum(1).mean())
     assert int(correct) == int((net(images).argmax(1) == labels).sum())

@@ -42,6 +42,8 @@ COMMAND_LINE = {
         "--mem-gb", "--time", "--signal-s", "--partition", "--account", "--qos", "--constraint", "--exclude",
         "--comment", "--interface", "--setup", "--sbatch", "--srun",
     ],
+    "ghostmask init": ["FOLDER", "-h --help", "--out"],
+    "ghostmask doctor": ["CONFIG", "[key=value ...]", "-h --help", "--ranks"],
     "ghostmask status": ["[RUN ...]", "-h --help", "--json"],
     "ghostmask cancel": ["[RUN ...]", "-h --help"],
     "ghostmask logs": ["RUN", "-h --help", "--rank", "--follow"],

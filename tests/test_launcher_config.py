@@ -210,6 +210,9 @@ def test_every_shipped_config_opens_with_paper_cost_accuracy_and_command(name: s
         "paper", "cost", "accuracy", "command",
     ]  # fmt: skip
     assert f"train {name}" in next(line for line in head if line.startswith("# command"))
+    if "imagenet" in name:
+        assert "hardware" in words
+        assert "reckoned, not measured here: " in "\n".join(head)
 
 
 @pytest.mark.parametrize("name", [*shipped_configs(), *METHODS])

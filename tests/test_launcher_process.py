@@ -12,7 +12,7 @@ COMMAND = f"{sys.executable} -m ghostmask"
 
 
 def shell(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True, timeout=200, check=False)
 
 
 @pytest.mark.parametrize("closed", [">&- <&-", ">&- 2>&- <&-"])
@@ -50,3 +50,17 @@ def test_a_name_that_the_terminal_cannot_show_is_escaped(tmp_path: Path) -> None
     script = "from ghostmask.launcher.process import open_standard_streams as o; o(); print(chr(0x65e5), chr(0xdcff))"
     done = shell(f'PYTHONIOENCODING=ascii {sys.executable} -c "{script}"', tmp_path)
     assert (done.returncode, done.stdout) == (0, "\\u65e5 \\udcff\n")
+
+
+def test_output_that_a_full_disk_does_not_take_is_an_error_of_a_command_that_shows_something(tmp_path: Path) -> None:
+    done = shell(f"{COMMAND} show methods > /dev/full", tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "ghostmask: error: the output could not be written (No space left on device)\n"
+
+
+def test_a_run_whose_log_is_on_a_full_disk_goes_on_to_its_end(tmp_path: Path) -> None:
+    made = shell(f"{COMMAND} prepare digits_probmask data.root=. > /dev/null", tmp_path)
+    assert made.returncode == 0, made.stderr
+    train = f"{COMMAND} train digits_probmask run=./r data.root=. train.epochs=2 finetune.epochs=0 --ranks 2"
+    assert shell(f"{train} > /dev/full 2>&1", tmp_path).returncode == 0
+    assert (tmp_path / "r" / "export" / "summary.json").exists()

@@ -85,7 +85,16 @@ def finished(interrupted: UserRun) -> UserRun:
     assert result.returncode == 0, result.stderr
     assert saved_at is not None
     assert f"resuming {interrupted.folder} at step {saved_at.group(1)}, phase search" in result.stderr
-    for row in ("weights kept", "density", "test accuracy", "images/s", "TensorBoard", "checkpoint", "exported model"):
+    for row in (
+        "weights kept",
+        "density",
+        "test accuracy",
+        ", top-5 ",
+        "images/s",
+        "TensorBoard",
+        "checkpoint",
+        "exported model",
+    ):
         assert row in result.stdout
     return interrupted
 
@@ -102,6 +111,12 @@ def test_metrics_of_an_interrupted_and_resumed_run_are_those_of_one_run(finished
                  "speed/data_wait_fraction", "memory/peak_bytes"):  # fmt: skip
         assert name in trained[0], name
     assert "lr/prunable.probability" not in trained[-1]
+    for where in ("train", "eval"):
+        pairs = [(line[f"{where}/accuracy"], line[f"{where}/top5"]) for line in finished.metrics()
+                 if f"{where}/accuracy" in line]  # fmt: skip
+        assert len(pairs) >= 4
+        assert all(0 <= top1 <= top5 <= 1 for top1, top5 in pairs)
+        assert any(top1 < top5 for top1, top5 in pairs)
 
 
 def test_tensorboard_holds_the_same_scalars_and_histograms(finished: UserRun) -> None:
@@ -109,6 +124,7 @@ def test_tensorboard_holds_the_same_scalars_and_histograms(finished: UserRun) ->
 
     events = EventAccumulator(str(finished.folder / "tensorboard"))
     events.Reload()
+    assert {"eval/top5", "train/top5"} <= set(events.Tags()["scalars"])
     logged = {e.step: e.value for e in events.Scalars("train/loss")}
     lines = {line["step"]: line["train/loss"] for line in finished.metrics() if "train/loss" in line}
     assert logged == pytest.approx(lines, rel=1e-5)
@@ -135,7 +151,8 @@ def test_evaluate_measures_the_exported_accuracy_afresh_on_any_number_of_ranks(r
     measured = json.loads(result.stdout)
     summary = json.loads((finished.folder / "export" / "summary.json").read_text())
     assert set(measured) == set(summary)
-    assert measured["accuracy"] == summary["accuracy"]
+    assert (measured["accuracy"], measured["top5"]) == (summary["accuracy"], summary["top5"])
+    assert summary["accuracy"] <= summary["top5"] <= 1
     assert (measured["kept"], measured["density"]) == (summary["kept"], summary["density"])
 
 

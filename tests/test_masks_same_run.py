@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from memory_data import MemoryData
 from memory_run import CONFIG, Outcome, complete, configured, losses
+from safetensors.torch import save_file
 
 from ghostmask.engine.spawn import run_distributed
 from ghostmask.launcher.config import RunConfig
@@ -24,6 +26,14 @@ SHORT = configured(
 )  # fmt: skip
 """V = 4 parts with batch norm, 8 steps and for some methods 4 of fine-tuning; joint clipping at work."""
 TOST = {**TOST_PRESETS["all"], "ghost_skip_fraction": 0.7, "swish_fraction": 0.6, "lrsi_steps": 3}
+RECIPE: dict[str, Any] = {
+    "model": {"blurpool": True, "zero_init_last": True},
+    "optim": {"decay_norms": False, "lars": True, "lars_trust": 0.02, "scale_lr": "sqrt", "lr": 1.0},
+    "augment": {"randaugment": 2, "mixup": 0.3, "cutmix": 1.0, "mix_fraction": 0.7},
+    "ema": {"decay": 0.8},
+    "train": {"eval_flip": True},
+}
+"""Every option that changes what a step computes; with a teacher (`config_of`)."""
 
 CASES: dict[str, dict[str, Any]] = {
     "probmask": {},
@@ -36,6 +46,8 @@ CASES: dict[str, dict[str, Any]] = {
     "file": {"mask": {"method": "file"}},
     "tost": {"mask": {"method": "dense"}, "tost": TOST},
     "probmask tost": {"mask": {"noises": 2}, "tost": TOST},
+    "gmp recipe": {"mask": {"method": "gmp"}, **RECIPE},
+    "probmask recipe": {"mask": {"noises": 2}, "tost": {"label_smoothing": 0.1}, **RECIPE},
 }
 OTHERS = {
     "probmask": [(2, 2), (4, 0)],
@@ -48,6 +60,8 @@ OTHERS = {
     "file": [(4, 0)],
     "tost": [(2, 1), (4, 2)],
     "probmask tost": [(4, 1)],
+    "gmp recipe": [(2, 2)],
+    "probmask recipe": [(4, 0)],
 }
 """(ranks, ZeRO stage) that are held against 1 rank at stage 1."""
 
@@ -59,6 +73,12 @@ def config_of(name: str, folder: Path) -> RunConfig:
         path = folder / "mask.safetensors"
         write_masks(path, {n: random_mask(w, w.numel() // 10, 1, n) for n, w in weights.items()}, {})
         case = {"mask": {"method": "file", "path": str(path)}}
+    if "recipe" in name:
+        path = folder / "teacher.safetensors"
+        save_file(
+            build_model(replace(SHORT.model, blurpool=True), 4, MemoryData.image_shape, seed=9).state_dict(), path
+        )
+        case = {**case, "distill": {"path": str(path), "alpha": 0.3}}
     return configured(SHORT, **{section: dict(values) for section, values in case.items()})
 
 

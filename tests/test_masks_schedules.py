@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from ghostmask.masks.schedules import cubic_density, linear_temperature
+from ghostmask.masks.schedules import cubic_density, linear_temperature, probability_rate
 
 IMAGENET = {"start": 16, "end": 60}
 CIFAR = {"start": 48, "end": 180}
@@ -68,3 +68,11 @@ def test_a_wrong_density_schedule_is_refused(call: str) -> None:
 def test_a_wrong_temperature_schedule_is_refused(call: str) -> None:
     with pytest.raises(ValueError, match="give"):
         eval(call)
+
+
+def test_the_rate_of_the_probabilities_is_inverse_to_the_steps_between_its_limits() -> None:
+    assert probability_rate(440) == 41 / 440
+    assert probability_rate(58_800) == probability_rate(500_400) == 6e-3
+    assert probability_rate(1) == probability_rate(110) == 0.12
+    rates = [probability_rate(steps) for steps in (1, 300, 400, 2_000, 6_834, 10**6)]
+    assert rates == sorted(rates, reverse=True)

@@ -21,7 +21,7 @@ from ghostmask.launcher.settings import load_config, setting_types
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
-SECTIONS = "model|data|mask|tost|optim|train|finetune|checkpoint"
+SECTIONS = "model|data|mask|tost|optim|train|finetune|augment|ema|distill|checkpoint"
 
 
 def prose_and_code(text: str) -> tuple[str, list[str]]:
@@ -74,10 +74,10 @@ def test_every_file_of_the_project_that_is_named_exists(path: Path) -> None:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
 def test_every_make_target_that_is_named_exists(path: Path) -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
     prose, code = prose_and_code(path.read_text())
     for text in [*re.findall(r"`([^`\n]+)`", prose), *code]:
-        for target in re.findall(r"^make ([a-z]+)", text):
+        for target in re.findall(r"^make ([a-z-]+)", text):
             assert target in targets, f"{path.name}: make {target}"
 
 

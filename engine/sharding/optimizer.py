@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
+from ghostmask.engine.sharding.average import AVERAGE, delivered, follow
 from ghostmask.engine.sharding.placement import ParameterGroup, Placement, WholePlacement
 from ghostmask.engine.sharding.reparametrization import Draw, State
 from ghostmask.engine.sharding.rules import Scale
@@ -100,6 +102,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 state = form.start(placement.initial(index), self.slices[index])
                 for name, rule in form.rules.items():
                     state |= {f"{name}.{buffer}": torch.zeros_like(state[name]) for buffer in rule.buffers}
+                if group.average:
+                    state[AVERAGE] = state["weight"].clone()
                 self.states.append(state)
         self.refresh()
 
@@ -112,7 +116,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     @property
     def differs_in_evaluation(self) -> bool:
         """Whether `eval()` changes the parameters."""
-        return any(g.reparametrization.differs_in_evaluation for g in self.groups)
+        return any(g.differs_in_evaluation for g in self.groups)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -160,9 +164,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def scale(self, factors: Mapping[str, float]) -> None:
-        """Collective: multiply parameters by a factor each, by name, through their state."""
+        """Collective: multiply parameters by a factor each, by name, through their state; averages begin anew."""
         for group, state, part in zip(self.groups, self.states, self.slices, strict=True):
             group.reparametrization.scale(state, part, factors)
+            if group.average:
+                state[AVERAGE].copy_(state["weight"])
         self.refresh()
 
     @torch.no_grad()
@@ -172,7 +178,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         The optimizer has no hold on them any more.
         """
         for group, state, part in zip(self.groups, self.states, self.slices, strict=True):
-            whole = part.gathered(group.reparametrization.evaluation_weights(state, part))
+            whole = part.gathered(group.reparametrization.evaluation_weights(delivered(state), part))
             for name, parameter in group.parameters.items():
                 parameter.data, parameter.grad = whole[name].contiguous(), None
 
@@ -248,9 +254,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 for name, rule in form.rules.items():
                     buffers = [state[f"{name}.{buffer}"] for buffer in rule.buffers]
                     lr = rates[group.name] * form.rates.get(name, 1.0)
-                    rule.update(state[name], gradients[name], buffers, lr, self.updates, scale)
+                    counted = partial(form.counted, name, state)
+                    left = rule.adapt(state[name], gradients[name], counted, part, scale)
+                    rule.update(state[name], gradients[name], buffers, lr, self.updates, left)
             with record_function("constraint"):
                 form.constrain(state, part, self.updates + 1)
+                if group.average:
+                    follow(state[AVERAGE], state["weight"], group.average, self.updates)
         self.updates += 1
         for group in self.groups:
             group.reparametrization.schedule(self.updates)
@@ -285,8 +295,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for index, (group, state, part) in enumerate(zip(self.groups, self.states, self.slices, strict=True)):
             form, outputs = group.reparametrization, self.placement.outputs(index)
             with record_function("parameters"):
-                if self._evaluating and form.differs_in_evaluation:
-                    values = form.evaluation_weights(state, part)
+                if self._evaluating and group.differs_in_evaluation:
+                    values = form.evaluation_weights(delivered(state), part)
                     for run, out in outputs:
                         out.copy_(values[run.start : run.start + run.numel])
                 else:

@@ -19,7 +19,8 @@ class ParameterGroup:
     """Parameters that are made and updated alike.
 
     name: prefixes their keys in checkpoints ("prunable.probability/conv1.weight"); lr: base learning rate; bf16:
-    whether the network computes with bfloat16 copies, which are what ranks send each other (ZeRO stages 1 and 2).
+    whether the network computes with bfloat16 copies, which are what ranks send each other (ZeRO stages 1 and 2);
+    average: decay of a moving average of the weights, which is delivered in their place; 0: there is none.
     """
 
     name: str
@@ -27,6 +28,12 @@ class ParameterGroup:
     reparametrization: Reparametrization
     lr: float
     bf16: bool = False
+    average: float = 0.0
+
+    @property
+    def differs_in_evaluation(self) -> bool:
+        """Whether other parameters are delivered than those trained with."""
+        return self.reparametrization.differs_in_evaluation or self.average > 0
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -108,7 +115,7 @@ class WholePlacement:
 def is_own_state(group: ParameterGroup) -> bool:
     """Whether the group's parameters are their own state at every moment, so that they may share its memory."""
     form = group.reparametrization
-    return isinstance(form, Plain) and not form.differs_in_evaluation
+    return isinstance(form, Plain) and not group.differs_in_evaluation
 
 
 @torch.no_grad()

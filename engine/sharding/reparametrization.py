@@ -67,6 +67,10 @@ class Reparametrization:
         """(n,) float32: the parameters of the network that would be delivered now. Collective."""
         return self.weights(state, part, Draw(0, 0, 0))
 
+    def counted(self, name: str, state: State) -> Tensor:
+        """(n,) a trained state tensor, with 0 for elements that the network does not see."""
+        return state[name]
+
     def write(self, state: State, part: Slice, draw: Draw, outputs: list[tuple[Run, Tensor]]) -> None:
         """Fill the runs' outputs, of any float type, with `weights`; to be overridden where a kernel does it at
         once."""

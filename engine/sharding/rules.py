@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
+
+from ghostmask.engine.sharding.slices import Slice
 
 LANES = 64
 """Elements of which torch's CPU kernels compute every full row in vector registers, whatever the processor."""
@@ -33,6 +35,11 @@ class UpdateRule(Protocol):
     buffers: ClassVar[tuple[str, ...]]
     """Tensors kept for each state tensor, of its shape, zero before the first update."""
 
+    def adapt(self, value: Tensor, gradient: Tensor, counted: Callable[[], Tensor], part: Slice, scale: Scale) -> Scale:
+        """Collective: before `update`, change the gradient by what whole parameters say; returns the scale that is left
+        to apply. counted: `value` as the network sees it, 0 where it is pruned."""
+        ...
+
     def update(
         self, value: Tensor, gradient: Tensor, buffers: list[Tensor], lr: float, updates: int, scale: Scale
     ) -> None:
@@ -43,8 +50,15 @@ class UpdateRule(Protocol):
         ...
 
 
+class ByElement:
+    """A rule in which an element's numbers are all that counts."""
+
+    def adapt(self, value: Tensor, gradient: Tensor, counted: Callable[[], Tensor], part: Slice, scale: Scale) -> Scale:
+        return scale
+
+
 @dataclass(frozen=True)
-class Sgd:
+class Sgd(ByElement):
     """w <- w - lr b, b <- momentum b + g + weight_decay w (torch.optim.SGD's, with nesterov as there)."""
 
     momentum: float = 0.9
@@ -60,13 +74,16 @@ class Sgd:
                 momentum: list[Any] = [b]
                 sgd(
                     [w], [g], momentum, has_sparse_grad=False, fused=True, grad_scale=scale.divisor,
-                    found_inf=scale.skip, weight_decay=self.weight_decay, momentum=self.momentum, lr=lr, dampening=0.0,
+                    found_inf=scale.skip, weight_decay=self._decay(), momentum=self.momentum, lr=lr, dampening=0.0,
                     nesterov=self.nesterov, maximize=False,
                 )  # fmt: skip
 
+    def _decay(self) -> float:
+        return self.weight_decay
+
 
 @dataclass(frozen=True)
-class Adam:
+class Adam(ByElement):
     """Adam (Kingma & Ba 2015) with bias correction, as torch.optim.Adam computes it."""
 
     betas: tuple[float, float] = (0.9, 0.999)

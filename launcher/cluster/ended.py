@@ -9,6 +9,7 @@ lost, Slurm starts the job again.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -25,8 +26,8 @@ from ghostmask.launcher.cluster.slurm import SlurmJob
 
 AGAIN = (EXIT_INTERRUPTED, EXIT_LOST, EXIT_HUNG)
 """Codes after which the same command goes on."""
-FUTILE = 3
-"""Attempts in a row that ended, for whatever reason, without a new checkpoint: another one would do so too."""
+FUTILE, INTERRUPTED = 3, 10
+"""Attempts in a row that ended without a new checkpoint, by themselves, or by signals too: another one would do so."""
 LAST_LINES, LINE = 20, 400
 """Of what a failed rank said, and how long a line of it may be."""
 TRACEBACK = "Traceback (most recent call last)"
@@ -46,13 +47,13 @@ def ended(run: Path, code: int) -> int:
         code = EXIT_LOST
     step = newest_step(run)
     again = code in AGAIN and known.state != "CANCELLED"  # whose ranks end as after any other signal
-    before = [a for a in attempts(run) if a.get("event") == "end"][-(FUTILE - 1) :]
-    futile = again and len(before) == FUTILE - 1 and all(a.get("step") == step and a.get("again") for a in before)
+    row = [*_codes_at(step, run), code]
+    futile = again and (len(row) >= INTERRUPTED or sum(c != EXIT_INTERRUPTED for c in row) >= FUTILE)
     why = "" if code == 0 else last_words(run)
     if futile:
         again = False
         say(
-            f"{FUTILE} attempts in a row ended at step {step} without a new checkpoint: not started again; "
+            f"{len(row)} attempts in a row ended at step {step} without a new checkpoint: not started again; "
             "save more often (checkpoint.every_minutes), ask for more time, or look at the log"
         )
     add_attempt(run, event="end", code=code, step=step, again=again, futile=futile, said=why)
@@ -61,6 +62,12 @@ def ended(run: Path, code: int) -> int:
     if again and not followed and (refused := slurm.requeue(job_id())):
         say(f"the job could not be queued again ({refused}); submit the run again, it goes on at step {step}")
     return code
+
+
+def _codes_at(step: int, run: Path) -> list[int]:
+    """Of the last attempts in a row that ended at this step and were followed by another."""
+    ends = reversed([a for a in attempts(run) if a.get("event") == "end"])
+    return [a["code"] for a in itertools.takewhile(lambda a: a.get("step") == step and a.get("again"), ends)]
 
 
 def newest_step(run: Path) -> int:

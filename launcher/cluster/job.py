@@ -11,7 +11,7 @@ from pathlib import Path
 
 from submitit.helpers import DelayedSubmission
 
-from ghostmask.engine.errors import EXIT_INTERRUPTED
+from ghostmask.engine.errors import EXIT_INTERRUPTED, tell
 from ghostmask.engine.launch import read_launch
 from ghostmask.launcher.cluster.record import add_attempt, attempts, job_id, restarts
 
@@ -43,7 +43,7 @@ class TrainJob:
         launch = read_launch()
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
         place = f"rank {launch.rank} of {launch.size} on {socket.gethostname()}, number {launch.local_rank} there"
-        print(f"{MARK} {restarts()} of job {job_id()}: {place}, GPUs {gpus}", file=sys.stderr, flush=True)
+        tell(f"{MARK} {restarts()} of job {job_id()}: {place}, GPUs {gpus}", sys.stderr)
         flags = self.flags if not any(a.get("job") == job_id() for a in attempts(Path(self.run))) else ()
         if launch.rank == 0:
             nodes = os.environ.get("SLURM_JOB_NODELIST", socket.gethostname())
@@ -52,7 +52,6 @@ class TrainJob:
 
         several = ["--ranks", str(self.local_ranks)] if self.local_ranks > 1 else []
         code = main(["train", self.config, *flags, *several])
-        sys.stdout.flush()
         if code == EXIT_INTERRUPTED and self.end_s and time.monotonic() - began >= self.end_s:
             code = LOCAL_AGAIN
         if code:

@@ -114,7 +114,7 @@ def _from_end(found: Standing, record: JobRecord | None, known: dict[str, SlurmJ
 def _why(end: dict[str, Any]) -> str:
     lines = str(end.get("said", "")).strip().splitlines() or [""]
     first = lines[-1 if lines[0].startswith(TRACEBACK) else 0].removeprefix("ghostmask: ")
-    given_up = "three attempts in a row without a new checkpoint; " if end.get("futile") else ""
+    given_up = "no new checkpoint in several attempts in a row; " if end.get("futile") else ""
     return f"{given_up}code {end['code']}" + (f": {first}" if first else "")
 
 

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
-from ghostmask.engine.errors import InputError
+from ghostmask.engine.errors import InputError, output
 from ghostmask.launcher import locate
 from ghostmask.launcher.cluster import slurm
 from ghostmask.launcher.cluster.record import FILE
@@ -29,18 +29,18 @@ def status(runs: Sequence[str], *, as_json: bool) -> int:
     """Print how each run stands, of all in runs/ where none is named; returns 0."""
     found = [standing(folder) for folder in (known_runs(runs) if runs else all_runs(locate.RUNS))]
     if as_json:
-        print(json.dumps([asdict(run) for run in found], indent=1))
+        output(json.dumps([asdict(run) for run in found], indent=1))
         return 0
     if not found:
-        print(f"there is no run in {locate.RUNS}/")
+        output(f"there is no run in {locate.RUNS}/")
         return 0
     head = ["run", "state", "job", "requeued", "epoch", "step", "accuracy", "density", "left"]
-    print(markdown(head, [_row(run) for run in found]))
+    output(markdown(head, [_row(run) for run in found]))
     for run in found:
         if run.why:
-            print(f"\n{run.run}: {run.why}")
+            output(f"\n{run.run}: {run.why}")
             if "\n" in run.said:
-                print("\n".join(f"    {line}" for line in run.said.splitlines()[1:]))
+                output("\n".join(f"    {line}" for line in run.said.splitlines()[1:]))
     return 0
 
 
@@ -54,7 +54,7 @@ def cancel(runs: Sequence[str]) -> int:
                 os.kill(int(job), signal.SIGTERM)  # the controller hands it on to the task, which saves
             elif refused := slurm.cancel(job):
                 raise InputError(f"run = {str(folder)!r}: Slurm does not cancel job {job}: {refused}")
-        print(f"{folder}: job {', '.join(active)} cancelled" if active else f"{folder}: has no job to cancel")
+        output(f"{folder}: job {', '.join(active)} cancelled" if active else f"{folder}: has no job to cancel")
     return 0
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ghostmask.engine.atomic import replacing
-from ghostmask.engine.errors import InputError, bad_value
+from ghostmask.engine.errors import InputError, bad_value, output
 from ghostmask.launcher.checks import check_config
 from ghostmask.launcher.cluster.ended import RUNS
 from ghostmask.launcher.cluster.job import TrainJob
@@ -60,8 +60,10 @@ def submit(
     executor = _executor(cluster, jobs, code, options, group.name, parallel, chain)
     if dry_run:
         if cluster == "slurm":
-            print(_script(executor, len(runs)))
-        print("\n".join(f"# {run / 'job' / 'config.yaml'}\n{to_yaml(c)}" for run, c in zip(runs, configs, strict=True)))
+            output(_script(executor, len(runs)))
+        output(
+            "\n".join(f"# {run / 'job' / 'config.yaml'}\n{to_yaml(c)}" for run, c in zip(runs, configs, strict=True))
+        )
         return 0
     take_snapshot(code, {config.model.name for config in configs})
     tasks = [_task(config, run, options, cluster, flags) for config, run in zip(configs, runs, strict=True)]
@@ -78,8 +80,8 @@ def submit(
         mine = ids if len(runs) == 1 else [ids[number]]
         tasks_of = 1 if cluster == "local" else options.ranks[-1]
         write_job(run, JobRecord(cluster, mine, str(jobs), time.time(), tasks_of, list(command)))
-        print(f"{run_folder(configs[number])}: job {', '.join(mine)}")
-    print(f"ghostmask status {run_folder(configs[0])}      ghostmask logs {run_folder(configs[0])} --follow")
+        output(f"{run_folder(configs[number])}: job {', '.join(mine)}")
+    output(f"ghostmask status {run_folder(configs[0])}      ghostmask logs {run_folder(configs[0])} --follow")
     return 0
 
 

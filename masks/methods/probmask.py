@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -13,6 +13,7 @@ import torch
 from ghostmask.engine.batchnorm import batch_statistics
 from ghostmask.engine.compiled import agree_on_kernels
 from ghostmask.engine.config import require
+from ghostmask.engine.data import DataPipeline
 from ghostmask.engine.evaluation import score
 from ghostmask.engine.hooks import Hook
 from ghostmask.engine.position import Phase
@@ -23,11 +24,14 @@ from ghostmask.masks.masked import PRUNABLE, FixedMask
 from ghostmask.masks.method import FINETUNE, MaskMethod, Setup
 from ghostmask.masks.relaxed import RelaxedMask, Search
 from ghostmask.masks.report import ProbabilityReport
+from ghostmask.masks.schedules import probability_rate
 from ghostmask.masks.settings import Ranked, Scheduled, choice, number
 
 if TYPE_CHECKING:
     from ghostmask.engine.trainer import Trainer
 
+OF_WEIGHTS = {"lr", "momentum", "nesterov", "weight_decay", "decay_norms", "scale_lr", "lars", "lars_trust"}
+"""Settings of `optim` that probabilities do not read."""
 CANDIDATE_BATCHES = 50
 """Training batches on which final=best_of compares its candidates."""
 
@@ -36,8 +40,10 @@ CANDIDATE_BATCHES = 50
 class Settings(Ranked, Scheduled):
     """probmask."""
 
-    lr: float = number(6e-3, 0, above=True)
-    """Peak learning rate of Adam on the probabilities."""
+    lr: float = number(0.0, 0)
+    """Peak learning rate of Adam on the probabilities; 0 = derived from the steps of the search, as how far they get is
+    rate x steps: 41 / steps, at least the paper's 6e-3 (from 6,834 steps on) and at most 0.12. What comes out is said
+    when the search starts, and by `ghostmask show config` where the data are prepared."""
     samples: int = number(2, 1, 10_000)
     """Noise samples I that every part of the batch is computed with, over which the loss is averaged (eq. 3-5)."""
     noises: int = number(1, 1, 65_536)
@@ -84,7 +90,7 @@ class ProbMask(MaskMethod):
         if settings.train_weights:
             return
         chosen, fix = "mask.train_weights=false", "mask.train_weights=true"
-        unread = set() if run.tost.ghost_skip else {"lr", "momentum", "nesterov", "weight_decay"}  # ghosts are trained
+        unread = set() if run.tost.ghost_skip else OF_WEIGHTS  # ghosts are trained
         for name in sorted(run.given("optim") & unread):
             raise run.not_read("optim", name, chosen, fix)
         if run.finetune.epochs > 0:
@@ -104,7 +110,11 @@ class ProbMask(MaskMethod):
             s.density, s.constraint, s.temperature_end, start, end, phase.epochs, phase.steps_per_epoch,
             self.recipe.seed,
         )  # fmt: skip
-        return RelaxedMask(search, self.rule() if s.train_weights else None, s.lr / self.recipe.optim.lr)
+        return RelaxedMask(search, self.rule() if s.train_weights else None, self.rate(phase) / self.recipe.optim.lr)
+
+    def rate(self, phase: Phase) -> float:
+        """Peak rate of the probabilities in a search."""
+        return self.settings.lr or probability_rate(phase.epochs * phase.steps_per_epoch)
 
     def groups(self, form: Reparametrization, lr: float) -> list[ParameterGroup]:
         groups = super().groups(form, lr)
@@ -118,6 +128,12 @@ class ProbMask(MaskMethod):
         if phase.name != FINETUNE:
             agree_on_kernels(self.world, KERNELS)
         return replace(super().enter(phase), passes=1 if phase.name == FINETUNE else self.settings.samples)
+
+    def begin(self, phase: Phase, data: DataPipeline, say: Callable[[str], None]) -> None:
+        if phase.name != FINETUNE and phase.epochs > 0 and not self.settings.lr:
+            steps = phase.epochs * phase.steps_per_epoch
+            say(f"mask.lr = {self.rate(phase):.4g}, derived from {steps:,} steps of the search")
+        super().begin(phase, data, say)
 
     def hooks(self, phase: Phase, form: Reparametrization) -> Sequence[Hook]:
         return (ProbabilityReport(form),) if isinstance(form, RelaxedMask) else super().hooks(phase, form)

@@ -1,0 +1,1 @@
+"""ghostmask init: a config that fits a folder of images."""
