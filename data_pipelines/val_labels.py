@@ -44,7 +44,7 @@ def devkit(path: Path) -> tuple[list[str], dict[str, str]]:
     try:
         from scipy.io import loadmat  # type: ignore[import-untyped]
     except ImportError as error:
-        fix = f"reading {META} of ILSVRC2012's devkit needs scipy; install it, or give lines of image and class"
+        fix = f"reading {META} needs scipy (extra [imagenet]); install it, or give lines of image and class"
         raise bad_value(FIELD, str(path), fix) from error
     try:
         synsets: Any = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]

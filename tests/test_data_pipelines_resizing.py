@@ -114,7 +114,9 @@ def test_training_images_have_the_side_of_their_epoch_and_evaluation_images_thei
 
 
 def test_small_images_are_those_of_a_run_whose_images_are_small_throughout(root: Path) -> None:
-    growing, small = _open(root), _open(root, image_size=32, start_size=0, grow_from=0, grow_until=0)
+    settings = {"image_size": 32, "start_size": 0, "grow_from": 0, "grow_until": 0}
+    prepare(_folder(root, **settings), progress=False)
+    growing, small = _open(root), _open(root, **settings)
     for a, b in zip(growing.train(0), small.train(0), strict=True):
         assert torch.equal(a.images, b.images)
         assert torch.equal(a.labels, b.labels)

@@ -125,7 +125,7 @@ def test_a_dataset_of_known_classes_can_be_described_without_its_files(name: str
 
 def test_describing_absent_photographs_is_an_input_error(tmp_path: Path) -> None:
     for name in sorted(set(DATASETS) - {"cifar10", "cifar100", "digits", "synthetic"}):
-        with pytest.raises(InputError, match=r"data\.root = .*no .*\.beton"):
+        with pytest.raises(InputError, match=r"data\.root = .*no.* \.beton"):
             describe(DataConfig(dataset=name, root=str(tmp_path / "absent")))
 
 

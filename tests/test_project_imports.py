@@ -39,7 +39,7 @@ LIGHT_FILES = ("config.py", "registry.py", "errors.py", "position.py")
 
 DEFINING_CALLS = re.compile(
     r"re\.compile|logging\.getLogger|threading\.Lock|TypeVar|Path|frozenset|set|set\[\w+\]|tuple|list|dict|range|len|float|bool"
-    r"|tl\.constexpr|binding\.\S+|intrinsic|np\.(u?int\d+|float\d+|empty)|torch\.finfo|math\.\w+|types\.\w+|numba\.njit(\(.*\))?|[\w.]*\.resolve|[A-Z]\w*"
+    r"|tl\.constexpr|binding\.\S+|intrinsic|np\.(u?int\d+|float\d+|empty|dtype)|torch\.finfo|math\.\w+|types\.\w+|numba\.njit(\(.*\))?|[\w.]*\.resolve|[A-Z]\w*"
 )
 """Calls that may stand in a module's constants: they compute a value and touch nothing else."""
 OPERATOR_CALLS = re.compile(
@@ -165,7 +165,9 @@ def test_importing_a_module_does_nothing(path: Path) -> None:
 def test_every_library_that_is_imported_is_declared() -> None:
     """What happens to be installed because a dependency needs it may be gone with that dependency's next version."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    requirements = project["dependencies"] + project["optional-dependencies"]["digits"]
+    requirements = project["dependencies"] + [
+        text for extra in ("digits", "imagenet") for text in project["optional-dependencies"][extra]
+    ]
     declared = {normal(re.split(r"[^\w.-]", text)[0]) for text in requirements}
     declared.add("triton")  # part of torch where there is a GPU to use it; nothing imports it elsewhere
     providers = importlib.metadata.packages_distributions()
