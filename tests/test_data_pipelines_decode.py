@@ -189,7 +189,7 @@ def test_fast_decoding_changes_little_and_only_jpegs_with_large_crops(root: Path
         for x, y, index in zip(_gray_levels(a.images), _gray_levels(b.images), indices, strict=True):
             changed[int(index)] = abs(x - y).mean()
     assert {index for index, by in changed.items() if by > 0} <= set(np.flatnonzero(jpeg).tolist())
-    assert 0 < max(changed.values()) < 10  # a box moves by up to half a pixel of the smaller image
+    assert 0 < max(changed.values()) < 16  # a box moves by up to half a pixel of the smaller image
     exact.close()
     fast.close()
 
