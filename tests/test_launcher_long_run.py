@@ -23,7 +23,7 @@ NUM_TRAIN, NUM_EVAL = 100, 10
 """Photographs of each of 10 classes."""
 SETTINGS = [
     "data.batch_size=8", "train.replicas=2", "train.epochs=2", "finetune.epochs=0", "train.log_every=1",
-    "mask.samples=1", "mask.density=0.05", "optim.warmup=0ep", "optim.lr=0.01", "checkpoint.every_steps=25",
+    "mask.samples=1", "mask.density=0.05", "optim.warmup=0ep", "optim.lr=1e-3", "checkpoint.every_steps=25",
 ]  # fmt: skip
 """250 steps."""
 SETTLED = 50
