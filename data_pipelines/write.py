@@ -73,7 +73,10 @@ def died(exit_code: int | None) -> str:
 def _apart(function: str, job: dict[str, Any]) -> Any:
     """The result of a function of `writer`, called in a process of its own. Raises its InputError and OSError."""
     here, there = connection.Pipe()
-    writer = fork_server(f"{__package__}.writer").Process(target=_answer, args=(there, function, job))
+    # Imported before it forks, not by every worker: torchvision's takes seconds.
+    writer = fork_server(f"{__package__}.writer", "torchvision.transforms.v2").Process(
+        target=_answer, args=(there, function, job)
+    )
     writer.start()
     there.close()
     try:

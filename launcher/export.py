@@ -40,8 +40,8 @@ def write_export(
     sees it (see data_pipelines.open.preprocessing). mark: see engine.atomic.replacing. Call it on one rank. Each file
     appears whole or not at all, the summary last. Raises ValueError for a mask that fits no weight.
     """
-    summary = {**accuracies(accuracy, top5), "preprocessing": preprocessing or {}}
-    summary |= {**summarise(net, masks, image_shape), "config": config}
+    known = {} if preprocessing is None else {"preprocessing": preprocessing}
+    summary = {**accuracies(accuracy, top5), **known, **summarise(net, masks, image_shape), "config": config}
     text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / MODEL_FILE, mark) as writing:

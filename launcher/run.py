@@ -37,7 +37,7 @@ from ghostmask.launcher.tweaks import with_tweaks
 from ghostmask.masks.masked import present_masks
 from ghostmask.masks.method import FINETUNE, MaskMethod, Recipe
 from ghostmask.masks.registry import METHODS
-from ghostmask.models.build import build_model, check_part
+from ghostmask.models.build import build_model, check_part, check_side
 
 
 @dataclass
@@ -179,6 +179,9 @@ def open_data(config: RunConfig, world: World, parts: Parts | None = None) -> Da
 def build_method(config: RunConfig, world: World, data: DataPipeline) -> MaskMethod:
     """The network, from its seed, on this rank's device, and the mask method around it. Raises InputError."""
     net = build_model(config.model, data.num_classes, data.image_shape, config.seed)
+    for field in ("eval_size", "start_size"):
+        if (side := getattr(config.data, field)) not in (0, data.image_shape[1]):
+            check_side(net, data.image_shape, f"data.{field}", side)
     check_part(net, data.image_shape, config.data.batch_size, config.train.replicas)
     net.to(world.device)
     bf16 = config.train.precision == "bf16" and config.train.zero_stage > 0

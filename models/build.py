@@ -56,6 +56,19 @@ def check_part(net: nn.Module, image_shape: tuple[int, int, int], batch_size: in
         return
 
 
+def check_side(net: nn.Module, image_shape: tuple[int, int, int], field: str, side: int) -> None:
+    """Raise the InputError of `field` where the network takes images of image_shape, but none of this side."""
+    try:
+        output_of(net, image_shape, "meta")
+    except Exception:  # such as a branch on a value, which the meta device does not have
+        return
+    try:
+        output_of(net, (image_shape[0], side, side), "meta")
+    except Exception as error:
+        why = f"the network takes images of {image_shape[1]} x {image_shape[2]} only ({error}); give no other size"
+        raise bad_value(field, side, f"{why}, or a network that averages over its last feature map") from None
+
+
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Inside, the global generators of torch (CPU), numpy and Python start from `seed`; then they go on as before."""

@@ -21,7 +21,9 @@ def pytest_configure() -> None:
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
     from ghostmask.engine.spawn import PRELOAD, fork_server
 
-    fork_server(*PRELOAD, "ghostmask.data_pipelines.writer")  # one server for all tests: it imports once
+    fork_server(
+        *PRELOAD, "ghostmask.data_pipelines.writer", "torchvision.transforms.v2"
+    )  # one server for all tests: it imports once
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

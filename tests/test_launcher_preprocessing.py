@@ -75,6 +75,15 @@ def test_a_few_lines_with_torchvision_give_the_same_logits_and_accuracy(
     assert json.loads(capsys.readouterr().out)["accuracy"] == accuracy
 
 
+def test_a_network_of_one_size_refuses_another_before_it_is_trained(
+    runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert runs.call("prepare", "run", "data.eval_size=24") == 0
+    assert runs.call("train", "fixed", "model.name=conv4", "data.eval_size=24") == 2
+    assert "data.eval_size = 24: the network takes images of 16 x 16 only" in capsys.readouterr().err
+    assert not (runs.folder / "fixed" / "metrics.jsonl").exists()
+
+
 def test_the_summary_names_the_preprocessing_of_data_that_have_none(tmp_path: Path) -> None:
     from ghostmask.data_pipelines.open import preprocessing
 
