@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from ffcv.loader import Loader
 from ffcv.loader.epoch_iterator import EpochIterator
+from ffcv.memory_managers import OSCacheManager
 from ffcv.pipeline.compiler import Compiler
 from numpy.typing import NDArray
 from torch import Tensor
@@ -44,15 +45,18 @@ class BetonLoader:
     def __init__(self, path: Path, decoder: Any, batch_size: int, num_workers: int, num_classes: int) -> None:
         """decoder: an operation of `decode`. Raises InputError if the file's labels are not in [0, num_classes)."""
         self.path, self.batch_size = path, batch_size
-        # A compiled decoder needs nothing more from FFCV's compiler, whose wrapper cannot be cached.
+        # A compiled decoder needs nothing more from FFCV's compiler, whose wrapper cannot be cached, nor a function
+        # that reads: to name its type, FFCV makes numba's own type of a line of bytes read-only, and loses kernels.
         with torch_threads_kept():
             Compiler.set_enabled(False)
+            reader, OSCacheManager.compile_reader = OSCacheManager.compile_reader, lambda _: None
             try:
                 self._loader = Loader(
                     str(path), batch_size=batch_size, num_workers=usable_threads(num_workers), os_cache=True,
                     drop_last=False, batches_ahead=BATCHES_AHEAD, pipelines={"image": [decoder], "label": None},
                 )  # fmt: skip
             finally:
+                OSCacheManager.compile_reader = reader
                 Compiler.set_enabled(True)
         # Tables of Python sets that only FFCV's other cache uses: 1 GB for ImageNet, in every rank.
         manager = self._loader.memory_manager

@@ -199,6 +199,15 @@ def test_fifty_epochs_left_early_leak_neither_threads_nor_files_nor_memory(order
     assert max(resident[-10:]) - max(resident[:10]) < 25e6
 
 
+def test_loading_leaves_numbas_types_alone(open_rank: Open) -> None:
+    import numba
+
+    line = numba.uint8[::1]
+    list(open_rank().train(0))
+    assert line.mutable
+    assert numba.uint8[::1] == line
+
+
 def test_loading_leaves_torchs_threads_alone(open_rank: Open) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
