@@ -2,7 +2,7 @@
 # How good is a 95 % sparse network after a minute on one GPU? CIFAR-10, downloaded where there is a network.
 #
 # ROOT=... is the folder (data) that holds cifar-10-batches-py, or cifar-100-python, where nothing can be downloaded.
-# Without a GPU a smaller network trains for a shorter time, under 5 minutes on two cores. Settings may follow:
+# Without a GPU a smaller network trains for one epoch, in under 5 minutes on two free cores. Settings may follow:
 #   bash .ci/smoke_cifar.sh mask.density=0.02 run=runs/other
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -36,8 +36,9 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def rows(bench: Bench) -> list[Row]:
-    """Cases loader_imagenet (half of the images JPEG, as by default), loader_imagenet_jpeg (all), loader_cifar and
-    loader_cifar_resident."""
+    """Cases loader_imagenet (half of the images JPEG, as by default), loader_imagenet_jpeg (all), loader_cifar,
+    loader_cifar_resident, and those of `decoding`."""
+    from ghostmask.benchmarks import decoding
     from ghostmask.data_pipelines.write import write_images
 
     with scratch() as folder:
@@ -56,7 +57,8 @@ def rows(bench: Bench) -> list[Row]:
         for path in paths.values():
             write_images(_Pixels(pixels, None), path)
         found = [_photographs_row(case, config, what, bench) for case, config in configs.items()]
-        return [*found, _cifar_row(paths, pixels, kind, bench), _resident_row(paths, pixels, kind, bench)]
+        found += [_cifar_row(paths, pixels, kind, bench), _resident_row(paths, pixels, kind, bench)]
+        return [*found, *decoding.rows(bench, source / "train", what)]
 
 
 def photographs(folder: Path, quick: bool) -> tuple[Path, str]:

@@ -30,6 +30,9 @@ class DataConfig:
     then not used): always, never, or auto = on a GPU, where they are of one size and take less than 1 GB."""
     image_size: int = 0
     """Side of a training image in pixels; 0 = the dataset's own."""
+    fast_decode: bool = False
+    """Image folders: decode a JPEG whose crop is shrunk to half or less at 1/2, 1/4 or 1/8 of its size: faster, and
+    other pixels (docs/performance.md)."""
     start_size: int = 0
     """Image folders: side of training images at first, a multiple of 32; it grows by 32 pixels at once from epoch
     grow_from to image_size in epoch grow_until; 0 = image_size in every epoch. Evaluation images do not change."""

@@ -49,7 +49,7 @@ class BetonPipeline:
         self._loaders = {
             split: BetonLoader(
                 paths[split],
-                ResizedCrop(source.image_size, augmentation)
+                ResizedCrop(source.image_size, augmentation, config.fast_decode)
                 if source.augmentation.resized_crop and split == "train"
                 else WholeImage(augmentation),
                 share,

@@ -21,12 +21,11 @@ def image_side(config: DataConfig, full: int, epoch: int) -> int:
 
 
 def check_resizing(config: DataConfig, source: Source) -> None:
-    """Raise InputError where data.start_size does not fit the dataset."""
-    if not config.start_size:
-        return
-    if not source.augmentation.resized_crop:
-        fix = f"images of {config.dataset} have one size; leave it out"
-        raise bad_value("data.start_size", config.start_size, fix)
+    """Raise InputError where data.start_size does not fit the dataset, or its images are not resized at all."""
+    for name in ("start_size", "fast_decode"):
+        if getattr(config, name) and not source.augmentation.resized_crop:
+            fix = f"images of {config.dataset} have one size; leave it out"
+            raise bad_value(f"data.{name}", getattr(config, name), fix)
     if config.start_size >= source.image_size:
         fix = f"give a multiple of {MULTIPLE} below the images' own side, {source.image_size}"
         raise bad_value("data.start_size", config.start_size, fix)

@@ -23,13 +23,13 @@ READ_BY_TWEAK = {
 }
 """Tweak of ToST in the main phase -> the other settings of `tost` that it reads."""
 
+BLIND_AT_ZERO = ("snip", "grasp", "synflow", "mlprune")
+"""Finders whose scores are 0 for weights behind which nothing depends on them."""
+
 PHOTOGRAPHS = {
     "max_resolution", "jpeg_fraction", "eval_size", "eval_resize", "interpolation", "exif", "val_fraction", "val_seed",
     "bad_images",
 }  # fmt: skip
-BLIND_AT_ZERO = ("snip", "grasp", "synflow", "mlprune")
-"""Finders whose scores are 0 for weights behind which nothing depends on them."""
-
 READ_BY_DATASET = {
     "synthetic": {"num_train", "num_eval", "num_classes"},
     "imagefolder": PHOTOGRAPHS | {"val_labels"},

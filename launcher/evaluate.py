@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 
-from ghostmask.data_pipelines.open import preprocessing
 from ghostmask.engine.errors import InputError, output
 from ghostmask.engine.evaluation import Score, score
 from ghostmask.engine.world import connect
 from ghostmask.launcher.config import RunConfig
-from ghostmask.launcher.export import accuracies, load_export, summarise
+from ghostmask.launcher.export import accuracies, load_export, summarise, use
 from ghostmask.launcher.folder import read_run
 from ghostmask.launcher.run import open_data
 from ghostmask.launcher.settings import to_dict
@@ -50,9 +49,5 @@ def evaluate(run: Path, *, as_json: bool = False) -> int:
 def _summary(config: RunConfig, net: torch.nn.Module, shape: tuple[int, int, int], result: Score) -> dict[str, Any]:
     weights = prunable_weights(net, config.mask.dense_layers, config.mask.only)
     masks = {} if config.mask.method == "dense" else {name: w.detach() != 0 for name, w in weights.items()}
-    return {
-        **accuracies(result.accuracy, result.top5),
-        "preprocessing": preprocessing(config.data),
-        **summarise(net, masks, shape),
-        "config": to_dict(config),
-    }
+    found = {**accuracies(result.accuracy, result.top5), "preprocessing": use(config)}
+    return {**found, **summarise(net, masks, shape), "config": to_dict(config)}

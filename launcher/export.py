@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from ghostmask.data_pipelines.open import preprocessing
 from ghostmask.engine.atomic import replacing
 from ghostmask.engine.checkpoint.state_file import read_state_dict
+from ghostmask.launcher.config import RunConfig
 from ghostmask.masks.prunable import prunable_weights
 from ghostmask.models.flops import count_flops
 
@@ -28,19 +30,19 @@ def write_export(
     accuracy: float | None,
     image_shape: tuple[int, int, int],
     config: dict[str, Any],
-    preprocessing: dict[str, Any] | None = None,
     top5: float | None = None,
+    usage: dict[str, Any] | None = None,
     mark: str = "",
 ) -> dict[str, Any]:
     """Write folder/model.safetensors and folder/summary.json, and return the summary; `net` stays as it is.
 
     net: the mask-free network. masks: bool tensors by weight name, as `prunable_weights` names them; empty for a dense
     network. accuracy: evaluation accuracy in [0, 1], None where there was no evaluation; top5: as
-    Score's. config: the resolved configuration, JSON-able. preprocessing: what is done to an image before the network
-    sees it (see data_pipelines.open.preprocessing). mark: see engine.atomic.replacing. Call it on one rank. Each file
+    Score's. config: the resolved configuration, JSON-able. usage: what is done to an image before the network sees it
+    (see `use`), written as "preprocessing". mark: see engine.atomic.replacing. Call it on one rank. Each file
     appears whole or not at all, the summary last. Raises ValueError for a mask that fits no weight.
     """
-    known = {} if preprocessing is None else {"preprocessing": preprocessing}
+    known = {} if usage is None else {"preprocessing": usage}
     summary = {**accuracies(accuracy, top5), **known, **summarise(net, masks, image_shape), "config": config}
     text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
@@ -50,6 +52,19 @@ def write_export(
     with replacing(folder / SUMMARY_FILE, mark) as writing:
         writing.write_text(text, encoding="utf-8")
     return summary
+
+
+def use(config: RunConfig) -> dict[str, Any]:
+    """What whoever uses the network must do too, to get the accuracy that is reported: `preprocessing` of the data and
+
+    mirrored: whether logits are the mean of those of an image and its mirror image; blurpool: whether the network needs
+    models.blurpool's filters.
+    """
+    return {
+        **preprocessing(config.data),
+        "mirrored": config.train.eval_flip,
+        "blurpool": config.model.blurpool,
+    }
 
 
 def accuracies(accuracy: float | None, top5: float | None) -> dict[str, float | None]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from ghostmask.data_pipelines.open import preprocessing
 from ghostmask.engine.agree import on_main
 from ghostmask.engine.errors import EXIT_NOT_SAVED, RunStopped, tell, to_stderr
 from ghostmask.engine.evaluation import Score, score
@@ -18,7 +17,7 @@ from ghostmask.engine.launch import read_launch
 from ghostmask.engine.world import connect
 from ghostmask.launcher.checks import check_config, check_steps
 from ghostmask.launcher.config import RunConfig
-from ghostmask.launcher.export import write_export
+from ghostmask.launcher.export import use, write_export
 from ghostmask.launcher.folder import resumed
 from ghostmask.launcher.open_run import OpenRun, open_owned
 from ghostmask.launcher.recipe import recipe_hooks
@@ -108,7 +107,8 @@ def finish(run: Run, out: Path, folder: Path, mark: str = "") -> None:
     run.store.check_owner()
     details: dict[str, Any] = {
         "accuracy": result.accuracy, "top5": result.top5, "image_shape": run.data.image_shape,
-        "config": to_dict(run.config), "preprocessing": preprocessing(run.config.data),
+        "config": to_dict(run.config),
+        "usage": use(run.config),
     }  # fmt: skip
 
     def export() -> None:

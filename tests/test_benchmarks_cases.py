@@ -32,7 +32,10 @@ CASES = {
         "probmask_step_overhead", "probmask_step_default", "probmask_step_added", "step_images_per_s",
         "dense_images_per_s", "step_where",
     },
-    "loader": {"loader_imagenet", "loader_imagenet_jpeg", "loader_cifar"},
+    "loader": {
+        "loader_imagenet", "loader_imagenet_jpeg", "loader_cifar", "loader_cifar_resident", "loader_decode",
+        "loader_decode_torchvision", "loader_decode_large", "loader_decode_fast",
+    },
     "checkpoint": {"checkpoint_stall", "checkpoint_first_stall", "checkpoint_share", "checkpoint_bandwidth"},
     "memory": {"memory"},
     "communication": {"communication"},

@@ -64,7 +64,7 @@ def _stored(root: Path) -> list[np.ndarray]:
 
 
 def test_training_crops_are_the_derived_boxes_resized(root: Path) -> None:
-    from ghostmask.data_pipelines.decode import random_box
+    from ghostmask.data_pipelines.pixels import random_box
 
     pipeline = _open(_config(root, 0.0))
     stored = _stored(root)
@@ -121,7 +121,7 @@ def test_crops_do_not_depend_on_ranks_or_threads(root: Path, num_workers: int) -
 
 @pytest.mark.parametrize(("pad", "flip"), [(0, False), (2, True), (1, False), (0, True), (8, True)])
 def test_shift_and_flip_equal_padding_and_slicing_one_image(pad: int, flip: bool) -> None:
-    from ghostmask.data_pipelines.decode import copy_whole, draws
+    from ghostmask.data_pipelines.pixels import copy_whole, draws
 
     images = np.random.default_rng(0).integers(0, 256, (40, 7, 9, 3), dtype=np.uint8)
     rows = np.stack([np.arange(40, dtype=np.uint64)[::-1], order.sample_words(1, 2, np.arange(40))], 1)
@@ -134,8 +134,68 @@ def test_shift_and_flip_equal_padding_and_slicing_one_image(pad: int, flip: bool
         np.testing.assert_array_equal(result[k], expected[:, ::-1] if mirrored else expected)
 
 
+def _ffcvs_resize(image: np.ndarray, box: tuple[int, int, int, int], side: tuple[int, int]) -> np.ndarray:
+    from ffcv.libffcv import ctypes_resize
+
+    (top, left, h, w), out = box, np.empty((*side, 3), np.uint8)
+    ctypes_resize(
+        0, image.ctypes.data, *image.shape[:2], top, top + h, left, left + w, out.ctypes.data, *side
+    )  # fmt: skip
+    return out
+
+
+def test_shrinking_gives_the_bits_of_ffcvs_resize() -> None:
+    from ghostmask.data_pipelines.pixels import load_kernels, resized
+
+    load_kernels()
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    image[:100] = 255
+    for _ in range(400):
+        side = tuple(rng.integers(1, 60, 2).tolist())
+        h, w = (int(rng.integers(1, most + 1)) for most in image.shape[:2])
+        if rng.random() < 0.3:  # just larger, equal, twice as large
+            h, w = side[0] * int(rng.integers(1, 4)) + int(rng.integers(0, 3)), side[1] + int(rng.integers(0, 3))
+        top, left = int(rng.integers(0, 300 - h + 1)), int(rng.integers(0, 400 - w + 1))
+        out = np.full((*side, 3), 77, np.uint8)
+        resized(image.reshape(-1), 300, 400, top, left, h, w, out)
+        np.testing.assert_array_equal(out, _ffcvs_resize(image, (top, left, h, w), side))
+
+
+@pytest.mark.parametrize(
+    ("box", "expected"),
+    [
+        ((63, 500), 1),
+        ((64, 64), 2),
+        ((127, 1000), 2),
+        ((128, 128), 4),
+        ((1000, 255), 4),
+        ((256, 300), 8),
+        ((9999,) * 2, 8),
+    ],
+)
+def test_a_jpeg_is_decoded_no_smaller_than_its_crop_becomes(box: tuple[int, int], expected: int) -> None:
+    from ghostmask.data_pipelines.pixels import fraction
+
+    assert fraction(*box, SIDE, SIDE) == expected
+
+
+def test_fast_decoding_changes_little_and_only_jpegs_with_large_crops(root: Path) -> None:
+    exact, fast = (_open(_config(root, 0.5, fast_decode=on, image_size=16)) for on in (False, True))
+    jpeg = exact._loaders["train"]._loader.reader.metadata["f0"]["mode"] == 0
+    rows = order.train_rows(0, 1, num_train=NUM_TRAIN, batch_size=12, parts=Parts())
+    changed = {}
+    for a, b, indices in zip(exact.train(1), fast.train(1), rows[:, 0].astype(int).reshape(-1, 12), strict=True):
+        for x, y, index in zip(_gray_levels(a.images), _gray_levels(b.images), indices, strict=True):
+            changed[int(index)] = abs(x - y).mean()
+    assert {index for index, by in changed.items() if by > 0} <= set(np.flatnonzero(jpeg).tolist())
+    assert 0 < max(changed.values()) < 16  # a box moves by up to half a pixel of the smaller image
+    exact.close()
+    fast.close()
+
+
 def test_draws_cover_every_place_evenly() -> None:
-    from ghostmask.data_pipelines.decode import draws
+    from ghostmask.data_pipelines.pixels import draws
 
     down, right, flip = np.array([draws(word, 4, True) for word in order.sample_words(0, 0, np.arange(81_000))]).T
     cells = np.bincount(down * 9 + right, minlength=81)
@@ -146,7 +206,7 @@ def test_draws_cover_every_place_evenly() -> None:
 
 
 def test_no_flip_without_flip() -> None:
-    from ghostmask.data_pipelines.decode import draws
+    from ghostmask.data_pipelines.pixels import draws
 
     assert not any(draws(word, 1, False)[2] for word in order.sample_words(0, 0, np.arange(1000)))
 
@@ -154,7 +214,7 @@ def test_no_flip_without_flip() -> None:
 def test_random_boxes_lie_inside_and_are_distributed_like_torchvisions() -> None:
     from torchvision.transforms import RandomResizedCrop
 
-    from ghostmask.data_pipelines.decode import random_box
+    from ghostmask.data_pipelines.pixels import random_box
 
     ours = np.array([random_box(300, 400, word) for word in order.sample_words(0, 0, np.arange(4000))])
     torch.manual_seed(0)

@@ -47,7 +47,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("data")
     found = {split: folder / f"{split}.beton" for split in SPLITS}
     for split, path in found.items():
-        write_images(Pixels(NUM[split]), path)
+        write_images(Pixels(NUM[split]), path, num_workers=1)
     return found
 
 

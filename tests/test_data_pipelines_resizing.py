@@ -64,6 +64,8 @@ def test_sides_that_do_not_fit_the_dataset_are_refused(root: Path) -> None:
         describe(_folder(root, start_size=64))
     with pytest.raises(InputError, match=r"data\.start_size = 32: images of cifar10 have one size"):
         describe(DataConfig(start_size=32, grow_until=1))
+    with pytest.raises(InputError, match=r"data\.fast_decode = True: images of cifar10 have one size"):
+        describe(DataConfig(fast_decode=True))
 
 
 @pytest.mark.parametrize(

@@ -214,9 +214,9 @@ def test_a_site_that_shows_each_task_its_own_gpu(cluster: Cluster) -> None:
 
 def test_a_local_job_goes_on_after_its_time_limit(cluster: Cluster) -> None:
     """submitit's own controller signals 30 s before the limit, and starts the task again for the code that asks so."""
-    more = ("train.epochs=16", "finetune.epochs=1", "checkpoint.every_steps=100000")
-    cluster.submit("run", *more, options=("--cluster", "local", "--time", "1"))
-    assert cluster.wait("run", "finished", seconds=600)["state"] == "finished"
+    more = ("train.epochs=60", "finetune.epochs=1", "checkpoint.every_steps=100000")
+    cluster.submit("run", *more, options=("--cluster", "local", "--time", "2"))
+    assert cluster.wait("run", "finished", seconds=800)["state"] == "finished"
     assert len(cluster.attempts("run", "start")) > 1
     assert "resuming" in cluster.log("run")
 

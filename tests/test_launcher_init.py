@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ghostmask.data_pipelines.open import describe
 from ghostmask.engine.errors import InputError
 from ghostmask.launcher.checks import check_config
 from ghostmask.launcher.config import RunConfig
@@ -64,6 +65,17 @@ def test_a_small_folder_s_config_is_prepared_and_trained_and_learns(
     assert main(["prepare", str(file)]) == 0
     assert main(["train", str(file), f"run={tmp_path / 'run'}", *short]) == 0
     assert json.loads((tmp_path / "run/export/summary.json").read_text())["density"] == pytest.approx(0.1, rel=1e-3)
+
+
+@pytest.mark.parametrize("train", ["images/train", "images"])
+def test_without_images_for_evaluation_a_share_of_each_class_is_kept_for_it(train: str, tmp_path: Path) -> None:
+    pictures(tmp_path / train, 2, 30, (40, 32))
+    config, text = written(tmp_path / "images", tmp_path / "small.yaml")
+    assert config.data.val_fraction == 0.1
+    assert "there are no images for evaluation" in text
+    assert main(["prepare", str(tmp_path / "small.yaml")]) == 0
+    found = describe(config.data)
+    assert (found.num_classes, found.image_shape) == (2, (3, 32, 32))
 
 
 def test_the_folder_of_the_training_images_means_the_one_above(tmp_path: Path) -> None:

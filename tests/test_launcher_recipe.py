@@ -23,6 +23,7 @@ from ghostmask.engine.spawn import run_distributed
 from ghostmask.engine.trainer import Trainer
 from ghostmask.engine.world import World, single
 from ghostmask.launcher.config import RunConfig
+from ghostmask.launcher.export import use
 from ghostmask.launcher.recipe import recipe_hooks
 from ghostmask.launcher.run import build_method, plan
 from ghostmask.launcher.train import rates_text
@@ -243,3 +244,10 @@ def test_channels_last_is_the_order_of_the_images_that_convolutions_get_mixed_or
             SHORT, train={"channels_last": channels_last, "epochs": 1}, augment={"mixup": 1.0, "mix_fraction": 0.5}
         )
         assert run_distributed(layouts, 1, str(tmp_path / str(channels_last)), config) == [{channels_last}]
+
+
+def test_the_summary_says_what_whoever_uses_the_network_must_do_too() -> None:
+    plain, both = use(SHORT), use(configured(SHORT, train={"eval_flip": True}, model={"blurpool": True}))
+    assert (plain["mirrored"], plain["blurpool"]) == (False, False)
+    assert (both["mirrored"], both["blurpool"]) == (True, True)
+    assert plain.keys() == both.keys() > {"mean", "std", "classes"}

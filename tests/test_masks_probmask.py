@@ -33,6 +33,7 @@ from ghostmask.masks.method import Recipe
 from ghostmask.masks.methods.probmask import ProbMask
 from ghostmask.masks.relaxed import RelaxedMask
 from ghostmask.masks.report import layer_histograms, suggested_rate
+from ghostmask.masks.schedules import probability_rate
 from ghostmask.masks.scoring.topk import kept_count
 from ghostmask.models.build import build_model
 
@@ -76,6 +77,11 @@ def test_the_density_begins_and_ends_to_fall_at_whole_epochs() -> None:
     assert all(len(values) == 1 for values in of_epochs), "it changed within an epoch"
     falling = [0.2 + 0.8 * (1 - x / 4) ** 3 for x in (0, 1, 2, 3)]
     assert [values.pop() for values in of_epochs] == pytest.approx([1.0, 1.0, *falling, 0.2, 0.2, 0.2, 0.2])
+    assert form.rates["probability"] == pytest.approx(probability_rate(10 * 5) / 0.1)
+
+
+def test_a_rate_that_is_given_goes_before_the_derived_one() -> None:
+    form, _ = relaxed(10, lr=6e-3)
     assert form.rates["probability"] == pytest.approx(6e-3 / 0.1)
 
 

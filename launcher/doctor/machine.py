@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ghostmask.engine.cores import usable_cores
+from ghostmask.engine.cores import cores_per_rank, usable_cores
 from ghostmask.launcher.doctor.finding import Finding, failed, passed, warned
 from ghostmask.launcher.doctor.patient import Patient
 from ghostmask.launcher.record import versions
@@ -103,16 +103,16 @@ def settings(patient: Patient) -> Finding:
     if differing:
         return failed(f"other settings than rank 0: {differing}", "give all nodes the same config file and arguments")
     config, ranks = patient.config, patient.launch.local_size
-    workers, cores = ranks * config.data.num_workers, usable_cores()
+    workers, cores = config.data.num_workers or cores_per_rank(), usable_cores()
     text = f"batch {config.data.batch_size} in {config.train.replicas} parts on {patient.world.size} ranks"
-    if workers > cores:
+    if ranks * workers > max(cores, ranks):
         each = max(1, cores // ranks)
         return warned(
-            f"{text}; {ranks} ranks with {config.data.num_workers} loader threads each share {cores} cores",
-            f"data.num_workers={each}",
+            f"{text}; {ranks} ranks with {workers} loader threads each share {cores} cores",
+            f"data.num_workers={each}, or 0",
         )
     threads = f", {usable_threads(config.train.threads)} threads" if patient.world.device.type == "cpu" else ""
-    return passed(f"{text}, {config.data.num_workers} loader threads{threads} each")
+    return passed(f"{text}, {workers} loader threads{threads} each")
 
 
 def differences(here: Mapping[str, str], there: Mapping[str, str], *, values: bool = True) -> str:

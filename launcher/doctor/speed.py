@@ -12,13 +12,16 @@ from time import perf_counter
 
 import torch
 
+from ghostmask.data_pipelines.resizing import image_side
 from ghostmask.engine.batchnorm import restored
 from ghostmask.engine.checkpoint.store import CheckpointStore
+from ghostmask.engine.cores import cores_per_rank
 from ghostmask.engine.data import Batch, DataPipeline
 from ghostmask.engine.position import Phase
 from ghostmask.engine.reporting import peak_memory_bytes
 from ghostmask.engine.signals import StopSignals
 from ghostmask.launcher.checks import check_steps
+from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.doctor.finding import Finding, failed, passed, warned
 from ghostmask.launcher.doctor.machine import differences
 from ghostmask.launcher.doctor.patient import Patient
@@ -105,12 +108,14 @@ def loader(patient: Patient) -> Finding:
     assert patient.data is not None
     config, parts = patient.config, patient.data.parts
     share = config.data.batch_size // parts.total * parts.count
-    return enough(loading_rate(patient.data, LOADER_S), share / patient.step_s, config.data.num_workers)
+    workers = config.data.num_workers or cores_per_rank()
+    rate = loading_rate(patient.data, LOADER_S, config.data.grow_until)
+    return enough(rate, share / patient.step_s, workers)
 
 
-def loading_rate(pipeline: DataPipeline, limit_s: float) -> float:
-    """Images/s of this rank, whole epochs or limit_s long, without the first batch, for which kernels are compiled."""
-    images, begin, epoch, end = 0, 0.0, 0, perf_counter() + 2 * limit_s
+def loading_rate(pipeline: DataPipeline, limit_s: float, epoch: int = 0) -> float:
+    """Images/s of this rank from `epoch` on, limit_s long, without the first batch, for which kernels are compiled."""
+    images, begin, end = 0, 0.0, perf_counter() + 2 * limit_s
     while not begin or perf_counter() < min(begin + limit_s, end):
         with closing(pipeline.train(epoch)) as batches:
             for batch in batches:
@@ -164,13 +169,15 @@ def memory(text: str, used: int, total: int) -> Finding:
 
 
 def seconds(phases: Sequence[Phase], patient: Patient) -> float:
-    """Of all steps, at each phase's noise samples, and all evaluations."""
+    """Of all steps, at each phase's noise samples and each epoch's size of images, and all evaluations."""
     config, num_eval = patient.config, patient.data.num_eval if patient.data else 0
     per_pass = patient.step_s / patient.passes
-    total = 0.0
+    total, side = 0.0, patient.data.image_shape[1] if patient.data else 1
     for phase in phases:
         passes = 1 if phase.name == FINETUNE else patient.passes
-        total += phase.epochs * phase.steps_per_epoch * per_pass * passes
+        epochs = range(phase.first_epoch, phase.first_epoch + phase.epochs)
+        whole = sum((image_side(config.data, side, epoch) / side) ** 2 for epoch in epochs)
+        total += whole * phase.steps_per_epoch * per_pass * passes
         evaluations = math.ceil(phase.epochs / config.train.eval_every)
         total += evaluations * num_eval * FORWARD_SHARE * per_pass / config.data.batch_size
     return total
@@ -182,12 +189,12 @@ def _affordable(patient: Patient) -> tuple[Batch, float]:
     config, pipeline, method = patient.config, patient.data, patient.method
     assert pipeline is not None
     assert method is not None
-    batch = _first(pipeline)
+    batch = _first(pipeline, config)
     size = patient.world.broadcast_object(_images(patient, batch))
     if size < config.data.batch_size:
         smaller = replace(config, data=replace(config.data, batch_size=size))
         pipeline = open_data(smaller, patient.world, patient.shares.plain.parts)
-        batch = _first(pipeline)
+        batch = _first(pipeline, smaller)
     config = replace(config, train=replace(config.train, log_every=10**9))
     patient.store = CheckpointStore(patient.scratch / "checkpoints", patient.world)
     patient.run = assemble_to_read(config, patient.data or pipeline, method, patient.store, patient.shares)
@@ -199,8 +206,9 @@ def _affordable(patient: Patient) -> tuple[Batch, float]:
     return batch, config.data.batch_size / size
 
 
-def _first(pipeline: DataPipeline) -> Batch:
-    with closing(pipeline.train(0)) as batches:
+def _first(pipeline: DataPipeline, config: RunConfig) -> Batch:
+    """A batch of images that have grown to their full size, which takes most time and memory."""
+    with closing(pipeline.train(config.data.grow_until)) as batches:
         return next(batches)
 
 
