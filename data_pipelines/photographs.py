@@ -110,6 +110,9 @@ def photographs(
     if config.val_fraction and evaluation is not None:
         fix = "there are evaluation photographs of their own; leave it at 0"
         raise bad_value("data.val_fraction", config.val_fraction, fix)
+    if config.val_labels and evaluation is None:
+        fix = "there are no evaluation photographs of their own that it could name; leave it out, or data.val_fraction"
+        raise bad_value("data.val_labels", config.val_labels, fix)
     size = config.eval_size or config.image_size or SIDE
     resize = config.eval_resize or (round(size * 256 / 224) if size >= SMALLEST_CROPPED else size)
     require(resize >= size, "data.eval_resize", resize, f"give at least data.eval_size = {size}, or 0")

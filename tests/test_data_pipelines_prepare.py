@@ -232,6 +232,8 @@ def test_a_share_for_evaluation_is_drawn_by_seed_and_stays_when_images_go(tmp_pa
         assert isinstance(images["eval"], Cropped)
         return names["eval"]
 
+    with pytest.raises(InputError, match=r"data\.val_labels = 'x': there are no evaluation photographs of their own"):
+        drawn(val_fraction=0.2, val_labels="x")
     first = drawn(val_fraction=0.2)
     assert sorted(Path(name).parent.name for name in first) == ["cat"] * 4 + ["dog"] * 4
     assert first == drawn(val_fraction=0.2)
