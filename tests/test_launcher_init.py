@@ -55,12 +55,12 @@ def test_photographs_get_a_network_and_a_size_for_photographs(tmp_path: Path) ->
 def test_a_small_folder_s_config_is_prepared_and_trained_and_learns(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pictures(tmp_path / "images/train", 2, 40, (20, 20))
+    pictures(tmp_path / "images/train", 2, 20, (20, 20))
     pictures(tmp_path / "images/val", 2, 10, (20, 20))
     file = tmp_path / "small.yaml"
     config, _ = written(tmp_path / "images", file)
     assert (config.data.image_size, config.model.name) == (16, "resnet20")
-    assert config.data.batch_size <= 80 // 4
+    assert config.data.batch_size == 8
     short = ["train.epochs=3", "finetune.epochs=1", "train.threads=1", "data.num_workers=1"]
     assert main(["prepare", str(file)]) == 0
     assert main(["train", str(file), f"run={tmp_path / 'run'}", *short]) == 0
@@ -76,6 +76,23 @@ def test_without_images_for_evaluation_a_share_of_each_class_is_kept_for_it(trai
     assert main(["prepare", str(tmp_path / "small.yaml")]) == 0
     found = describe(config.data)
     assert (found.num_classes, found.image_shape) == (2, (3, 32, 32))
+
+
+def test_evaluation_images_without_class_folders_are_read_with_their_file_of_labels(tmp_path: Path) -> None:
+    """As tiny-imagenet-200.zip unpacks."""
+    pictures(tmp_path / "tiny/train", 2, 8, (64, 64))
+    pictures(tmp_path / "tiny/val/images", 1, 4, (64, 64))
+    for path in (tmp_path / "tiny/val/images/class 0").iterdir():
+        path.rename(tmp_path / "tiny/val/images" / f"val_{path.name}")
+    (tmp_path / "tiny/val/images/class 0").rmdir()
+    for number, folder in enumerate(sorted((tmp_path / "tiny/train").iterdir())):
+        folder.rename(folder.with_name(f"n{number}"))
+    lines = "".join(f"val_{i}.png\tn{i % 2}\t0\t0\t62\t62\n" for i in range(4))
+    (tmp_path / "tiny/val/val_annotations.txt").write_text(lines)
+    config, _ = written(tmp_path / "tiny", tmp_path / "tiny.yaml")
+    assert config.data.val_labels == str(tmp_path / "tiny/val/val_annotations.txt")
+    assert (config.data.image_size, config.data.val_fraction) == (64, 0.0)
+    assert main(["prepare", str(tmp_path / "tiny.yaml")]) == 0
 
 
 def test_the_folder_of_the_training_images_means_the_one_above(tmp_path: Path) -> None:

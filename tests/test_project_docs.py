@@ -144,3 +144,13 @@ def test_make_smoke_starts_over_a_run_that_nobody_else_has() -> None:
     for line in script.splitlines():
         if "--restart" in line:
             assert '"run=$run"' in line
+
+
+def test_the_settings_of_the_cifar_smoke_test_fit_its_configs() -> None:
+    script = (ROOT / ".ci/smoke_cifar.sh").read_text()
+    assert re.findall(r"config=(\w+)", script) == ["cifar10_resnet9_probmask", "cifar10_resnet32_gmp"]
+    gpu, cpu = re.findall(rf"settings\+=\(((?:{SECTIONS})\.[^)]*)\)", script)[1:]  # the first names the dataset
+    for config, settings in (("cifar10_resnet9_probmask", gpu), ("cifar10_resnet32_gmp", cpu)):
+        for dataset in ("cifar10", "cifar100"):
+            check_config(load_config(config, [*settings.split(), f"data.dataset={dataset}"]), world_size=1)
+        assert load_config(config).mask.density == 0.05  # type: ignore[attr-defined]

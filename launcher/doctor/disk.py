@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from time import perf_counter
 
+from ghostmask.engine.agree import on_main
 from ghostmask.engine.checkpoint.entries import checkpoint_entries
 from ghostmask.engine.checkpoint.pieces import Piece
 from ghostmask.launcher.doctor.finding import Finding, failed, passed, warned
@@ -43,7 +44,7 @@ def disk(patient: Patient) -> Finding:
     patient.checkpoint_bytes = whole + sum(world.all_gather_object(pieces))
     keep = patient.config.checkpoint.keep
     export = sum(value.nbytes for value in trainer.model.state_dict().values())
-    held = size_of(run_folder(patient.config) / "checkpoints")
+    held = on_main(world, lambda: size_of(run_folder(patient.config) / "checkpoints"))
     needed = (keep + 1) * patient.checkpoint_bytes + export - held
     free = shutil.disk_usage(patient.place).free
     return room(needed, free, f"{keep} + 1 checkpoints of {patient.checkpoint_bytes / 1e6:,.0f} MB", patient.place)

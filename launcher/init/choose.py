@@ -84,6 +84,10 @@ def _data(images: Images, size: int, batch: int) -> list[Choice]:
         found.append(Choice("data.jpeg_fraction", 0, f"all raw, which is read fastest: {raw / 1e9:.2g} GB"))
     else:
         found.append(Choice("data.jpeg_fraction", 0.5, f"half of them JPEG: all raw would be {raw / 1e9:.3g} GB"))
+    if images.labels:
+        found.append(
+            Choice("data.val_labels", str(images.labels.absolute()), "val/ has no class folders: this file says")
+        )
     if not images.split:
         found.append(
             Choice(

@@ -10,6 +10,7 @@ from statistics import median
 
 from PIL import Image
 
+from ghostmask.data_pipelines.val_labels import DEVKIT
 from ghostmask.engine.errors import InputError, bad_value
 
 SAMPLE = 200
@@ -37,6 +38,8 @@ class Images:
     pixels: float
     split: bool = True
     notes: tuple[str, ...] = ()
+    labels: Path | None = None
+    """Of evaluation images that lie in no class folders."""
 
 
 def look(folder: Path) -> Images:
@@ -71,7 +74,8 @@ def _folders(folder: Path) -> Images:
         )
     notes = []
     val = _folders_in(root / "val") if (root / "val").is_dir() else []
-    if (root / "val").is_dir() and {entry.name for entry in val} != set(classes):
+    labels = _labels(root) if (root / "val").is_dir() and not {entry.name for entry in val} & set(classes) else None
+    if (root / "val").is_dir() and not labels and {entry.name for entry in val} != set(classes):
         odd = sorted({entry.name for entry in val} ^ set(classes))[:3]
         raise bad_value("FOLDER", str(folder), f"train and val must have the same class folders; they differ in {odd}")
     side, pixels, broken = _sizes(classes)
@@ -79,8 +83,16 @@ def _folders(folder: Path) -> Images:
         notes.append(f"{broken} of the images looked at cannot be read: ghostmask prepare will name them")
     counts = [len(images) for images in classes.values()]
     return Images(
-        "imagefolder", root, len(classes), sum(counts), min(counts), max(counts), side, pixels, bool(val), tuple(notes)
-    )
+        "imagefolder", root, len(classes), sum(counts), min(counts), max(counts), side, pixels, bool(val or labels),
+        tuple(notes), labels,
+    )  # fmt: skip
+
+
+def _labels(root: Path) -> Path | None:
+    """A file in the folder of the evaluation images, or above it, that says what they are; None without one."""
+    there = [path for folder in (root / "val", root) for path in sorted(folder.iterdir()) if path.is_file()]
+    fits = (path for path in there if path.name == DEVKIT or (path.suffix in (".txt", ".csv") and "val" in path.name))
+    return next(fits, None)
 
 
 def _shards(folder: Path, shards: list[Path]) -> Images:
