@@ -17,8 +17,8 @@ from torchvision.transforms import v2
 
 from ghostmask.benchmarks.row import Row, more_per_second
 from ghostmask.benchmarks.timing import Bench, Work, interleaved
-from ghostmask.data_pipelines import order
-from ghostmask.data_pipelines.pixels import crop, load_kernels, random_box
+from ghostmask.data_pipelines.loading import order
+from ghostmask.data_pipelines.loading.pixels import crop, load_kernels, random_box
 
 SIDE, QUALITY = 224, 90
 

@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from ghostmask.benchmarks.row import Row, more_per_second
 from ghostmask.benchmarks.timing import Bench, scratch
-from ghostmask.data_pipelines.cifar import PAD_CROP_FLIP
 from ghostmask.data_pipelines.config import DataConfig
 from ghostmask.data_pipelines.open import open_dataset, prepare
 from ghostmask.data_pipelines.source import SPLITS, Source
+from ghostmask.data_pipelines.sources.cifar import PAD_CROP_FLIP
 from ghostmask.engine.data import DataPipeline, Parts
 from ghostmask.engine.spawn import fork_server
 from ghostmask.engine.world import World
@@ -39,7 +39,7 @@ def rows(bench: Bench) -> list[Row]:
     """Cases loader_imagenet (half of the images JPEG, as by default), loader_imagenet_jpeg (all), loader_cifar,
     loader_cifar_resident, and those of `decoding`."""
     from ghostmask.benchmarks import decoding
-    from ghostmask.data_pipelines.write import write_images
+    from ghostmask.data_pipelines.writing.write import write_images
 
     with scratch() as folder:
         source, what = photographs(folder, bench.quick)
@@ -109,7 +109,7 @@ def _photographs_row(case: str, config: DataConfig, what: str, bench: Bench) -> 
 def _cifar_row(paths: dict[str, Path], pixels: NDArray[np.uint8], kind: str, bench: Bench) -> Row:
     from torchvision.transforms import v2
 
-    from ghostmask.data_pipelines.pipeline import BetonPipeline
+    from ghostmask.data_pipelines.loading.pipeline import BetonPipeline
 
     ours, size = _small_pipeline(BetonPipeline, paths, pixels, bench), 16 if bench.quick else 256
     transform = v2.Compose(
@@ -127,8 +127,8 @@ def _cifar_row(paths: dict[str, Path], pixels: NDArray[np.uint8], kind: str, ben
 
 
 def _resident_row(paths: dict[str, Path], pixels: NDArray[np.uint8], kind: str, bench: Bench) -> Row:
-    from ghostmask.data_pipelines.pipeline import BetonPipeline
-    from ghostmask.data_pipelines.resident import ResidentPipeline
+    from ghostmask.data_pipelines.loading.pipeline import BetonPipeline
+    from ghostmask.data_pipelines.loading.resident import ResidentPipeline
 
     pipelines = [_small_pipeline(each, paths, pixels, bench) for each in (ResidentPipeline, BetonPipeline)]
     rates: list[list[float]] = [[], []]

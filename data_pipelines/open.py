@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ghostmask.data_pipelines.beton import Manifest, peek_manifest, read_manifest
 from ghostmask.data_pipelines.config import DataConfig
+from ghostmask.data_pipelines.loading.resizing import check_resizing
 from ghostmask.data_pipelines.registry import DATASETS
-from ghostmask.data_pipelines.resizing import check_resizing
 from ghostmask.data_pipelines.source import SPLITS, Source
 from ghostmask.engine.errors import InputError, bad_value
 from ghostmask.engine.registry import resolve
@@ -75,7 +75,7 @@ def prepare(config: DataConfig, progress: bool = True) -> dict[str, Path]:
     Another process does the writing: a script that calls this at its top level needs `if __name__ == "__main__"`.
     """
     source = _source(config)
-    from ghostmask.data_pipelines.prepare import bring_up_to_date
+    from ghostmask.data_pipelines.writing.prepare import bring_up_to_date
 
     return bring_up_to_date(config, source, progress)
 
@@ -123,11 +123,11 @@ def open_dataset(config: DataConfig, seed: int, world: World, parts: Parts) -> D
             fix = f"{paths[split]} was written with other settings or classes; run `ghostmask prepare CONFIG`"
             raise bad_value("data.root", config.root, fix)
     _check_sizes(config, manifests, world.size)
-    from ghostmask.data_pipelines.threads import torch_threads_kept
+    from ghostmask.data_pipelines.loading.threads import torch_threads_kept
 
     with torch_threads_kept():  # importing FFCV takes seconds: only what needs it does
-        from ghostmask.data_pipelines.pipeline import BetonPipeline
-        from ghostmask.data_pipelines.resident import ResidentPipeline
+        from ghostmask.data_pipelines.loading.pipeline import BetonPipeline
+        from ghostmask.data_pipelines.loading.resident import ResidentPipeline
 
     contents = {split: manifest.content for split, manifest in manifests.items()}
     images = sum(manifest.num_images for manifest in manifests.values())

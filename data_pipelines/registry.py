@@ -1,14 +1,14 @@
-"""The datasets by name: to add one, write data_pipelines/<name>.py and add a line here (see CONTRIBUTING.md)."""
+"""The datasets by name: to add one, write data_pipelines/sources/<name>.py and add a line here (CONTRIBUTING.md)."""
 
 from __future__ import annotations
 
 DATASETS = {
-    "cifar10": "ghostmask.data_pipelines.cifar:cifar10",
-    "cifar100": "ghostmask.data_pipelines.cifar:cifar100",
-    "digits": "ghostmask.data_pipelines.digits:digits",
-    "imagefolder": "ghostmask.data_pipelines.imagefolder:imagefolder",
-    "imagenet": "ghostmask.data_pipelines.imagenet:imagenet",
-    "synthetic": "ghostmask.data_pipelines.synthetic:synthetic",
-    "webdataset": "ghostmask.data_pipelines.webdataset:webdataset",
+    "cifar10": "ghostmask.data_pipelines.sources.cifar:cifar10",
+    "cifar100": "ghostmask.data_pipelines.sources.cifar:cifar100",
+    "digits": "ghostmask.data_pipelines.sources.digits:digits",
+    "imagefolder": "ghostmask.data_pipelines.sources.imagefolder:imagefolder",
+    "imagenet": "ghostmask.data_pipelines.sources.imagenet:imagenet",
+    "synthetic": "ghostmask.data_pipelines.sources.synthetic:synthetic",
+    "webdataset": "ghostmask.data_pipelines.sources.webdataset:webdataset",
 }
 """name -> "module:function", imported when it is used."""

@@ -33,7 +33,7 @@ class RandAugmenting(Hook):
         mean, factor = (t.to(part.images.device) for t in (self._mean, self._factor))
         pixels = (part.images / factor + mean).round().clamp(0, 255).to(torch.uint8)
         pixels = self.augmented(pixels, trainer.position.step, number)
-        return part._replace(images=(pixels.float() - mean) * factor)  # data_pipelines.normalise's arithmetic
+        return part._replace(images=(pixels.float() - mean) * factor)  # data_pipelines.loading.normalise's arithmetic
 
     def augmented(self, pixels: Tensor, step: int, number: int) -> Tensor:
         """(N, 3, H, W) uint8, of part `number` of a step."""

@@ -22,7 +22,7 @@ def pytest_configure() -> None:
     from ghostmask.engine.spawn import PRELOAD, fork_server
 
     fork_server(
-        *PRELOAD, "ghostmask.data_pipelines.writer", "torchvision.transforms.v2"
+        *PRELOAD, "ghostmask.data_pipelines.writing.writer", "torchvision.transforms.v2"
     )  # one server for all tests: it imports once
 
 

@@ -19,9 +19,9 @@ from PIL import Image
 
 from ghostmask.data_pipelines.beton import beton_path, manifest_path, peek_manifest, publish, read_manifest
 from ghostmask.data_pipelines.config import DataConfig
-from ghostmask.data_pipelines.journal import RECORD
 from ghostmask.data_pipelines.open import open_dataset, prepare
-from ghostmask.data_pipelines.write import journal_path, write_images
+from ghostmask.data_pipelines.writing.journal import RECORD
+from ghostmask.data_pipelines.writing.write import journal_path, write_images
 from ghostmask.engine.data import Parts
 from ghostmask.engine.errors import InputError
 from ghostmask.engine.world import single

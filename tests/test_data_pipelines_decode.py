@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ghostmask.data_pipelines import order
 from ghostmask.data_pipelines.config import DataConfig
+from ghostmask.data_pipelines.loading import order
 from ghostmask.data_pipelines.open import open_dataset, prepare
 from ghostmask.engine.data import Parts
 from ghostmask.engine.world import World
@@ -57,14 +57,14 @@ def _open(config: DataConfig, rank: int = 0, size: int = 1):  # type: ignore[no-
 
 def _stored(root: Path) -> list[np.ndarray]:
     """What the .beton holds when nothing is JPEG: the images in class order, shorter side at most 64."""
-    from ghostmask.data_pipelines.imagefolder import imagefolder
+    from ghostmask.data_pipelines.sources.imagefolder import imagefolder
 
     images = imagefolder(_config(root, 0.0)).images("train")
     return [images[i][0].data for i in range(len(images))]
 
 
 def test_training_crops_are_the_derived_boxes_resized(root: Path) -> None:
-    from ghostmask.data_pipelines.pixels import random_box
+    from ghostmask.data_pipelines.loading.pixels import random_box
 
     pipeline = _open(_config(root, 0.0))
     stored = _stored(root)
@@ -121,7 +121,7 @@ def test_crops_do_not_depend_on_ranks_or_threads(root: Path, num_workers: int) -
 
 @pytest.mark.parametrize(("pad", "flip"), [(0, False), (2, True), (1, False), (0, True), (8, True)])
 def test_shift_and_flip_equal_padding_and_slicing_one_image(pad: int, flip: bool) -> None:
-    from ghostmask.data_pipelines.pixels import copy_whole, draws
+    from ghostmask.data_pipelines.loading.pixels import copy_whole, draws
 
     images = np.random.default_rng(0).integers(0, 256, (40, 7, 9, 3), dtype=np.uint8)
     rows = np.stack([np.arange(40, dtype=np.uint64)[::-1], order.sample_words(1, 2, np.arange(40))], 1)
@@ -145,7 +145,7 @@ def _ffcvs_resize(image: np.ndarray, box: tuple[int, int, int, int], side: tuple
 
 
 def test_shrinking_gives_the_bits_of_ffcvs_resize() -> None:
-    from ghostmask.data_pipelines.pixels import load_kernels, resized
+    from ghostmask.data_pipelines.loading.pixels import load_kernels, resized
 
     load_kernels()
     rng = np.random.default_rng(0)
@@ -175,7 +175,7 @@ def test_shrinking_gives_the_bits_of_ffcvs_resize() -> None:
     ],
 )
 def test_a_jpeg_is_decoded_no_smaller_than_its_crop_becomes(box: tuple[int, int], expected: int) -> None:
-    from ghostmask.data_pipelines.pixels import fraction
+    from ghostmask.data_pipelines.loading.pixels import fraction
 
     assert fraction(*box, SIDE, SIDE) == expected
 
@@ -195,7 +195,7 @@ def test_fast_decoding_changes_little_and_only_jpegs_with_large_crops(root: Path
 
 
 def test_draws_cover_every_place_evenly() -> None:
-    from ghostmask.data_pipelines.pixels import draws
+    from ghostmask.data_pipelines.loading.pixels import draws
 
     down, right, flip = np.array([draws(word, 4, True) for word in order.sample_words(0, 0, np.arange(81_000))]).T
     cells = np.bincount(down * 9 + right, minlength=81)
@@ -206,7 +206,7 @@ def test_draws_cover_every_place_evenly() -> None:
 
 
 def test_no_flip_without_flip() -> None:
-    from ghostmask.data_pipelines.pixels import draws
+    from ghostmask.data_pipelines.loading.pixels import draws
 
     assert not any(draws(word, 1, False)[2] for word in order.sample_words(0, 0, np.arange(1000)))
 
@@ -214,7 +214,7 @@ def test_no_flip_without_flip() -> None:
 def test_random_boxes_lie_inside_and_are_distributed_like_torchvisions() -> None:
     from torchvision.transforms import RandomResizedCrop
 
-    from ghostmask.data_pipelines.pixels import random_box
+    from ghostmask.data_pipelines.loading.pixels import random_box
 
     ours = np.array([random_box(300, 400, word) for word in order.sample_words(0, 0, np.arange(4000))])
     torch.manual_seed(0)
@@ -241,7 +241,7 @@ def test_more_workers_than_cores_are_a_warning_not_a_crash(root: Path) -> None:
 
 
 def test_workers_are_a_ranks_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ghostmask.data_pipelines.loader import usable_threads
+    from ghostmask.data_pipelines.loading.loader import usable_threads
     from ghostmask.engine.cores import usable_cores
 
     assert usable_threads(0) == usable_cores()

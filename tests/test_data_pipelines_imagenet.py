@@ -12,9 +12,9 @@ import pytest
 
 from ghostmask.data_pipelines.beton import Manifest, peek_manifest
 from ghostmask.data_pipelines.config import DataConfig
-from ghostmask.data_pipelines.imagenet import TRAIN, VAL, imagenet
 from ghostmask.data_pipelines.open import describe, prepare, preprocessing
-from ghostmask.data_pipelines.val_labels import DEVKIT, TRUTH
+from ghostmask.data_pipelines.photographs.val_labels import DEVKIT, TRUTH
+from ghostmask.data_pipelines.sources.imagenet import TRAIN, VAL, imagenet
 from ghostmask.engine.errors import InputError
 
 WNIDS = {"n02": "tench, Tinca tinca", "n01": "goldfish", "n03": "white shark, man-eater"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ghostmask.data_pipelines.normalise import Normalisation
+from ghostmask.data_pipelines.loading.normalise import Normalisation
 
 
 def test_normalisation_is_that_of_the_formula_in_channels_last() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ghostmask.data_pipelines.config import DataConfig
 from ghostmask.data_pipelines.open import check_batch, open_dataset, prepare
 from ghostmask.data_pipelines.source import Images
-from ghostmask.data_pipelines.synthetic import SyntheticImages
+from ghostmask.data_pipelines.sources.synthetic import SyntheticImages
 from ghostmask.engine.data import DataPipeline, Parts
 from ghostmask.engine.errors import InputError
 from ghostmask.engine.world import World

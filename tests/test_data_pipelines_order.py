@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ghostmask.data_pipelines import order
+from ghostmask.data_pipelines.loading import order
 from ghostmask.engine.data import Parts
 
 

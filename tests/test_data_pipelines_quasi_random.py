@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from ghostmask.data_pipelines import order
 from ghostmask.data_pipelines.config import DataConfig
-from ghostmask.data_pipelines.loader import BetonLoader
+from ghostmask.data_pipelines.loading import order
+from ghostmask.data_pipelines.loading.loader import BetonLoader
+from ghostmask.data_pipelines.loading.quasi_random import quasi_random
+from ghostmask.data_pipelines.loading.readahead import BATCHES_EARLY, schedule
 from ghostmask.data_pipelines.open import open_dataset, prepare
-from ghostmask.data_pipelines.quasi_random import quasi_random
-from ghostmask.data_pipelines.readahead import BATCHES_EARLY, schedule
 from ghostmask.engine.data import Parts
 from ghostmask.engine.errors import InputError
 from ghostmask.engine.world import World
@@ -162,7 +162,7 @@ def test_where_the_pages_lie_is_part_of_what_the_data_are(root: Path) -> None:
 def test_pages_leave_the_page_cache_behind_the_epoch(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Real FFCV on a real file: every page is asked for and let go of, and the pixels do not change."""
     wishes: list[tuple[int, int]] = []
-    from ghostmask.data_pipelines import readahead
+    from ghostmask.data_pipelines.loading import readahead
 
     def noted(_: int, start: int, length: int, advice: int) -> None:
         wishes.append((start // (1 << 21), advice))

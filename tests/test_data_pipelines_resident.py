@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from ghostmask.data_pipelines.cifar import PAD_CROP_FLIP
 from ghostmask.data_pipelines.config import DataConfig
+from ghostmask.data_pipelines.loading.pipeline import BetonPipeline
+from ghostmask.data_pipelines.loading.resident import ResidentPipeline
 from ghostmask.data_pipelines.open import is_resident, open_dataset, prepare
-from ghostmask.data_pipelines.pipeline import BetonPipeline
-from ghostmask.data_pipelines.resident import ResidentPipeline
 from ghostmask.data_pipelines.source import SPLITS, Augmentation, Source
-from ghostmask.data_pipelines.write import write_images
+from ghostmask.data_pipelines.sources.cifar import PAD_CROP_FLIP
+from ghostmask.data_pipelines.writing.write import write_images
 from ghostmask.engine.data import Parts
 from ghostmask.engine.errors import InputError
 from ghostmask.engine.world import World, single

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from ghostmask.data_pipelines.config import DataConfig
+from ghostmask.data_pipelines.loading.resizing import image_side
 from ghostmask.data_pipelines.open import describe, open_dataset, prepare
-from ghostmask.data_pipelines.resizing import image_side
 from ghostmask.engine.data import Parts
 from ghostmask.engine.errors import InputError
 from ghostmask.engine.world import World

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ghostmask.data_pipelines.cifar import cifar10, cifar100
 from ghostmask.data_pipelines.config import DataConfig
-from ghostmask.data_pipelines.digits import digits, split_indices
-from ghostmask.data_pipelines.imagefolder import imagefolder, load_rgb
 from ghostmask.data_pipelines.open import describe, prepare
 from ghostmask.data_pipelines.registry import DATASETS
 from ghostmask.data_pipelines.source import Augmentation, Images
-from ghostmask.data_pipelines.synthetic import synthetic
+from ghostmask.data_pipelines.sources.cifar import cifar10, cifar100
+from ghostmask.data_pipelines.sources.digits import digits, split_indices
+from ghostmask.data_pipelines.sources.imagefolder import imagefolder, load_rgb
+from ghostmask.data_pipelines.sources.synthetic import synthetic
 from ghostmask.engine.errors import InputError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -141,10 +141,10 @@ def cifar100_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_cifar100_comes_out_of_ffcv_pixel_by_pixel(cifar100_root: Path, tmp_path: Path) -> None:
     import torchvision
 
-    from ghostmask.data_pipelines.decode import WholeImage
-    from ghostmask.data_pipelines.loader import BetonLoader
-    from ghostmask.data_pipelines.order import eval_rows
-    from ghostmask.data_pipelines.write import write_images
+    from ghostmask.data_pipelines.loading.decode import WholeImage
+    from ghostmask.data_pipelines.loading.loader import BetonLoader
+    from ghostmask.data_pipelines.loading.order import eval_rows
+    from ghostmask.data_pipelines.writing.write import write_images
 
     source = cifar100(DataConfig(dataset="cifar100", root=str(cifar100_root)))
     assert source.fingerprint() == source.fingerprint()

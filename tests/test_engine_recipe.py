@@ -15,7 +15,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn import functional
 from torchvision.transforms import v2
 
-from ghostmask.data_pipelines.normalise import Normalisation
+from ghostmask.data_pipelines.loading.normalise import Normalisation
 from ghostmask.engine.config import OptimConfig
 from ghostmask.engine.data import Batch, PartBatch
 from ghostmask.engine.drawing import drawing

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import ghostmask
-from ghostmask.data_pipelines.digits import MEAN, STD, split_indices
+from ghostmask.data_pipelines.sources.digits import MEAN, STD, split_indices
 from ghostmask.engine.sharding.reparametrization import Draw, State
 from ghostmask.engine.sharding.slices import Slice
 from ghostmask.masks.kernels.noise import noise_key

@@ -190,4 +190,4 @@ FORKS = re.compile(r"os\.fork\(|get_context\((\"fork\")?\)|\b(mp|multiprocessing
 def test_only_the_writer_forks_which_is_a_process_without_threads() -> None:
     """A fork of a process with threads of torch, numba or gloo finds their locks held: it waits for ever or crashes."""
     found = [path.relative_to(ROOT).as_posix() for path in FILES if FORKS.search(path.read_text())]
-    assert found == ["data_pipelines/writer.py"]
+    assert found == ["data_pipelines/writing/writer.py"]

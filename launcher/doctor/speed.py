@@ -12,7 +12,7 @@ from time import perf_counter
 
 import torch
 
-from ghostmask.data_pipelines.resizing import image_side
+from ghostmask.data_pipelines.loading.resizing import image_side
 from ghostmask.engine.batchnorm import restored
 from ghostmask.engine.checkpoint.store import CheckpointStore
 from ghostmask.engine.cores import cores_per_rank

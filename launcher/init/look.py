@@ -10,7 +10,7 @@ from statistics import median
 
 from PIL import Image
 
-from ghostmask.data_pipelines.val_labels import DEVKIT
+from ghostmask.data_pipelines.photographs.val_labels import DEVKIT
 from ghostmask.engine.errors import InputError, bad_value
 
 SAMPLE = 200

@@ -17,7 +17,7 @@ import numpy as np
 from ffcv.fields.rgb_image import SimpleRGBImageDecoder
 from ffcv.pipeline.allocation_query import AllocationQuery
 
-from ghostmask.data_pipelines.pixels import copy_whole, crop, load_kernels
+from ghostmask.data_pipelines.loading.pixels import copy_whole, crop, load_kernels
 from ghostmask.data_pipelines.source import Augmentation
 
 EVAL_CROP_SHARE = 224 / 256

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ghostmask.data_pipelines import order
 from ghostmask.data_pipelines.config import DataConfig
+from ghostmask.data_pipelines.loading import order
 from ghostmask.data_pipelines.source import Augmentation, Images, Source
 from ghostmask.engine.config import require_number
 

@@ -97,7 +97,7 @@ def _apart(function: str, job: dict[str, Any]) -> Any:
 def _answer(there: connection.Connection, function: str, job: dict[str, Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends this process
     signal.signal(signal.SIGTERM, _leave)
-    from ghostmask.data_pipelines import writer
+    from ghostmask.data_pipelines.writing import writer
 
     result, error = None, None
     try:

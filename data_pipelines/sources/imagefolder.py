@@ -13,11 +13,11 @@ from pathlib import Path
 
 from ghostmask.data_pipelines.beton import FOLDER
 from ghostmask.data_pipelines.config import DataConfig
-from ghostmask.data_pipelines.photograph import read_rgb, shrunk
-from ghostmask.data_pipelines.photographs import photographs
-from ghostmask.data_pipelines.places import OWN_FILE, Place, Places
+from ghostmask.data_pipelines.photographs.photograph import read_rgb, shrunk
+from ghostmask.data_pipelines.photographs.places import OWN_FILE, Place, Places
+from ghostmask.data_pipelines.photographs.stored import photographs
+from ghostmask.data_pipelines.photographs.val_labels import read_labels
 from ghostmask.data_pipelines.source import Source
-from ghostmask.data_pipelines.val_labels import read_labels
 from ghostmask.engine.errors import InputError, bad_value, printable, to_stderr
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")

@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ghostmask.data_pipelines import order
 from ghostmask.data_pipelines.config import DataConfig
-from ghostmask.data_pipelines.order import Words
-from ghostmask.data_pipelines.pipeline import BetonPipeline
+from ghostmask.data_pipelines.loading import order
+from ghostmask.data_pipelines.loading.order import Words
+from ghostmask.data_pipelines.loading.pipeline import BetonPipeline
 from ghostmask.data_pipelines.source import Augmentation, Source
 from ghostmask.engine.data import Batch, Parts
 from ghostmask.engine.world import World

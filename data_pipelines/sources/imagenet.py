@@ -11,11 +11,11 @@ from functools import cache
 from pathlib import Path
 
 from ghostmask.data_pipelines.config import DataConfig
-from ghostmask.data_pipelines.photographs import photographs
-from ghostmask.data_pipelines.places import Place, Places
+from ghostmask.data_pipelines.photographs.places import Place, Places
+from ghostmask.data_pipelines.photographs.stored import photographs
+from ghostmask.data_pipelines.photographs.tar_files import Member, fingerprint_tars, members
+from ghostmask.data_pipelines.photographs.val_labels import DEVKIT, devkit, read_labels
 from ghostmask.data_pipelines.source import Source
-from ghostmask.data_pipelines.tar_files import Member, fingerprint_tars, members
-from ghostmask.data_pipelines.val_labels import DEVKIT, devkit, read_labels
 from ghostmask.engine.errors import bad_value
 
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ghostmask.data_pipelines.config import DataConfig
-from ghostmask.data_pipelines.photographs import photographs
-from ghostmask.data_pipelines.places import Place, Places
+from ghostmask.data_pipelines.photographs.places import Place, Places
+from ghostmask.data_pipelines.photographs.stored import photographs
+from ghostmask.data_pipelines.photographs.tar_files import Member, fingerprint_tars, members
 from ghostmask.data_pipelines.source import Source
-from ghostmask.data_pipelines.tar_files import Member, fingerprint_tars, members
 from ghostmask.engine.errors import InputError, bad_value
 
 IMAGES = ("jpg", "jpeg", "png", "webp")

@@ -26,11 +26,11 @@ from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, TYPE_ID_HANDLER, Field
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ghostmask.data_pipelines.journal import Journal, Records, rows_of, words
-from ghostmask.data_pipelines.photograph import BadImage
+from ghostmask.data_pipelines.photographs.photograph import BadImage
 from ghostmask.data_pipelines.source import Images, NamedImages
-from ghostmask.data_pipelines.worker import key_of, name_of, stored, work
-from ghostmask.data_pipelines.write import Cost, Written, died
+from ghostmask.data_pipelines.writing.journal import Journal, Records, rows_of, words
+from ghostmask.data_pipelines.writing.worker import key_of, name_of, stored, work
+from ghostmask.data_pipelines.writing.write import Cost, Written, died
 from ghostmask.engine.errors import InputError
 
 CHUNK_IMAGES = 100

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ghostmask.data_pipelines.config import DataConfig
-from ghostmask.data_pipelines.photograph import BadImage, read_rgb, shrunk
-from ghostmask.data_pipelines.places import Places, split_off
+from ghostmask.data_pipelines.photographs.photograph import BadImage, read_rgb, shrunk
+from ghostmask.data_pipelines.photographs.places import Places, shuffled, split_off
 from ghostmask.data_pipelines.source import SPLITS, Augmentation, Images, Source, Stored
 from ghostmask.engine.config import require
 from ghostmask.engine.errors import bad_value
@@ -122,6 +122,8 @@ def photographs(
         all_of_train = train()
         if not len(all_of_train):
             raise bad_value("data.root", config.root, absent)
+        # Not class by class: a page of the file holds all kinds of images, for data.order=quasi_random.
+        all_of_train = shuffled(all_of_train)
         if evaluation:
             return {"train": all_of_train, "eval": evaluation()}
         return dict(zip(SPLITS, split_off(all_of_train, config.val_fraction, config.val_seed), strict=True))

@@ -24,10 +24,10 @@ from ffcv.pipeline.compiler import Compiler
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ghostmask.data_pipelines.decode import DamagedImage
-from ghostmask.data_pipelines.order import Words
-from ghostmask.data_pipelines.readahead import ReadAhead
-from ghostmask.data_pipelines.threads import torch_threads_kept
+from ghostmask.data_pipelines.loading.decode import DamagedImage
+from ghostmask.data_pipelines.loading.order import Words
+from ghostmask.data_pipelines.loading.readahead import ReadAhead
+from ghostmask.data_pipelines.loading.threads import torch_threads_kept
 from ghostmask.engine.cores import cores_per_rank, usable_cores
 from ghostmask.engine.errors import InputError
 

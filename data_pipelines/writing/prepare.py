@@ -12,7 +12,7 @@ from pathlib import Path
 from ghostmask.data_pipelines.beton import peek_manifest, publish, read_manifest
 from ghostmask.data_pipelines.config import DataConfig
 from ghostmask.data_pipelines.source import SPLITS, Images, Source
-from ghostmask.data_pipelines.write import Written, journal_path, measure_images, write_images
+from ghostmask.data_pipelines.writing.write import Written, journal_path, measure_images, write_images
 from ghostmask.engine.cores import usable_cores
 from ghostmask.engine.errors import InputError, bad_value, printable, say, to_stderr
 
@@ -96,6 +96,7 @@ def _write(
 
 def _say_what_is_bad(config: DataConfig, bad: list[str], total: int, listed: Path) -> None:
     """A warning, or an InputError where data.bad_images = stop or nothing is left; all are named in `listed`."""
+    bad = sorted(bad)
     listed.write_text("".join(f"{printable(text)}\n" for text in bad))
     more = f"; all of them: {listed}" if len(bad) > FIRST_FEW else ""
     text = f"{len(bad)} of {total:,} images: {'; '.join(bad[:FIRST_FEW])}{more}"

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ghostmask.data_pipelines.journal import sealed, words
-from ghostmask.data_pipelines.photograph import BadImage
+from ghostmask.data_pipelines.photographs.photograph import BadImage
 from ghostmask.data_pipelines.source import Images, NamedImages, Stored
+from ghostmask.data_pipelines.writing.journal import sealed, words
 from ghostmask.engine.errors import InputError
 
 DEATH_SIGNAL = 1

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ghostmask.data_pipelines import order
 from ghostmask.data_pipelines.config import DataConfig
+from ghostmask.data_pipelines.loading import order
 from ghostmask.data_pipelines.source import Augmentation, Images, Source, fixed_size
 from ghostmask.engine.errors import InputError
 

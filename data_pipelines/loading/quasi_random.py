@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ghostmask.data_pipelines.order import ORDER, raw_words
+from ghostmask.data_pipelines.loading.order import ORDER, raw_words
 
 
 def quasi_random(

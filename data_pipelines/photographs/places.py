@@ -105,19 +105,26 @@ class Places:
         return self.names[int(self.ends[index - 1]) if index else 0 : int(self.ends[index])]
 
 
+def shuffled(places: Places) -> Places:
+    """In an order that hashes of label and file name decide: images that come or go move no others, and it is the same
+    order for images in folders as in tar files."""
+    own = (f"{label}\0".encode() + places._bytes(i).rpartition(b"/")[2] for i, label in enumerate(places.labels))
+    return places.take(np.argsort(_hashes(own), kind="stable"))
+
+
 def split_off(places: Places, fraction: float, seed: int) -> tuple[Places, Places]:
     """(the others, `fraction` of each class, rounded, but one image at least and never all): chosen by a hash of
     (seed, name), so that images that come or go move few others."""
-    ranks = np.array(
-        [
-            int.from_bytes(hashlib.blake2b(f"{seed}\0".encode() + places._bytes(i), digest_size=8).digest(), "little")
-            for i in range(len(places))
-        ],
-        dtype=np.uint64,
-    )
+    ranks = _hashes(f"{seed}\0".encode() + places._bytes(i) for i in range(len(places)))
     chosen = np.zeros(len(places), dtype=bool)
     for label in np.unique(places.labels):
         members = np.flatnonzero(places.labels == label)
         count = min(max(1, round(fraction * len(members))), len(members) - 1)
         chosen[members[np.argsort(ranks[members], kind="stable")[:count]]] = True
     return places.take(np.flatnonzero(~chosen)), places.take(np.flatnonzero(chosen))
+
+
+def _hashes(texts: Iterable[bytes]) -> NDArray[np.uint64]:
+    """(n,) one each."""
+    found = [int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") for text in texts]
+    return np.array(found, dtype=np.uint64)

@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ghostmask.data_pipelines import order
 from ghostmask.data_pipelines.config import DataConfig
-from ghostmask.data_pipelines.decode import ResizedCrop, WholeImage
-from ghostmask.data_pipelines.loader import BetonLoader
-from ghostmask.data_pipelines.normalise import Normalisation
-from ghostmask.data_pipelines.order import Words
-from ghostmask.data_pipelines.quasi_random import quasi_random
-from ghostmask.data_pipelines.resizing import image_side
+from ghostmask.data_pipelines.loading import order
+from ghostmask.data_pipelines.loading.decode import ResizedCrop, WholeImage
+from ghostmask.data_pipelines.loading.loader import BetonLoader
+from ghostmask.data_pipelines.loading.normalise import Normalisation
+from ghostmask.data_pipelines.loading.order import Words
+from ghostmask.data_pipelines.loading.quasi_random import quasi_random
+from ghostmask.data_pipelines.loading.resizing import image_side
 from ghostmask.data_pipelines.source import Augmentation, Source
 from ghostmask.engine.data import Batch, Parts
 from ghostmask.engine.world import World

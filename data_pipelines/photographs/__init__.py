@@ -1,0 +1,1 @@
+"""What datasets of photographs share: where images lie, what is in their bytes, what is kept of them."""
