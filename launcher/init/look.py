@@ -11,12 +11,11 @@ from statistics import median
 from PIL import Image
 
 from ghostmask.data_pipelines.photographs.val_labels import DEVKIT
+from ghostmask.data_pipelines.sources.imagefolder import EXTENSIONS
 from ghostmask.engine.errors import InputError, bad_value
 
 SAMPLE = 200
 """Images that are opened, spread evenly over the classes."""
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""What torchvision takes for an image, in small or capital letters."""
 CIFAR = {"cifar-10-batches-py": ("cifar10", 10), "cifar-100-python": ("cifar100", 100)}
 """Folder, as the dataset unpacks -> its name here, its classes."""
 IMAGENET_TAR = "ILSVRC2012_img_train.tar"
