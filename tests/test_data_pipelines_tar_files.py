@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -77,4 +78,16 @@ def test_a_tar_file_that_is_gone_and_a_member_that_cannot_be_an_image_are_named(
         fingerprint_tars([tmp_path / "x.tar"])
     places = Places.of(tmp_path, (tmp_path / "x.tar",), [Place("a", 0, 0, 0, LARGEST_FILE + 1, 0)])
     with pytest.raises(OSError, match="bytes, more than"):
+        places.read(0)
+
+
+def test_a_tar_file_that_is_replaced_while_it_is_read_is_not_read_at_the_old_places(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    _tar(path, ["0.jpg"])
+    (found,) = members(path)
+    place = Place(found.name, 0, 0, found.offset, found.size, path.stat().st_mtime_ns)
+    places = Places.of(tmp_path, (path,), [place])
+    assert places.read(0) == b"\x01" * FILE_BYTES
+    os.utime(path, ns=(0, place.changed + 1))
+    with pytest.raises(InputError, match=r"x\.tar has changed while images of it were written"):
         places.read(0)

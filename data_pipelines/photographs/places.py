@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ghostmask.engine.atomic import read_small
+from ghostmask.engine.errors import InputError
 
 LARGEST_FILE = 1 << 30
 OWN_FILE = -1
@@ -88,13 +89,17 @@ class Places:
         return hashlib.blake2b(text, digest_size=16).digest()
 
     def read(self, index: int) -> bytes:
-        """The file's content. Raises OSError where it cannot be read, or is no file."""
-        _, container, offset, size, _ = (int(number) for number in self.numbers[index])
+        """The file's content. Raises OSError where it cannot be read, or is no file, and InputError where its tar file
+        is another than the places are of: other bytes may be there, of another class."""
+        _, container, offset, size, changed = (int(number) for number in self.numbers[index])
         if container == OWN_FILE:
             return read_small(self.root / os.fsdecode(self._bytes(index)), LARGEST_FILE)
         if size > LARGEST_FILE:
             raise OSError(errno.EFBIG, f"has {size:,} bytes, more than {LARGEST_FILE:,}")
         with open(self.containers[container], "rb", buffering=0) as file:
+            if os.fstat(file.fileno()).st_mtime_ns != changed:
+                fix = "has changed while images of it were written; do it again"
+                raise InputError(f"data.root: {self.containers[container]} {fix}")
             return os.pread(file.fileno(), size, offset)
 
     def fingerprint(self) -> str:
