@@ -64,6 +64,18 @@ def class_folders(folder: Path) -> list[str]:
     return sorted(e.name for e in _entries(folder) if _is_folder(e) and not e.name.startswith(".") and e.name != FOLDER)
 
 
+def images_below(folder: Path, left_out: list[str]) -> Iterator[str]:
+    """The files that are images by their names, folder by folder as torchvision sorts them; others go to left_out."""
+    for inner in sorted(map(str, _folders(folder, ()))):
+        for name in sorted(entry.name for entry in _entries(inner) if not _is_folder(entry)):
+            if name.startswith("."):
+                continue
+            if name.lower().endswith(EXTENSIONS):
+                yield os.path.join(inner, name)
+            else:
+                left_out.append(os.path.join(inner, name))
+
+
 def load_rgb(path: str, max_resolution: int) -> object:
     """The image of a file in RGB, its shorter side at most max_resolution. Raises InputError for any other file."""
     return shrunk(read_rgb(Path(path).read_bytes(), path), max_resolution)
@@ -84,7 +96,7 @@ def _in_classes(root: Path, folder: Path, names: list[str]) -> Places:
         empty = []
         for label, name in enumerate(names):
             number = 0
-            for number, path in enumerate(_images(folder / name, left_out), 1):  # noqa: B007
+            for number, path in enumerate(images_below(folder / name, left_out), 1):  # noqa: B007
                 yield _place(root, path, label)
             if not number:
                 empty.append(name)
@@ -104,7 +116,7 @@ def _in_classes(root: Path, folder: Path, names: list[str]) -> Places:
 def _flat(root: Path, folder: Path, labels: Path, names: list[str]) -> Places:
     """The images that lie in `folder` itself, with labels from a file."""
     left_out: list[str] = []
-    paths = list(_images(folder, left_out))
+    paths = list(images_below(folder, left_out))
     _say_what_is_left_out(folder, left_out)
     found = read_labels(labels, [os.path.basename(path) for path in paths], names)
     rows = sorted(zip(found, paths, strict=True))  # as they would lie in class folders
@@ -119,18 +131,6 @@ def _place(root: Path, path: str, label: int) -> Place:
             size, changed = stat.st_size, stat.st_mtime_ns
     name = path if root == Path() else path[len(os.path.join(root, "")) :]  # Path("train"), not "./train"
     return Place(name, label, OWN_FILE, 0, size, changed)
-
-
-def _images(folder: Path, left_out: list[str]) -> Iterator[str]:
-    """The files that are images by their names, folder by folder as torchvision sorts them."""
-    for inner in sorted(map(str, _folders(folder, ()))):
-        for name in sorted(entry.name for entry in _entries(inner) if not _is_folder(entry)):
-            if name.startswith("."):
-                continue
-            if name.lower().endswith(EXTENSIONS):
-                yield os.path.join(inner, name)
-            else:
-                left_out.append(os.path.join(inner, name))
 
 
 def _folders(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
