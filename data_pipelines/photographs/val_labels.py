@@ -46,7 +46,7 @@ def read_labels(path: Path, images: list[str], classes: list[str]) -> list[int]:
     twice = [name for name, number in Counter(images).items() if number > 1]
     if twice:
         raise bad_value(FIELD, str(path), f"it cannot tell images of the same name in several folders: {twice[0]}")
-    return [_label(path, *some, classes) for some in found]
+    return [_label(path, some.pop(), classes) for some in map(set, found)]
 
 
 def devkit(path: Path) -> tuple[list[str], dict[str, str]]:
