@@ -67,10 +67,14 @@ def read_manifest(beton: Path) -> Manifest:
         raise InputError(f"{manifest_path(beton)} is missing or unreadable: {beton.name} was not written to its end")
     if manifest.format != FORMAT:
         raise InputError(f"{beton} has format {manifest.format}, this version writes {FORMAT}")
-    size = beton.stat().st_size
-    if size != manifest.num_bytes:
-        raise InputError(f"{beton} is damaged: it has {size:,} bytes instead of {manifest.num_bytes:,}")
-    if checksum(beton) != manifest.crc32:
+    try:
+        size = beton.stat().st_size
+        if size != manifest.num_bytes:
+            raise InputError(f"{beton} is damaged: it has {size:,} bytes instead of {manifest.num_bytes:,}")
+        found = checksum(beton)
+    except OSError as error:
+        raise InputError(f"{beton} cannot be read ({error.strerror})") from error
+    if found != manifest.crc32:
         raise InputError(f"{beton} is damaged: its content does not match its checksum")
     return manifest
 

@@ -122,6 +122,9 @@ def open_dataset(config: DataConfig, seed: int, world: World, parts: Parts) -> D
         if manifest.settings != source.settings.get(split, {}) or manifest.classes != manifests["train"].classes:
             fix = f"{paths[split]} was written with other settings or classes; run `ghostmask prepare CONFIG`"
             raise bad_value("data.root", config.root, fix)
+    if manifests["train"].fingerprint != manifests["eval"].fingerprint:  # prepare was interrupted between them
+        fix = f"{paths['train']} and {paths['eval']} are not of the same source; run `ghostmask prepare CONFIG`"
+        raise bad_value("data.root", config.root, fix)
     _check_sizes(config, manifests, world.size)
     from ghostmask.data_pipelines.loading.threads import torch_threads_kept
 

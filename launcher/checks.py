@@ -195,3 +195,5 @@ def _check_data(config: RunConfig) -> None:
         raise config.not_read("data", name, "data.start_size=0", "data.start_size=160")
     if "window_pages" in config.given("data") and data.order != "quasi_random":
         raise config.not_read("data", "window_pages", f"data.order={data.order}", "data.order=quasi_random")
+    if "val_seed" in config.given("data") and not data.val_fraction:
+        raise config.not_read("data", "val_seed", "data.val_fraction=0", "data.val_fraction=0.1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from PIL import Image
 from ghostmask.data_pipelines.beton import beton_path, manifest_path, peek_manifest, publish, read_manifest
 from ghostmask.data_pipelines.config import DataConfig
 from ghostmask.data_pipelines.open import open_dataset, prepare
+from ghostmask.data_pipelines.sources.synthetic import SyntheticImages
 from ghostmask.data_pipelines.writing.journal import RECORD
 from ghostmask.data_pipelines.writing.write import journal_path, write_images
 from ghostmask.engine.data import Parts
@@ -246,3 +249,30 @@ def test_what_the_data_are_depends_on_images_labels_and_order_and_not_on_how_the
     one_pixel = FewImages([0, 1, 0, 1, 0, 1])
     one_pixel.images[5][0, 0, 0] ^= 1
     assert content(one_pixel) != same
+
+
+def test_a_beton_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(path: Path) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    config = _config(tmp_path)
+    prepare(config, progress=False)
+    monkeypatch.setattr("ghostmask.data_pipelines.beton.checksum", fails)
+    with pytest.raises(
+        InputError, match=r"-train\.beton cannot be read \(Input/output error\); run `ghostmask prepare"
+    ):
+        open_dataset(config, 0, single(), Parts())
+
+
+def test_a_writer_whose_parent_is_gone_touches_nothing(tmp_path: Path) -> None:
+    from ghostmask.data_pipelines.writing import writer
+
+    partial, gone = tmp_path / "x.partial", SimpleNamespace(is_alive=lambda: False)
+    partial.write_bytes(b"of another prepare")
+    with pytest.raises(SystemExit):
+        writer.write(
+            SyntheticImages(True, 4, 2, 8), partial, journal=journal_path(partial), num_workers=1, name=None,
+            identity="", parent=gone,
+        )  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["x.partial"]
+    assert partial.read_bytes() == b"of another prepare"

@@ -148,3 +148,11 @@ def test_a_damaged_image_in_an_archive_is_named(with_devkit: Path, tmp_path: Pat
     (tmp_path / TRAIN).write_bytes(content[:at] + bytes(200) + content[at + 200 :])
     with pytest.raises(InputError, match=rf"1 of \d images: .*{TRAIN}: n01/n01_1\.JPEG is not a readable image"):
         prepare(_config(tmp_path, val_fraction=0.3, val_seed=1), progress=False)
+
+
+def test_a_devkit_that_cannot_be_read_does_not_matter_where_no_label_is_read_of_it(root: Path, tmp_path: Path) -> None:
+    (tmp_path / TRAIN).write_bytes((root / TRAIN).read_bytes())
+    (tmp_path / DEVKIT).write_bytes(b"x")
+    assert imagenet(_config(tmp_path, val_fraction=0.3)).class_words() == {}
+    with pytest.raises(InputError, match="it cannot be read"):
+        imagenet(_config(tmp_path)).class_words()

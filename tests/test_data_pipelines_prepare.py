@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -358,6 +359,14 @@ def test_training_refuses_files_of_other_classes(tmp_path: Path) -> None:
     text.write_text(text.read_text().replace('"cat"', '"cow"'))
     with pytest.raises(InputError, match="was written with other settings or classes; run `ghostmask prepare CONFIG`"):
         open_dataset(config, 0, single(), Parts())
+    manifest = json.loads(text.read_text().replace('"cow"', '"cat"'))
+    text.write_text(json.dumps({**manifest, "fingerprint": "of before"}))
+    with pytest.raises(InputError, match="are not of the same source; run `ghostmask prepare CONFIG`"):
+        open_dataset(config, 0, single(), Parts())
+    text.write_text(json.dumps({**manifest, "settings": {**manifest["settings"], "size": 17}}))
+    for _ in range(2):  # prepare sees what train sees
+        prepare(config, progress=False)
+        open_dataset(config, 0, single(), Parts()).close()
 
 
 def test_a_source_says_what_it_is() -> None:

@@ -74,6 +74,10 @@ def test_sides_that_do_not_fit_the_dataset_are_refused(root: Path) -> None:
         (("data.start_size=160", "data.grow_until=301"), r"data\.grow_until = 301: train\.epochs = 300 ends before"),
         (("data.grow_until=3",), r"data\.grow_until = 3: is not read with data\.start_size=0"),
         (("data.window_pages=3",), r"data\.window_pages = 3: is not read with data\.order=random"),
+        (
+            ("data.dataset=imagefolder", "data.val_seed=3"),
+            r"data\.val_seed = 3: is not read with data\.val_fraction=0",
+        ),
     ],
 )
 def test_settings_that_a_run_would_not_read_are_refused(settings: tuple[str, ...], said: str) -> None:

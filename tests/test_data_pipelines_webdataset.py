@@ -112,3 +112,29 @@ def test_a_compressed_shard_and_a_class_that_training_has_not_are_refused(tmp_pa
         pass
     with pytest.raises(InputError, match=r"train/1\.tar is not a whole, uncompressed tar file .*; unpack"):
         prepare(_config(tmp_path), progress=False)
+
+
+def test_hidden_shards_are_not_looked_at_and_one_for_both_splits_is_refused(tmp_path: Path) -> None:
+    _shard(tmp_path / "train-0.tar", _samples(0, [0, 1]))
+    (tmp_path / "._train-0.tar").write_bytes(b"x")
+    _shard(tmp_path / "val-0.tar", _samples(2, [0, 1]))
+    assert [len(webdataset(_config(tmp_path)).images(split)) for split in ("train", "eval")] == [2, 2]
+    (tmp_path / "val-0.tar").rename(tmp_path / "trainval-0.tar")
+    with pytest.raises(InputError, match=r"trainval-0\.tar has train and val in its name; put the shards into folders"):
+        webdataset(_config(tmp_path))
+
+
+def test_a_shard_that_is_replaced_while_others_are_written_is_another_source(tmp_path: Path) -> None:
+    _shard(tmp_path / "train" / "0.tar", _samples(0, [0, 1] * 2))
+    source = webdataset(_config(tmp_path, val_fraction=0.5))
+    before = source.fingerprint()
+    source.images("train")
+    _shard(tmp_path / "train" / "0.tar", _samples(4, [1, 0] * 3))
+    assert source.fingerprint() == before, "what is written is of the places that were found then"
+    assert webdataset(_config(tmp_path, val_fraction=0.5)).fingerprint() != before
+
+
+def test_two_samples_of_one_name_are_refused(tmp_path: Path) -> None:
+    _shard(tmp_path / "train" / "0.tar", [*_samples(0, [0, 1]), *_samples(1, [0])])
+    with pytest.raises(InputError, match=r"0\.tar: part/000001\.webp is there twice"):
+        webdataset(_config(tmp_path, val_fraction=0.5)).images("train")

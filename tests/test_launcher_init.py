@@ -158,3 +158,14 @@ def test_sizes_batches_and_epochs_follow_the_images() -> None:
     assert [image_side(side) for side in (8, 16, 28, 32, 64, 100, 200, 375)] == [16, 16, 32, 32, 64, 96, 224, 224]
     assert [batch_size(count) for count in (9, 100, 600, 5_000, 10**6)] == [2, 8, 16, 128, 256]
     assert [epochs_for(count) for count in (100, 10**4, 10**5, 10**6)] == [300, 200, 120, 100]
+
+
+def test_images_are_counted_as_prepare_finds_them(tmp_path: Path) -> None:
+    pictures(tmp_path / "train", 2, 3, (20, 20))
+    pictures(tmp_path / "val", 2, 2, (20, 20))
+    some = tmp_path / "train" / "class 0"
+    (some / ".ipynb_checkpoints").mkdir()
+    for hidden in (some / "._0.png", some / ".ipynb_checkpoints" / "0.png"):
+        hidden.write_bytes(b"x")
+    (some / "again").symlink_to(some)  # two such links would be followed until the end of time
+    assert look(tmp_path).num_train == 6

@@ -13,8 +13,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ghostmask.engine.errors import InputError
 
-LONGEST_SIDE = 65_535
-"""FFCV keeps sides in 16 bits."""
+LONGEST_SIDE = 65_500
+"""Of a JPEG, by libjpeg; FFCV keeps sides in 16 bits."""
 
 
 class BadImage(InputError):

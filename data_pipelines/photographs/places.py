@@ -5,6 +5,7 @@ A list of a million paths would be copied into every process that reads: Python 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from array import array
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ghostmask.engine.atomic import read_small
+from ghostmask.engine.errors import InputError
 
 LARGEST_FILE = 1 << 30
 OWN_FILE = -1
@@ -87,11 +89,17 @@ class Places:
         return hashlib.blake2b(text, digest_size=16).digest()
 
     def read(self, index: int) -> bytes:
-        """The file's content. Raises OSError where it cannot be read, or is no file."""
-        _, container, offset, size, _ = (int(number) for number in self.numbers[index])
+        """The file's content. Raises OSError where it cannot be read, or is no file, and InputError where its tar file
+        is another than the places are of: other bytes may be there, of another class."""
+        _, container, offset, size, changed = (int(number) for number in self.numbers[index])
         if container == OWN_FILE:
             return read_small(self.root / os.fsdecode(self._bytes(index)), LARGEST_FILE)
+        if size > LARGEST_FILE:
+            raise OSError(errno.EFBIG, f"has {size:,} bytes, more than {LARGEST_FILE:,}")
         with open(self.containers[container], "rb", buffering=0) as file:
+            if os.fstat(file.fileno()).st_mtime_ns != changed:
+                fix = "has changed while images of it were written; do it again"
+                raise InputError(f"data.root: {self.containers[container]} {fix}")
             return os.pread(file.fileno(), size, offset)
 
     def fingerprint(self) -> str:
@@ -116,11 +124,13 @@ def split_off(places: Places, fraction: float, seed: int) -> tuple[Places, Place
     """(the others, `fraction` of each class, rounded, but one image at least and never all): chosen by a hash of
     (seed, name), so that images that come or go move few others."""
     ranks = _hashes(f"{seed}\0".encode() + places._bytes(i) for i in range(len(places)))
+    labels, numbers = np.unique(places.labels, return_counts=True)
+    counts = np.minimum(np.maximum(1, np.rint(fraction * numbers)), numbers - 1)
+    order = np.lexsort((ranks, places.labels))  # class by class
+    of = np.searchsorted(labels, places.labels[order])
+    within = np.arange(len(order)) - (np.cumsum(numbers) - numbers)[of]
     chosen = np.zeros(len(places), dtype=bool)
-    for label in np.unique(places.labels):
-        members = np.flatnonzero(places.labels == label)
-        count = min(max(1, round(fraction * len(members))), len(members) - 1)
-        chosen[members[np.argsort(ranks[members], kind="stable")[:count]]] = True
+    chosen[order[within < counts[of]]] = True
     return places.take(np.flatnonzero(~chosen)), places.take(np.flatnonzero(chosen))
 
 

@@ -8,6 +8,7 @@ Evaluation: the pixels that torchvision's Resize and CenterCrop give on Pillow's
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -30,6 +31,9 @@ SMALLEST_CROPPED = 128
 JPEG_QUALITY = 90
 LARGEST_RAW_BYTES = 1 << 23
 """FFCV's page: pixels that do not fit on one are stored as JPEG."""
+LARGEST_EVAL = math.isqrt(LARGEST_RAW_BYTES // 3)
+LONGEST_RESIZED = 1 << 19
+"""Of an evaluation image before it is cropped: half a gigabyte."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,9 @@ class Cropped:
 
         data = _read(self.places, index)
         image = read_rgb(data, self.name(index), exif=self.exif)
+        long = max(image.size) * self.resize // min(image.size)
+        if long > LONGEST_RESIZED:
+            raise BadImage(f"{self.name(index)} would become {long:,} pixels long in evaluation; crop or remove it")
         resized = functional.resize(image, [self.resize], functional.InterpolationMode(self.interpolation))
         pixels = np.asarray(functional.center_crop(resized, [self.size, self.size]))
         return Stored(pixels, self.size, self.size, data), int(self.places.labels[index])
@@ -115,6 +122,8 @@ def photographs(
         raise bad_value("data.val_labels", config.val_labels, fix)
     size = config.eval_size or config.image_size or SIDE
     resize = config.eval_resize or (round(size * 256 / 224) if size >= SMALLEST_CROPPED else size)
+    fix = f"an evaluation image is stored as pixels on a page of FFCV's; give at most {LARGEST_EVAL}"
+    require(size <= LARGEST_EVAL, "data.eval_size", size, fix)
     require(resize >= size, "data.eval_resize", resize, f"give at least data.eval_size = {size}, or 0")
 
     @cache
@@ -133,6 +142,7 @@ def photographs(
             return Cropped(places()[split], size, resize, config.interpolation, config.exif)
         return Kept(places()[split], config.max_resolution, config.jpeg_fraction, config.exif)
 
+    @cache  # of what the places are of: a tar file that is replaced while others are written is another source
     def identity() -> str | None:
         if not present():
             return None

@@ -5,8 +5,11 @@ from __future__ import annotations
 import io
 import re
 import tarfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ghostmask.engine.errors import InputError, bad_value
 
@@ -30,11 +33,20 @@ def read_labels(path: Path, images: list[str], classes: list[str]) -> list[int]:
         if len(words) != len(images):
             raise bad_value(FIELD, str(path), f"it has {len(words)} labels for {len(images)} images")
         return [_label(path, fields[0], classes) for fields in words]
-    by_name = {name: fields[1] for fields in words if len(fields) > 1 for name in (fields[0], Path(fields[0]).stem)}
-    missing = [name for name in images if name not in by_name and Path(name).stem not in by_name]
-    if missing:
-        raise bad_value(FIELD, str(path), f"it has no label for {len(missing)} images, such as {missing[0]}")
-    return [_label(path, by_name.get(name) or by_name[Path(name).stem], classes) for name in images]
+    by_name: dict[str, set[str]] = {}
+    for name, label in (fields[:2] for fields in words if len(fields) > 1):
+        for known in {name, Path(name).stem}:
+            by_name.setdefault(known, set()).add(label)
+    found = [by_name.get(name) or by_name.get(Path(name).stem) or set() for name in images]
+    numbers = np.array([len(some) for some in found], dtype=np.int64)
+    for what, odd in (("no label", numbers == 0), ("several labels", numbers > 1)):
+        if odd.any():
+            first = images[int(odd.argmax())]
+            raise bad_value(FIELD, str(path), f"it has {what} for {odd.sum()} images, such as {first}")
+    twice = [name for name, number in Counter(images).items() if number > 1]
+    if twice:
+        raise bad_value(FIELD, str(path), f"it cannot tell images of the same name in several folders: {twice[0]}")
+    return [_label(path, some.pop(), classes) for some in map(set, found)]
 
 
 def devkit(path: Path) -> tuple[list[str], dict[str, str]]:
@@ -73,7 +85,7 @@ def _from_devkit(path: Path) -> tuple[bytes, bytes]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text("utf-8", "surrogateescape").splitlines()
+        return path.read_text("utf-8-sig", "surrogateescape").splitlines()
     except OSError as error:
         raise bad_value(FIELD, str(path), f"it cannot be read ({error.strerror})") from error
 

@@ -6,6 +6,7 @@ for evaluation (data.val_fraction); then the class folders may also lie in ROOT 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -60,7 +61,19 @@ def class_folders(folder: Path) -> list[str]:
     ours are no classes. Raises InputError for a folder that cannot be read."""
     if not folder.is_dir():
         return []
-    return sorted(e.name for e in _entries(folder) if e.is_dir() and not e.name.startswith(".") and e.name != FOLDER)
+    return sorted(e.name for e in _entries(folder) if _is_folder(e) and not e.name.startswith(".") and e.name != FOLDER)
+
+
+def images_below(folder: Path, left_out: list[str]) -> Iterator[str]:
+    """The files that are images by their names, folder by folder as torchvision sorts them; others go to left_out."""
+    for inner in sorted(map(str, _folders(folder, ()))):
+        for name in sorted(entry.name for entry in _entries(inner) if not _is_folder(entry)):
+            if name.startswith("."):
+                continue
+            if name.lower().endswith(EXTENSIONS):
+                yield os.path.join(inner, name)
+            else:
+                left_out.append(os.path.join(inner, name))
 
 
 def load_rgb(path: str, max_resolution: int) -> object:
@@ -83,7 +96,7 @@ def _in_classes(root: Path, folder: Path, names: list[str]) -> Places:
         empty = []
         for label, name in enumerate(names):
             number = 0
-            for number, path in enumerate(_images(folder / name, left_out), 1):  # noqa: B007
+            for number, path in enumerate(images_below(folder / name, left_out), 1):  # noqa: B007
                 yield _place(root, path, label)
             if not number:
                 empty.append(name)
@@ -103,7 +116,7 @@ def _in_classes(root: Path, folder: Path, names: list[str]) -> Places:
 def _flat(root: Path, folder: Path, labels: Path, names: list[str]) -> Places:
     """The images that lie in `folder` itself, with labels from a file."""
     left_out: list[str] = []
-    paths = list(_images(folder, left_out))
+    paths = list(images_below(folder, left_out))
     _say_what_is_left_out(folder, left_out)
     found = read_labels(labels, [os.path.basename(path) for path in paths], names)
     rows = sorted(zip(found, paths, strict=True))  # as they would lie in class folders
@@ -111,36 +124,36 @@ def _flat(root: Path, folder: Path, labels: Path, names: list[str]) -> Places:
 
 
 def _place(root: Path, path: str, label: int) -> Place:
-    try:
-        stat = os.stat(path)
-    except OSError:  # a link to nowhere: reading it will say so
-        stat = os.lstat(path)
-    return Place(path[len(os.path.join(root, "")) :], label, OWN_FILE, 0, stat.st_size, stat.st_mtime_ns)
-
-
-def _images(folder: Path, left_out: list[str]) -> Iterator[str]:
-    """The files that are images by their names, folder by folder as torchvision sorts them."""
-    for inner in sorted(map(str, _folders(folder, ()))):
-        for name in sorted(entry.name for entry in _entries(inner) if not entry.is_dir()):
-            if name.startswith("."):
-                continue
-            if name.lower().endswith(EXTENSIONS):
-                yield os.path.join(inner, name)
-            else:
-                left_out.append(os.path.join(inner, name))
+    size, changed = 0, 0
+    for look in (os.lstat, os.stat):
+        with contextlib.suppress(OSError):  # a link to nowhere, or gone: reading it will say so
+            stat = look(path)
+            size, changed = stat.st_size, stat.st_mtime_ns
+    name = path if root == Path() else path[len(os.path.join(root, "")) :]  # Path("train"), not "./train"
+    return Place(name, label, OWN_FILE, 0, size, changed)
 
 
 def _folders(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
     """The folder and all below it, through links, but for one that lies in itself."""
-    stat = folder.stat()
+    try:
+        stat = folder.stat()
+    except OSError as error:
+        raise InputError(f"data.root: {folder} cannot be read ({error.strerror})") from error
     identity = stat.st_dev, stat.st_ino
     if identity in above:
         to_stderr(printable(f"{folder} is a link to a folder that it lies in; it is left out"))
         return
     yield folder
     for entry in _entries(folder):
-        if entry.is_dir() and not entry.name.startswith("."):
+        if _is_folder(entry) and not entry.name.startswith("."):
             yield from _folders(folder / entry.name, (*above, identity))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _entries(folder: Path | str) -> list[os.DirEntry[str]]:

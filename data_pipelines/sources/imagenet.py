@@ -16,7 +16,7 @@ from ghostmask.data_pipelines.photographs.stored import photographs
 from ghostmask.data_pipelines.photographs.tar_files import Member, fingerprint_tars, members
 from ghostmask.data_pipelines.photographs.val_labels import DEVKIT, devkit, read_labels
 from ghostmask.data_pipelines.source import Source
-from ghostmask.engine.errors import bad_value
+from ghostmask.engine.errors import InputError, bad_value
 
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 
@@ -60,6 +60,16 @@ def imagenet(config: DataConfig) -> Source:
         rows = sorted(zip(numbers, names, found, strict=True))  # as they would lie in class folders
         return Places.of(root, (val,), (Place(n, label, 0, m.offset, m.size, changed) for label, n, m in rows))
 
+    def words() -> dict[str, str]:
+        if labels.name != DEVKIT or not labels.is_file():
+            return {}
+        try:
+            return devkit(labels)[1]
+        except InputError:  # nothing else is read of it then
+            if not config.val_fraction:
+                raise
+            return {}
+
     def tars() -> list[Path]:
         return [path for path in (train, *([] if config.val_fraction else [val, labels])) if path.is_file()]
 
@@ -71,6 +81,6 @@ def imagenet(config: DataConfig) -> Source:
         present=train.is_file,
         fingerprint=lambda: fingerprint_tars(tars()),
         class_names=lambda: list(classes()),
-        class_words=lambda: devkit(labels)[1] if labels.name == DEVKIT and labels.is_file() else {},
+        class_words=words,
         absent=absent,
     )

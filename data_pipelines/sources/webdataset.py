@@ -27,6 +27,9 @@ def webdataset(config: DataConfig) -> Source:
     """Shards of .jpg, .png or .webp with .cls or .json (label); side data.image_size (0 = 224)."""
     root = Path(config.root)
     train, val = _shards(root, "train"), _shards(root, "val")
+    if both := [shard.name for shard in train if shard in val]:
+        fix = f"{both[0]} has train and val in its name; put the shards into folders, train and val"
+        raise bad_value("data.root", config.root, fix)
 
     def places(shards: list[Path], split: str) -> Places:
         if not shards:
@@ -49,7 +52,8 @@ def webdataset(config: DataConfig) -> Source:
 
 
 def _shards(root: Path, split: str) -> list[Path]:
-    return sorted(root.glob(f"{split}/*.tar")) or sorted(root.glob(f"*{split}*.tar"))
+    found = (sorted(root.glob(pattern)) for pattern in (f"{split}/*.tar", f"*{split}*.tar"))
+    return next((shown for some in found if (shown := [p for p in some if not p.name.startswith(".")])), [])
 
 
 def _samples(shard: Path, number: int) -> Iterator[Place]:
@@ -59,8 +63,10 @@ def _samples(shard: Path, number: int) -> Iterator[Place]:
     for member in members(shard):
         folder, _, name = member.name.rpartition("/")
         key, _, extension = name.partition(".")
-        if key:  # else hidden
-            samples.setdefault(f"{folder}/{key}" if folder else key, {})[extension.lower()] = member
+        parts = samples.setdefault(f"{folder}/{key}" if folder else key, {})
+        if extension.lower() in parts:  # one of two samples would be lost
+            raise InputError(f"data.root: {shard}: {member.name} is there twice; write it anew")
+        parts[extension.lower()] = member
     with open(shard, "rb") as file:
         for key, parts in samples.items():
             image = next((parts[kind] for kind in IMAGES if kind in parts), None)

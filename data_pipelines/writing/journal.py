@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ghostmask.data_pipelines.beton import FORMAT
 from ghostmask.engine.atomic import replacing
 
 RECORD = np.dtype(
@@ -32,10 +33,10 @@ class Journal:
 
     def __init__(self, path: Path, layout: dict[str, int]) -> None:
         self.path = path
-        self._head = json.dumps(layout).encode() + b"\n"
+        self._head = json.dumps({"format": FORMAT, **layout}).encode() + b"\n"
 
     def read(self, partial: Path) -> Records:
-        """Those that are whole, and in the partial file; none where the layout is another."""
+        """Those that are whole, and in the partial file; none where the layout, or beton.FORMAT, is another."""
         try:
             content, size = self.path.read_bytes(), partial.stat().st_size
         except OSError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -17,6 +18,8 @@ from ghostmask.engine.cores import usable_cores
 from ghostmask.engine.errors import InputError, bad_value, printable, say, to_stderr
 
 FIRST_FEW = 3
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+"""What flock says on a file system without locks, such as Lustre by default."""
 
 
 def bring_up_to_date(config: DataConfig, source: Source, progress: bool) -> dict[str, Path]:
@@ -52,7 +55,8 @@ def _outdated(source: Source, paths: dict[str, Path]) -> list[str]:
         except InputError:
             outdated.append(split)
             continue
-        if fingerprint is not None and manifest.fingerprint != fingerprint:
+        other = manifest.settings != source.settings.get(split, {})  # which its name does not always tell
+        if other or (fingerprint is not None and manifest.fingerprint != fingerprint):
             outdated.append(split)
     return outdated
 
@@ -131,10 +135,18 @@ def _taken(path: Path) -> int:
 
 @contextlib.contextmanager
 def _alone(lock: Path) -> Iterator[None]:
-    """One process at a time; a killed holder lets go by itself."""
+    """One process at a time, where the file system knows of locks; a killed holder lets go by itself."""
     handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)  # not "w": that waits for ever for a pipe
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            to_stderr(printable(f"another process writes .beton files to {lock.parent}; waiting for it"))
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            to_stderr(printable(f"{lock.parent} has no locks ({error.strerror}): start no second prepare there"))
         yield
     finally:
         os.close(handle)

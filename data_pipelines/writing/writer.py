@@ -83,6 +83,8 @@ def write(
     layout = Layout.of(images)
     log = Journal(journal, layout._asdict())
     keys = np.array([words(key_of(images, i, identity)) for i in range(len(images))], dtype=np.uint64)
+    if not parent.is_alive():  # then another may be writing there by now
+        raise SystemExit(1)
     known = log.read(path)
     rows = rows_of(keys, known)
     known = known[np.unique(rows[rows >= 0])]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -11,7 +9,7 @@ from statistics import median
 from PIL import Image
 
 from ghostmask.data_pipelines.photographs.val_labels import DEVKIT
-from ghostmask.data_pipelines.sources.imagefolder import EXTENSIONS
+from ghostmask.data_pipelines.sources.imagefolder import EXTENSIONS, class_folders, images_below
 from ghostmask.engine.errors import InputError, bad_value
 
 SAMPLE = 200
@@ -61,7 +59,7 @@ def _folders(folder: Path) -> Images:
     """Class folders, in train/ or in the folder itself."""
     root = folder.parent if folder.name == "train" and (folder.parent / "val").is_dir() else folder
     train = root / "train" if (root / "train").is_dir() else root
-    classes = {entry.name: _images(Path(entry.path)) for entry in _folders_in(train)}
+    classes = {name: list(images_below(train / name, [])) for name in class_folders(train)}
     empty = [name for name, images in classes.items() if not images]
     if not any(classes.values()):
         raise bad_value("FOLDER", str(folder), "holds no class folders with images, such as train/CLASS/*.jpg")
@@ -72,10 +70,10 @@ def _folders(folder: Path) -> Images:
             "FOLDER", str(folder), f"{train} holds one class folder, {next(iter(classes))}; give a folder further down"
         )
     notes = []
-    val = _folders_in(root / "val") if (root / "val").is_dir() else []
-    labels = _labels(root) if (root / "val").is_dir() and not {entry.name for entry in val} & set(classes) else None
-    if (root / "val").is_dir() and not labels and {entry.name for entry in val} != set(classes):
-        odd = sorted({entry.name for entry in val} ^ set(classes))[:3]
+    val = set(class_folders(root / "val"))
+    labels = _labels(root) if (root / "val").is_dir() and not val & set(classes) else None
+    if (root / "val").is_dir() and not labels and val != set(classes):
+        odd = sorted(val ^ set(classes))[:3]
         raise bad_value("FOLDER", str(folder), f"train and val must have the same class folders; they differ in {odd}")
     side, pixels, broken = _sizes(classes)
     if broken:
@@ -126,21 +124,6 @@ def _shards(folder: Path, shards: list[Path]) -> Images:
     side, pixels = median(min(size) for size in sizes), sum(w * h for w, h in sizes) / len(sizes)
     split = bool([*folder.glob("val/*.tar"), *folder.glob("*val*.tar")])
     return Images("webdataset", folder, max(labels) + 1, total, each, each, int(side), pixels, split, (note,))
-
-
-def _folders_in(folder: Path) -> list[os.DirEntry[str]]:
-    entries = (entry for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-    return sorted((entry for entry in entries if entry.name != "beton"), key=lambda entry: entry.name)
-
-
-def _images(folder: Path) -> list[str]:
-    """Paths of the images below a folder, in order."""
-    return sorted(_walk(folder))
-
-
-def _walk(folder: Path) -> Iterator[str]:
-    for at, _, names in os.walk(folder, followlinks=True):
-        yield from (os.path.join(at, name) for name in names if name.lower().endswith(EXTENSIONS))
 
 
 def _sizes(classes: dict[str, list[str]]) -> tuple[int, float, int]:
