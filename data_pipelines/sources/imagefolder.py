@@ -83,7 +83,7 @@ def _in_classes(root: Path, folder: Path, names: list[str]) -> Places:
         empty = []
         for label, name in enumerate(names):
             number = 0
-            for number, path in enumerate(_images(folder / name, left_out), 1):  # noqa: B007
+            for number, path in enumerate(images_below(folder / name, left_out), 1):  # noqa: B007
                 yield _place(root, path, label)
             if not number:
                 empty.append(name)
@@ -103,7 +103,7 @@ def _in_classes(root: Path, folder: Path, names: list[str]) -> Places:
 def _flat(root: Path, folder: Path, labels: Path, names: list[str]) -> Places:
     """The images that lie in `folder` itself, with labels from a file."""
     left_out: list[str] = []
-    paths = list(_images(folder, left_out))
+    paths = list(images_below(folder, left_out))
     _say_what_is_left_out(folder, left_out)
     found = read_labels(labels, [os.path.basename(path) for path in paths], names)
     rows = sorted(zip(found, paths, strict=True))  # as they would lie in class folders
@@ -118,7 +118,7 @@ def _place(root: Path, path: str, label: int) -> Place:
     return Place(path[len(os.path.join(root, "")) :], label, OWN_FILE, 0, stat.st_size, stat.st_mtime_ns)
 
 
-def _images(folder: Path, left_out: list[str]) -> Iterator[str]:
+def images_below(folder: Path, left_out: list[str]) -> Iterator[str]:
     """The files that are images by their names, folder by folder as torchvision sorts them."""
     for inner in sorted(map(str, _folders(folder, ()))):
         for name in sorted(entry.name for entry in _entries(inner) if not entry.is_dir()):

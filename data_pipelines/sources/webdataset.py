@@ -26,13 +26,13 @@ MOST_CLASSES = 100_000
 def webdataset(config: DataConfig) -> Source:
     """Shards of .jpg, .png or .webp with .cls or .json (label); side data.image_size (0 = 224)."""
     root = Path(config.root)
-    train, val = _shards(root, "train"), _shards(root, "val")
+    train, val = shards_of(root, "train"), shards_of(root, "val")
 
     def places(shards: list[Path], split: str) -> Places:
         if not shards:
             fix = f"no {split}/*.tar and no *{split}*.tar there; give the folder of the shards, or data.val_fraction"
             raise bad_value("data.root", config.root, fix)
-        found = Places.of(root, shards, (p for at, shard in enumerate(shards) for p in _samples(shard, at)))
+        found = Places.of(root, shards, (p for at, shard in enumerate(shards) for p in samples(shard, at)))
         if not len(found):
             raise bad_value("data.root", config.root, f"the shards of {split} hold no image, {shards[0].name} is one")
         return found
@@ -48,11 +48,11 @@ def webdataset(config: DataConfig) -> Source:
     )
 
 
-def _shards(root: Path, split: str) -> list[Path]:
+def shards_of(root: Path, split: str) -> list[Path]:
     return sorted(root.glob(f"{split}/*.tar")) or sorted(root.glob(f"*{split}*.tar"))
 
 
-def _samples(shard: Path, number: int) -> Iterator[Place]:
+def samples(shard: Path, number: int) -> Iterator[Place]:
     """The samples of a shard, in its order. Raises InputError for one without an image or a label."""
     changed = shard.stat().st_mtime_ns
     samples: dict[str, dict[str, Member]] = {}
