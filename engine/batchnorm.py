@@ -87,6 +87,12 @@ class PartStatistics:
             follow(average, part, self.decay, updates)
 
     @torch.no_grad()
+    def begin_averages(self) -> None:
+        """The averages, where there are any, are what they are made of."""
+        for average, part in zip(self._averages, self._sets, strict=False):
+            average.copy_(part)
+
+    @torch.no_grad()
     def deliver(self) -> bool:
         """Put the averages of this rank's last part into the model, where there are any; returns whether there are. All
         parts' are equal after `average`."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ghostmask.engine.batchnorm import PartStatistics, reestimate, restored
-from ghostmask.engine.checkpoint.entries import checkpoint_entries, restore
+from ghostmask.engine.checkpoint.entries import checkpoint_entries, is_average, restore
 from ghostmask.engine.checkpoint.store import CheckpointStore, Saved
 from ghostmask.engine.config import CheckpointConfig, TrainConfig
 from ghostmask.engine.data import Batch, DataPipeline, PartBatch
@@ -98,10 +98,14 @@ class Trainer:
         return self.num_updates / (self.phase.end_step - self.phase.first_step)
 
     def resume(self, saved: Saved) -> None:
-        """Go on from a checkpoint of this phase, whatever its number of ranks and ZeRO stage were."""
+        """Go on from a checkpoint of this phase, whatever its number of ranks and ZeRO stage were.
+
+        One of another run may have been made without a moving average.
+        """
+        averages = self.task.average == 0 or any(map(is_average, self.store.names(saved)))
         restore(
             self.model, self.sharded.optimizer, self.statistics, self.task.hooks, saved.meta,
-            lambda entries: self.store.load(saved, entries),
+            lambda entries: self.store.load(saved, entries), averages=averages,
         )  # fmt: skip
         self.position = replace(self.position, step=saved.step)
         self._saved_step = saved.step

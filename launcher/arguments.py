@@ -9,6 +9,8 @@ from pathlib import Path
 from ghostmask.engine.errors import InputError
 from ghostmask.engine.launch import read_launch
 from ghostmask.launcher import locate
+from ghostmask.launcher.config import RunConfig
+from ghostmask.launcher.folder import networks
 
 CONFIG_HELP = "YAML file, or the name of a shipped config (ghostmask show configs)"
 SETTINGS_HELP = "settings that go before the file's, such as mask.density=0.05 optim.milestones=[90,135]"
@@ -41,12 +43,13 @@ def typed_path(field: str) -> Callable[[str], Path]:
     return lambda text: Path(locate.typed_path(field, text, longest_name=locate.LONGEST_NAME - len(".writing.")))
 
 
-def check_network(name: str) -> None:
+def check_networks(config: RunConfig) -> None:
     """Raise InputError where a function of the user's own is not there: that is said before any rank is waited for."""
-    if ":" in name:
-        from ghostmask.models.foreign import find_builder
+    for name in sorted(networks(config)):
+        if ":" in name:
+            from ghostmask.models.foreign import find_builder
 
-        find_builder(name)
+            find_builder(name)
 
 
 def refuse_ranks(command: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from ghostmask.engine.launch import read_launch
 from ghostmask.launcher import locate, settings
-from ghostmask.launcher.arguments import add_ranks, add_settings, check_network, refuse_ranks, typed_path
+from ghostmask.launcher.arguments import add_ranks, add_settings, check_networks, refuse_ranks, typed_path
 from ghostmask.launcher.checks import check_config
 from ghostmask.launcher.environment import prepare_environment
 from ghostmask.launcher.folder import resumed
@@ -27,7 +27,7 @@ def _doctor(arguments: Namespace) -> int:
     check_config(config, read_launch().size)
     locate.check_writable(settings.run_folder(config), "run", config.run)
     prepare_environment(config.train.device)
-    check_network(config.model.name)
+    check_networks(config)
     from ghostmask.launcher.doctor.run import doctor
 
     return doctor(config)

@@ -12,6 +12,7 @@ from ghostmask.engine.registry import resolve
 from ghostmask.engine.sharding.ranks import check_ranks, most_ranks
 from ghostmask.launcher.config import RunConfig
 from ghostmask.masks.registry import METHODS
+from ghostmask.models.names import check_name
 
 if TYPE_CHECKING:
     from ghostmask.masks.method import MaskMethod
@@ -155,6 +156,8 @@ def _check_recipe(config: RunConfig) -> None:
         raise config.not_read("augment", "mix_fraction", "augment.mixup=0 and augment.cutmix=0", "one of them")
     for name in sorted(config.given("distill")) if not config.distill.path else ():
         raise config.not_read("distill", name, "distill.path=", "distill.path=RUN")
+    if config.distill.model:
+        check_name(config.distill.model, "distill.model")
     searched_last = mask.method == "probmask" and (
         config.finetune.epochs == 0 or not getattr(mask, "train_weights", True)
     )

@@ -19,7 +19,7 @@ from ghostmask.launcher.arguments import (
     SETTINGS_HELP,
     add_ranks,
     add_settings,
-    check_network,
+    check_networks,
     count,
     refuse_ranks,
     typed_path,
@@ -202,7 +202,7 @@ def _train(arguments: Namespace) -> int:
     check_config(resumed(config, restart=arguments.restart), read_launch().size)
     locate.check_writable(settings.run_folder(config), "run", config.run)
     prepare_environment(config.train.device)
-    check_network(config.model.name)
+    check_networks(config)
     from ghostmask.launcher.train import train
 
     return train(config, restart=arguments.restart, source=source, new_data=arguments.new_data)
@@ -243,7 +243,7 @@ def _find_mask(arguments: Namespace) -> int:
         raise bad_value("--out", str(out), "give a file ending in .safetensors")
     locate.check_writable(out.parent, "--out", str(out))
     prepare_environment(config.train.device)
-    check_network(config.model.name)
+    check_networks(config)
     from ghostmask.launcher.find_mask import find_mask
 
     return find_mask(config, out)

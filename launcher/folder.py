@@ -29,6 +29,15 @@ def read_run(folder: Path) -> RunConfig:
         raise InputError(f"run = {str(folder)!r}: its configuration cannot be read ({error}); {fix}") from None
 
 
+def networks(config: RunConfig) -> set[str]:
+    """Names of the networks that a run builds: its own, and its teacher's. Raises InputError as read_run does."""
+    names = {config.model.name, config.distill.model or config.model.name}
+    teacher = Path(config.distill.path)
+    if config.distill.path and not config.distill.model and (teacher / "config.yaml").is_file():
+        names.add(read_run(teacher).model.name)
+    return names
+
+
 def resumed(config: RunConfig, *, restart: bool = False) -> RunConfig:
     """`config`, with the parts of a batch that the run in its folder is cut into where it says nothing of them.
 

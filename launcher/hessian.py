@@ -49,7 +49,7 @@ def measure(
     The loss: plain cross-entropy over the first num_batches training batches of epoch 0, with batch norm in evaluation
     mode, so that it is one function on any number of ranks. The point: the network as it trains at the checkpoint,
     with the ghosts and soft activations of that moment and its pruned weights at zero (and, in a search, batch norm
-    that fits them). The subspace: all weights that
+    that fits them), or its moving average where ema.decay keeps one. The subspace: all weights that
     the mask keeps and all other parameters of the plain network. Raises InputError where there is no checkpoint.
     """
     store = reading_store(folder, world)

@@ -41,15 +41,22 @@ def _flush() -> None:
     except BrokenPipeError:
         raise
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop()
+
+
+def _drop() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _end(error: BaseException, signal: int) -> int:
     """Say why the command ends, on one rank, and return its code. Raises a defect of one rank alone."""
     if isinstance(error, BrokenPipeError) and _reader_is_gone():
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop()
         return EXIT_BROKEN_PIPE
-    _flush()
+    try:
+        _flush()
+    except BrokenPipeError:  # what ended the command comes first
+        _drop()
     code, text = _reason(error, signal)
     if _is_one_of_several():
         from ghostmask.launcher.last_words import end_together

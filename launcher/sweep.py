@@ -37,7 +37,8 @@ def sweep(arguments: Sequence[str], *, vary: Sequence[str], seeds: int, folder: 
         raise InputError("ghostmask sweep: name at least one CONFIG, such as digits_probmask")
     settings = [text for text in arguments if "=" in text]
     plans: list[tuple[tuple[str, ...], PlannedRun]] = []
-    for config, chosen in itertools.product(configs, combinations("--vary", vary)):
+    cells = itertools.product(configs, map(tuple, combinations("--vary", vary)))
+    for config, chosen in dict.fromkeys(cells):  # one that is given twice is one: its seeds are no more
         values = [text.partition("=")[2] for text in chosen]
         name = "-".join([Path(config).stem, *values])
         for seed in range(seeds):

@@ -18,16 +18,16 @@ OTHERS = {
 """Examples of what model.name may be besides a key of MODELS -> what that is."""
 
 
-def check_name(name: str) -> None:
+def check_name(name: str, field: str = "model.name") -> None:
     """Raise InputError where `name` cannot be a network. Neither torch nor a function of the user's own is imported."""
     if name in MODELS:
         return
     if ":" in name:
         module, _, function = name.partition(":")
         if not all(part.isidentifier() for part in (*module.split("."), function)):
-            raise bad_value("model.name", name, "write a function of your own as package.module:function")
+            raise bad_value(field, name, "write a function of your own as package.module:function")
     elif name not in torchvision_names():
-        raise _unknown(name)
+        raise _unknown(name, field)
 
 
 @cache
@@ -44,13 +44,13 @@ def torchvision_names() -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def _unknown(name: str) -> InputError:
+def _unknown(name: str, field: str) -> InputError:
     near = difflib.get_close_matches(name, {**MODELS, **dict.fromkeys(torchvision_names())}, n=3)
     module, dot, function = name.rpartition(".")
     if dot and not near:
         near = [f"{module}:{function}"]
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     return InputError(
-        f"model.name = {name!r} is not known: {hint}known: {', '.join(MODELS)}, "
+        f"{field} = {name!r} is not known: {hint}known: {', '.join(MODELS)}, "
         "the classification networks of torchvision, and package.module:function for your own"
     )

@@ -95,6 +95,10 @@ def test_a_sweep_shows_what_is_trained_and_stops_at_a_run_that_fails(
         "| digits_tost | 0.1 | 0.1 | 100.50 +- 0.71 | 90.00 +- 0.00 | 2 | 0.1 |  |",
         "| digits_tost | 0.05 | 0.1 | 95.50 +- 0.71 | - | 2 | 0.05 |  |",
     ]
+    twice = ["--vary", "mask.density=0.1,0.1", *varied[2:]]
+    assert run_command(["sweep", settings[0], *settings, *twice]) == 0
+    (row,) = capsys.readouterr().out.splitlines()[2:]
+    assert row == "| digits_tost | 0.1 | 0.1 | 100.50 +- 0.71 | 90.00 +- 0.00 | 2 | 0.1 |  |", "its seeds are no more"
     (run / "export" / "summary.json").unlink()  # the data are not there
     with pytest.raises(RunStopped, match=r"digits_tost-0\.05-0\.1-seed1 ended with exit code 2") as stopped:
         run_command(["sweep", *settings, *varied])

@@ -13,13 +13,17 @@ import pytest
 import torch.distributed as dist
 
 import ghostmask
+from ghostmask.engine.data import PartBatch
 from ghostmask.engine.errors import InputError
 from ghostmask.engine.launch import Launch
+from ghostmask.engine.mixing import Mixing
 from ghostmask.engine.spawn import free_port, run_distributed
+from ghostmask.engine.trainer import Trainer
 from ghostmask.engine.world import World, single
 from ghostmask.launcher.doctor import disk, machine, reach, speed
 from ghostmask.launcher.doctor.finding import Finding, failed, passed, warned, worst
 from ghostmask.launcher.doctor.patient import Patient
+from ghostmask.launcher.doctor.run import scratch_beside
 from ghostmask.launcher.main import main
 from ghostmask.launcher.run import Shares
 from ghostmask.launcher.settings import load_config
@@ -83,6 +87,38 @@ def test_data_that_are_not_there_or_not_whole_fail_and_what_needs_them_is_skippe
     assert found["data"][0] == "fail"
     assert "ghostmask prepare" in found["data"][1]
     assert {found[name][0] for name in ALL[ALL.index("same data") :]} == {"skip"}
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_the_recipe_needs_is_looked_at_as_training_does_and_is_part_of_the_step(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["doctor", "digits_tost", f"data.root={root}", f"run={tmp_path / 'run'}", *SMALL]
+    assert main([*given, f"distill.path={tmp_path / 'teacher.safetensors'}"]) == 2
+    level, said = lines(capsys.readouterr().out)["network"]
+    assert (level, "distill.path" in said, "is missing" in said) == ("fail", True, True)
+    steps: list[int] = []
+
+    def seen(self: Mixing, trainer: Trainer, number: int, part: PartBatch) -> PartBatch:
+        steps.append(trainer.position.step)
+        return part
+
+    monkeypatch.setattr(Mixing, "on_part", seen)
+    assert main([*given, "augment.mixup=0.2"]) == 0
+    assert 0 in steps
+
+
+def test_a_live_run_s_folder_is_left_alone_and_one_that_no_run_wrote_is_in_the_way(tmp_path: Path) -> None:
+    run, link = tmp_path / "disk" / "run", tmp_path / "link"
+    run.mkdir(parents=True)
+    link.symlink_to(run)
+    assert {scratch_beside(place).parent for place in (run, link, run.parent / "new" / "run")} == {tmp_path / "disk"}
+    assert list(run.iterdir()) == []
+    (run / "config.yaml").write_text("seed: 1\n")
+    config = load_config("digits_probmask", [f"run={run}", "train.replicas=1"])
+    patient = Patient(config, Launch(), single(), tmp_path, tmp_path, Shares.of(config, single()))
+    with pytest.raises(InputError, match="nothing was touched"):
+        disk.folder(patient)
 
 
 @pytest.mark.usefixtures("quick")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import tarfile
 from pathlib import Path
 
@@ -108,19 +109,73 @@ def test_what_other_datasets_unpack_is_known_by_its_names(tmp_path: Path) -> Non
     assert (config.data.dataset, config.model.name, config.data.batch_size) == ("cifar100", "resnet32", 256)
 
 
+def shard(path: Path, labels: list[bytes], suffix: str = "cls", image: bytes = b"") -> None:
+    """Images of 120 x 100 pixels, or what is given for one."""
+    if not image:
+        file = io.BytesIO()
+        Image.new("RGB", (120, 100)).save(file, "JPEG")
+        image = file.getvalue()
+    with tarfile.open(path, "w") as archive:
+        for number, label in enumerate(labels):
+            for kind, content in (("jpg", image), (suffix, label)):
+                member = tarfile.TarInfo(f"{number}.{kind}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+
+
 def test_shards_are_looked_into(tmp_path: Path) -> None:
     for number in range(2):
-        with tarfile.open(tmp_path / f"flowers-train-{number}.tar", "w") as archive:
-            for i in range(6):
-                image = io.BytesIO()
-                Image.new("RGB", (120, 100)).save(image, "JPEG")
-                for suffix, content in (("jpg", image.getvalue()), ("cls", str(i % 3).encode())):
-                    member = tarfile.TarInfo(f"{number}{i}.{suffix}")
-                    member.size = len(content)
-                    archive.addfile(member, io.BytesIO(content))
+        shard(tmp_path / f"flowers-train-{number}.tar", [str(i % 3).encode() for i in range(6)])
     found = look(tmp_path)
     assert (found.dataset, found.num_classes, found.num_train, found.side) == ("webdataset", 3, 12, 100)
     assert not found.split
+    shard(tmp_path / "flowers-train-0.tar", [b'{"cls": 0}', b'{"class_id": 4}'], "json")  # as the loader reads them
+    assert look(tmp_path).num_classes == 5
+
+
+@pytest.mark.parametrize(
+    ("labels", "suffix", "image", "said"),
+    [
+        ([b"cat"], "cls", b"", "0.cls holds b'cat': give the number of a class"),
+        ([b"{"], "json", b"", "0.json holds"),
+        ([b"0", b"1"], "cls", b"no image", "none of 2 images can be read"),
+        ([], "cls", b"", "holds no image"),
+    ],
+)
+def test_shards_that_cannot_be_trained_on_are_one_line(
+    labels: list[bytes], suffix: str, image: bytes, said: str, tmp_path: Path
+) -> None:
+    shard(tmp_path / "train-0.tar", labels, suffix, image)
+    with pytest.raises(InputError, match=said):
+        look(tmp_path)
+    (tmp_path / "train-0.tar").write_bytes(b"damaged")
+    with pytest.raises(InputError, match="is not a whole, uncompressed tar file"):
+        look(tmp_path)
+
+
+def test_the_images_that_are_counted_are_those_that_prepare_takes(tmp_path: Path) -> None:
+    """No hidden files, no folder in itself, and not the archive that they were unpacked from."""
+    pictures(tmp_path / "images/train", 2, 4, (64, 64))
+    pictures(tmp_path / "images/val", 2, 2, (64, 64))
+    before = look(tmp_path / "images")
+    (tmp_path / "images/train/class 0/._0.png").write_bytes(b"as macOS leaves")
+    (tmp_path / "images/train/class 0/loop").symlink_to(tmp_path / "images/train/class 0")
+    shard(tmp_path / "images/train.tar", [b"0", b"0", b"0"])
+    assert look(tmp_path / "images") == before
+
+
+@pytest.mark.parametrize("name", ["my flowers", "~flowers", 'it\'s #1: "x" = y'])
+def test_the_next_command_can_be_typed_whatever_the_folder_is_called(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures(tmp_path / name / "train", 2, 4, (20, 20))
+    pictures(tmp_path / name / "val", 2, 2, (20, 20))
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", f"./{name}"]) == 0
+    *_, said = shlex.split(capsys.readouterr().out.partition("next: ")[2])
+    assert load_config(said).data.root == str(tmp_path / name)
+    (line,) = [line for line in Path(said).read_text().splitlines() if line.startswith("# next")]
+    assert shlex.split(line.removeprefix("#"))[1:4] == ["ghostmask", "prepare", said]
 
 
 @pytest.mark.parametrize(

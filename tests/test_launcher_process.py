@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -64,3 +65,18 @@ def test_a_run_whose_log_is_on_a_full_disk_goes_on_to_its_end(tmp_path: Path) ->
     train = f"{COMMAND} train digits_probmask run=./r data.root=. train.epochs=2 finetune.epochs=0 --ranks 2"
     assert shell(f"{train} > /dev/full 2>&1", tmp_path).returncode == 0
     assert (tmp_path / "r" / "export" / "summary.json").exists()
+
+
+def test_what_ended_a_command_is_said_though_nobody_reads_what_it_had_printed() -> None:
+    script = (
+        "import sys; from ghostmask.engine.errors import InputError, tell; from ghostmask.launcher.main import _end; "
+        "tell('a table', sys.stdout); sys.exit(_end(InputError('no disk'), 0))"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    reading, writing = os.pipe()
+    os.close(reading)
+    start = [sys.executable, "-c", script]
+    done = subprocess.run(start, stdout=writing, stderr=subprocess.PIPE, text=True, env=env, check=False)
+    os.close(writing)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == "ghostmask: error: no disk\n"

@@ -22,10 +22,17 @@ from ghostmask.engine.mixing import Mixing
 from ghostmask.engine.spawn import run_distributed
 from ghostmask.engine.trainer import Trainer
 from ghostmask.engine.world import World, single
+from ghostmask.launcher.arguments import check_networks
+from ghostmask.launcher.checks import check_config
 from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.export import use
+from ghostmask.launcher.folder import networks
+from ghostmask.launcher.main import main
+from ghostmask.launcher.open_run import open_owned
 from ghostmask.launcher.recipe import recipe_hooks
-from ghostmask.launcher.run import build_method, plan
+from ghostmask.launcher.run import Shares, assemble, build_method, plan
+from ghostmask.launcher.settings import load_config
+from ghostmask.launcher.source import Source
 from ghostmask.launcher.train import rates_text
 from ghostmask.models.build import build_model
 
@@ -99,9 +106,38 @@ def test_the_average_of_weights_and_statistics_is_evaluated_and_delivered_under_
     assert not torch.equal(without["fc.weight"], delivered["fc.weight"])
 
 
+def watched_from(world: World, folder: str, source: str, config: RunConfig) -> tuple[int, Any, Any]:
+    data, shares = MemoryData(world), Shares.of(config, world)
+    data.parts = shares.plain.parts
+    method = build_method(config, world, data)
+    opened = open_owned(Path(folder), config, world, data, source=Source(Path(source), 6))
+    run = assemble(config, Path(folder), data, method, opened, shares)
+    watch = Watch(run.net)
+    run.hooks = (watch,)
+    run.execute(opened.saved)
+    run.close()
+    assert opened.saved is not None
+    return opened.saved.step, watch.rows, {n: t.clone() for n, t in watch.evaluated.items()}
+
+
+def test_a_run_from_one_without_an_average_begins_it_there(tmp_path: Path) -> None:
+    saving = configured(SHORT, checkpoint={"every_steps": 3})
+    run_distributed(complete, 1, str(tmp_path / "a"), saving)
+    config = configured(saving, ema={"decay": 0.7})
+    ((step, rows, evaluated),) = run_distributed(watched_from, 1, str(tmp_path / "b"), str(tmp_path / "a"), config)
+    assert (step, len(rows)) == (6, 3)
+    wanted = dict(rows[0])
+    for number, row in enumerate(rows[1:], step):
+        kept = min(0.7, (1 + number) / (10 + number))
+        wanted = {n: kept * wanted[n] + (1 - kept) * t for n, t in row.items()}
+    for name in ("fc.weight", "bn1.running_var"):
+        found = evaluated[name].double()
+        torch.testing.assert_close(torch.where(found != 0, wanted[name], 0.0), found, atol=2e-6, rtol=1e-5)
+
+
 def averages(config: RunConfig) -> dict[str, list[float]]:
     """Phase -> the decays of its groups."""
-    from ghostmask.launcher.run import Run, Shares
+    from ghostmask.launcher.run import Run
 
     world, data = single(), MemoryData(single())
     method = build_method(config, world, data)
@@ -195,6 +231,32 @@ def test_a_teacher_that_is_no_such_network_is_one_line(tmp_path: Path) -> None:
     teacher_file(other, name="resnet20")
     (teaching,) = hooks_of(configured(SHORT, distill={"path": str(other), "model": "resnet20"}))
     assert isinstance(teaching, Distillation)
+
+
+def test_the_teacher_s_network_is_looked_for_and_copied_like_the_run_s_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text("def net(num_classes): ...\n")
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "config.yaml").write_text("model:\n  name: mine:net\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    given = ["digits_tost", f"distill.path={tmp_path / 'teacher'}"]
+    assert networks(load_config(*given[:1], given[1:])) == {"digits_resnet", "mine:net"}
+    here = ["--cluster", "local", "--tasks-per-node", "1"]
+    copied: list[set[str]] = []
+
+    def copy(folder: Path, models: set[str]) -> None:
+        copied.append(set(models))
+        raise InputError("no further")
+
+    monkeypatch.setattr("ghostmask.launcher.cluster.submit.take_snapshot", copy)
+    assert main(["submit", *given, f"run={tmp_path / 'run'}", *here]) == 2
+    assert copied == [{"digits_resnet", "mine:net"}]
+    (tmp_path / "teacher" / "config.yaml").write_text("model:\n  name: mine:other\n")
+    with pytest.raises(InputError, match="mine:other"):
+        check_networks(load_config(*given[:1], given[1:]))
+    with pytest.raises(InputError, match=r"^distill\.model = 'resnet99' is not known"):
+        check_config(load_config(given[0], [given[1], "distill.model=resnet99"]), world_size=1)
 
 
 def test_parts_of_one_image_are_not_mixed() -> None:

@@ -19,7 +19,7 @@ PLACES = {
     "resnet20": 18, "resnet32": 30, "resnet18_cifar": 16, "resnet50_cifar": 16, "vgg19": 16, "digits_resnet": 6,
     "conv4": 4, "resnet18": 16, "resnet50": 16, "resnet9": 8,
 }  # fmt: skip
-"""3x3 convolutions in blocks (two per BasicBlock, one per Bottleneck), or in the features of VGG and Conv-4; all of ResNet-9."""
+"""3x3 convolutions in blocks (two per BasicBlock, one per Bottleneck), or in VGG, Conv-4 and ResNet-9."""
 
 
 def net_of(name: str, size: int = 32) -> tuple[nn.Module, Tensor]:

@@ -26,7 +26,7 @@ MOST_CLASSES = 100_000
 def webdataset(config: DataConfig) -> Source:
     """Shards of .jpg, .png or .webp with .cls or .json (label); side data.image_size (0 = 224)."""
     root = Path(config.root)
-    train, val = _shards(root, "train"), _shards(root, "val")
+    train, val = shards_of(root, "train"), shards_of(root, "val")
     if both := [shard.name for shard in train if shard in val]:
         fix = f"{both[0]} has train and val in its name; put the shards into folders, train and val"
         raise bad_value("data.root", config.root, fix)
@@ -35,7 +35,7 @@ def webdataset(config: DataConfig) -> Source:
         if not shards:
             fix = f"no {split}/*.tar and no *{split}*.tar there; give the folder of the shards, or data.val_fraction"
             raise bad_value("data.root", config.root, fix)
-        found = Places.of(root, shards, (p for at, shard in enumerate(shards) for p in _samples(shard, at)))
+        found = Places.of(root, shards, (p for at, shard in enumerate(shards) for p in samples(shard, at)))
         if not len(found):
             raise bad_value("data.root", config.root, f"the shards of {split} hold no image, {shards[0].name} is one")
         return found
@@ -51,12 +51,13 @@ def webdataset(config: DataConfig) -> Source:
     )
 
 
-def _shards(root: Path, split: str) -> list[Path]:
+def shards_of(root: Path, split: str) -> list[Path]:
+    """The split's tar files, in their order."""
     found = (sorted(root.glob(pattern)) for pattern in (f"{split}/*.tar", f"*{split}*.tar"))
     return next((shown for some in found if (shown := [p for p in some if not p.name.startswith(".")])), [])
 
 
-def _samples(shard: Path, number: int) -> Iterator[Place]:
+def samples(shard: Path, number: int) -> Iterator[Place]:
     """The samples of a shard, in its order. Raises InputError for one without an image or a label."""
     changed = shard.stat().st_mtime_ns
     samples: dict[str, dict[str, Member]] = {}

@@ -61,6 +61,14 @@ def read(
         raise _plain(error) from None
 
 
+def names(path: Path) -> set[str]:
+    """Of the tensors in the checkpoint in `path`. Not collective. Raises CheckpointError."""
+    try:
+        return set(IndexedReader(path).read_metadata().state_dict_metadata)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: its {INDEX} cannot be read ({error})") from None
+
+
 class IndexedReader(FileSystemReader):
     """Reads the JSON index in the place of DCP's pickle, and waits for the files that this rank reads, no others: a
     thousand ranks that look for a thousand files each would keep a file server busy for minutes."""

@@ -20,6 +20,7 @@ from ghostmask.engine.batchnorm import PartStatistics, statistics
 from ghostmask.engine.checkpoint.files import CheckpointError
 from ghostmask.engine.checkpoint.pieces import Piece
 from ghostmask.engine.hooks import Hook
+from ghostmask.engine.sharding.average import AVERAGE
 from ghostmask.engine.sharding.optimizer import ShardedOptimizer
 
 Entries = dict[str, Tensor | Piece]
@@ -35,9 +36,10 @@ def checkpoint_entries(
 
 def restore(
     model: nn.Module, optimizer: ShardedOptimizer, parts: PartStatistics, hooks: Sequence[Hook],
-    meta: Mapping[str, Any], load: Callable[[Entries], None],
+    meta: Mapping[str, Any], load: Callable[[Entries], None], *, averages: bool = True,
 ) -> None:  # fmt: skip
-    """Collective: fill the trainer's tensors from a checkpoint; load(entries) reads them in place.
+    """Collective: fill the trainer's tensors from a checkpoint; load(entries) reads them in place. averages: whether it
+    holds the moving averages; else they begin with what was read.
 
     Raises CheckpointError for a checkpoint of a version that laid them out otherwise.
     """
@@ -48,10 +50,19 @@ def restore(
         )
     statistics_here = parts.entries()
     entries = _trained(optimizer) | _replicated(model, optimizer, hooks)
-    load(entries | {f"part/{name}": value for name, value in statistics_here.items()})
+    entries |= {f"part/{name}": value for name, value in statistics_here.items()}
+    load(entries if averages else {name: value for name, value in entries.items() if not is_average(name)})
     parts.load(statistics_here)
+    if not averages:
+        optimizer.begin_averages()
+        parts.begin_averages()
     optimizer.updates = int(meta["updates"])
     optimizer.refresh()
+
+
+def is_average(name: str) -> bool:
+    """Whether an entry is a moving average, of weights or of statistics."""
+    return f".{AVERAGE}/" in name or (name.startswith("part/") and name.endswith(f".{AVERAGE}"))
 
 
 def _trained(optimizer: ShardedOptimizer) -> Entries:

@@ -196,6 +196,11 @@ class CheckpointStore:
         except CheckpointError as error:
             raise CheckpointError(f"{saved.path}: {error}") from None
 
+    def names(self, saved: Saved) -> set[str]:
+        """Collective: of all tensors that a checkpoint holds. Raises CheckpointError where it cannot be read."""
+        self.wait()
+        return self._on_main(lambda: checkpoint_dcp.names(saved.path))
+
     def close(self) -> None:
         """Collective: wait for the save under way and give back its group and buffers; reports instead of raising."""
         try:

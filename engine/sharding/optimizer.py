@@ -167,9 +167,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Collective: multiply parameters by a factor each, by name, through their state; averages begin anew."""
         for group, state, part in zip(self.groups, self.states, self.slices, strict=True):
             group.reparametrization.scale(state, part, factors)
+        self.begin_averages()
+        self.refresh()
+
+    @torch.no_grad()
+    def begin_averages(self) -> None:
+        """The averages, where there are any, are what they are made of."""
+        for group, state in zip(self.groups, self.states, strict=True):
             if group.average:
                 state[AVERAGE].copy_(state["weight"])
-        self.refresh()
 
     @torch.no_grad()
     def give_back(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 from ghostmask.engine.errors import InputError
 from ghostmask.launcher import settings
-from ghostmask.launcher.arguments import RUN_HELP, add_settings, check_network, count, refuse_ranks, typed_path
+from ghostmask.launcher.arguments import RUN_HELP, add_settings, check_networks, count, refuse_ranks, typed_path
 from ghostmask.launcher.cluster.options import CLUSTERS, HERE, ClusterOptions, read_options, typed
 from ghostmask.launcher.grid import combinations, run_name
 from ghostmask.launcher.source import find_source
@@ -94,8 +94,8 @@ def _submit(arguments: Namespace) -> int:
         ]
     flags: Sequence[str] = ["--from", str(find_source(arguments.source))] if arguments.source else []
     flags = [*flags, "--new-data"] if arguments.new_data else flags
-    for model in {config.model.name for config in configs}:
-        check_network(model)
+    for config in configs:
+        check_networks(config)
     from ghostmask.launcher.cluster.submit import submit
 
     return submit(

@@ -23,7 +23,7 @@ from ghostmask.launcher.cluster.record import JobRecord, read_job, write_job
 from ghostmask.launcher.cluster.snapshot import take_snapshot
 from ghostmask.launcher.cluster.standing import active_jobs
 from ghostmask.launcher.config import RunConfig
-from ghostmask.launcher.folder import resumed
+from ghostmask.launcher.folder import networks, resumed
 from ghostmask.launcher.locate import check_writable
 from ghostmask.launcher.record import check_folder
 from ghostmask.launcher.settings import run_folder, to_yaml
@@ -65,7 +65,7 @@ def submit(
             "\n".join(f"# {run / 'job' / 'config.yaml'}\n{to_yaml(c)}" for run, c in zip(runs, configs, strict=True))
         )
         return 0
-    take_snapshot(code, {config.model.name for config in configs})
+    take_snapshot(code, {name for config in configs for name in networks(config)})
     tasks = [_task(config, run, options, cluster, flags) for config, run in zip(configs, runs, strict=True)]
     jobs.mkdir(parents=True, exist_ok=True)
     with replacing(jobs / RUNS) as writing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from time import perf_counter
@@ -11,6 +12,7 @@ from ghostmask.engine.checkpoint.entries import checkpoint_entries
 from ghostmask.engine.checkpoint.pieces import Piece
 from ghostmask.launcher.doctor.finding import Finding, failed, passed, warned
 from ghostmask.launcher.doctor.patient import Patient
+from ghostmask.launcher.record import check_folder
 from ghostmask.launcher.settings import run_folder
 
 SLOW_SHARE = 0.05
@@ -18,7 +20,8 @@ SLOW_SHARE = 0.05
 
 
 def folder(patient: Patient) -> Finding:
-    """Every rank sees the run folder's disk, and may write there."""
+    """Every rank sees the run folder's disk, and may write there; nothing that no run wrote is in the way."""
+    check_folder(run_folder(patient.config))
     scratch = patient.scratch
     if not scratch.is_dir():
         return failed(
@@ -91,5 +94,5 @@ def checkpoint(patient: Patient) -> Finding:
     )
     minutes = patient.config.checkpoint.every_minutes
     if minutes and patient.save_s > SLOW_SHARE * 60 * minutes:
-        return warned(text, f"checkpoint.every_minutes={40 * patient.save_s / 60:.0f}, or a faster disk")
+        return warned(text, f"checkpoint.every_minutes={math.ceil(40 * patient.save_s / 60)}, or a faster disk")
     return passed(text)

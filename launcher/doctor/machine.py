@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ import torch
 from ghostmask.engine.cores import cores_per_rank, usable_cores
 from ghostmask.launcher.doctor.finding import Finding, failed, passed, warned
 from ghostmask.launcher.doctor.patient import Patient
+from ghostmask.launcher.folder import networks
 from ghostmask.launcher.record import versions
 from ghostmask.launcher.run import usable_threads
 from ghostmask.launcher.settings import flat
@@ -67,7 +68,7 @@ def processors(asked: str, drivers: Sequence[Path]) -> Finding:
 
 def code(patient: Patient) -> Finding:
     """Collective: every rank runs the same files."""
-    here = package_files(patient.config.model.name)
+    here = package_files(networks(patient.config))
     digest = hashlib.sha256(json.dumps(here, sort_keys=True).encode()).hexdigest()
     if len(set(patient.world.all_gather_object(digest))) > 1:
         differing = differences(here, patient.world.broadcast_object(here), values=False)
@@ -81,8 +82,8 @@ def package_folder() -> Path:
     return Path(sys.modules[__name__.partition(".")[0]].__file__ or "").parent
 
 
-def package_files(model: str = "") -> dict[str, str]:
-    """Name -> SHA-256 of every Python file of ghostmask, and of the module of a network of the user's own."""
+def package_files(models: Iterable[str]) -> dict[str, str]:
+    """Name -> SHA-256 of every Python file of ghostmask, and of the modules of networks of the user's own."""
     package = package_folder()
     files = {
         os.path.relpath(os.path.join(at, name), package): Path(at, name)
@@ -90,9 +91,10 @@ def package_files(model: str = "") -> dict[str, str]:
         for name in names
         if name.endswith(".py")
     }
-    spec = importlib.util.find_spec(model.partition(":")[0]) if ":" in model else None
-    if spec is not None and spec.origin is not None:
-        files[spec.name] = Path(spec.origin)
+    for model in models:
+        spec = importlib.util.find_spec(model.partition(":")[0]) if ":" in model else None
+        if spec is not None and spec.origin is not None:
+            files[spec.name] = Path(spec.origin)
     return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
 
 

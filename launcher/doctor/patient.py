@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ghostmask.engine.checkpoint.store import CheckpointStore
 from ghostmask.engine.data import DataPipeline
+from ghostmask.engine.hooks import Hook
 from ghostmask.engine.launch import Launch
 from ghostmask.engine.trainer import Trainer
 from ghostmask.engine.world import World
@@ -17,8 +18,8 @@ from ghostmask.masks.method import MaskMethod
 
 @dataclass
 class Patient:
-    """A run on this rank. place: of its folder, or the nearest folder above it that is there; scratch: a folder on the
-    same disk, removed at the end; the rest is set by the check named beside it."""
+    """A run on this rank. scratch: a folder on the disk of its folder, removed at the end; place: where that
+    lies; the rest is set by the check named beside it."""
 
     config: RunConfig
     launch: Launch
@@ -28,6 +29,7 @@ class Patient:
     shares: Shares
     data: DataPipeline | None = None  # data
     method: MaskMethod | None = None  # network
+    recipe: tuple[Hook, ...] = ()  # network
     run: Run | None = None  # step
     trainer: Trainer | None = None  # step
     store: CheckpointStore | None = None  # step

@@ -6,13 +6,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 
 import torch
 
 from ghostmask.engine.agree import on_main
-from ghostmask.engine.errors import EXIT_INPUT, InputError, RunStopped
+from ghostmask.engine.errors import EXIT_INPUT, InputError, RunStopped, output
 from ghostmask.engine.launch import Launch, read_launch
 from ghostmask.engine.ranks import join
 from ghostmask.engine.world import World, connect
@@ -53,9 +54,8 @@ def doctor(config: RunConfig) -> int:
     reach.meet(launch)
     with connect(config.train.device, TIMEOUT_MINUTES) as world:
         config = settle(config, world)
-        place = nearest(run_folder(config))
-        scratch = Path(on_main(world, lambda: tempfile.mkdtemp(prefix=".ghostmask-doctor-", dir=place)))
-        patient = Patient(config, launch, world, place, scratch, Shares.of(config, world))
+        scratch = on_main(world, lambda: scratch_beside(run_folder(config)))
+        patient = Patient(config, launch, world, scratch.parent, scratch, Shares.of(config, world))
         try:
             levels = examine(patient, CHECKS)
             patient.close()
@@ -66,7 +66,7 @@ def doctor(config: RunConfig) -> int:
     counts = {level: levels.count(level) for level in ("fail", "warn")}
     if world.is_main:
         verdict = f"{counts['fail']} failed, {counts['warn']} warnings, {len(levels)} checks"
-        print(f"doctor: {verdict}, {perf_counter() - start:.0f} s", flush=True)
+        output(f"doctor: {verdict}, {perf_counter() - start:.0f} s")
     return EXIT_INPUT if counts["fail"] else 0
 
 
@@ -83,7 +83,7 @@ def examine(patient: Patient, checks: Sequence[Check]) -> list[str]:
             finding = worst(findings, lambda ranks: named(ranks, patient.launch, patient.world))
         levels[check.name] = finding.level
         if patient.world.is_main:
-            print(finding.line(check.name), flush=True)
+            output(finding.line(check.name))
     return list(levels.values())
 
 
@@ -105,6 +105,15 @@ def named(ranks: list[int], launch: Launch, world: World) -> str:
     return "" if len(ranks) == world.size else join(launch).whom(ranks)
 
 
-def nearest(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there: it lies on the same disk."""
-    return next(path for path in (folder, *folder.absolute().parents) if os.path.isdir(path))
+def scratch_beside(folder: Path) -> Path:
+    """A new folder on the disk of `folder`, and not in it, where a run may be live; in it where it is a disk of its
+    own, or nothing can be written beside it."""
+    real = Path(os.path.realpath(folder))
+    above = next(path for path in real.parents if path.is_dir())
+    places = [above, real] if real.is_dir() else [above]
+    if real.is_dir() and real.stat().st_dev != above.stat().st_dev:
+        places.reverse()
+    for place in places[:-1]:
+        with suppress(OSError):
+            return Path(tempfile.mkdtemp(prefix=".ghostmask-doctor-", dir=place))
+    return Path(tempfile.mkdtemp(prefix=".ghostmask-doctor-", dir=places[-1]))

@@ -25,6 +25,7 @@ from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.doctor.finding import Finding, failed, passed, warned
 from ghostmask.launcher.doctor.machine import differences
 from ghostmask.launcher.doctor.patient import Patient
+from ghostmask.launcher.recipe import recipe_hooks
 from ghostmask.launcher.run import assemble_to_read, build_method, open_data
 from ghostmask.masks.method import FINETUNE
 
@@ -62,9 +63,10 @@ def same_data(patient: Patient) -> Finding:
 
 
 def network(patient: Patient) -> Finding:
-    """The network is built, and what it starts from is read."""
+    """The network is built, and what it starts from and learns from is read."""
     assert patient.data is not None
     patient.method = method = build_method(patient.config, patient.world, patient.data)
+    patient.recipe = recipe_hooks(patient.config, patient.data, patient.world)
     method.prepare()
     config, weights = patient.config, method.weights.values()
     parameters, prunable = sum(p.numel() for p in method.net.parameters()), sum(w.numel() for w in weights)
@@ -82,6 +84,8 @@ def step(patient: Patient) -> Finding:
     batch, shrunk = _affordable(patient)
     trainer = patient.trainer
     assert trainer is not None
+    for hook in patient.recipe:
+        hook.on_start(trainer)
     device, times = patient.world.device, list[float]()
     with StopSignals() as signals:
         for _ in range(1 + STEPS):
@@ -199,6 +203,7 @@ def _affordable(patient: Patient) -> tuple[Batch, float]:
     patient.store = CheckpointStore(patient.scratch / "checkpoints", patient.world)
     patient.run = assemble_to_read(config, patient.data or pipeline, method, patient.store, patient.shares)
     run = assemble_to_read(config, pipeline, method, patient.store, patient.shares)
+    run.recipe = patient.recipe
     for each in (patient.run, run):
         each.reporter.progress.close()  # nothing but the findings is printed
     phase = next(phase for phase in run.phases if phase.epochs > 0)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import io
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import BinaryIO, TypeVar
 
 from PIL import Image
 
+from ghostmask.data_pipelines.photographs.places import Place
 from ghostmask.data_pipelines.photographs.val_labels import DEVKIT
-from ghostmask.data_pipelines.sources.imagefolder import EXTENSIONS, class_folders, images_below
+from ghostmask.data_pipelines.sources.imagefolder import class_folders, images_below
+from ghostmask.data_pipelines.sources.webdataset import samples, shards_of
 from ghostmask.engine.errors import InputError, bad_value
+
+Thing = TypeVar("Thing")
 
 SAMPLE = 200
 """Images that are opened, spread evenly over the classes."""
@@ -49,8 +57,8 @@ def look(folder: Path) -> Images:
     if (folder / IMAGENET_TAR).is_file():
         note = "the tar files as downloaded; sizes and numbers are ImageNet's, nothing was unpacked to look"
         return Images("imagenet", folder, 1000, 1_281_167, 732, 1300, 375, 470.0 * 390, notes=(note,))
-    shards = sorted([*folder.glob("train/*.tar"), *folder.glob("*train*.tar")])
-    if shards:
+    shards = shards_of(folder, "train")
+    if shards and not class_folders(folder / "train"):  # beside which a train.tar is what they were unpacked from
         return _shards(folder, shards)
     return _folders(folder)
 
@@ -69,19 +77,17 @@ def _folders(folder: Path) -> Images:
         raise bad_value(
             "FOLDER", str(folder), f"{train} holds one class folder, {next(iter(classes))}; give a folder further down"
         )
-    notes = []
-    val = set(class_folders(root / "val"))
-    labels = _labels(root) if (root / "val").is_dir() and not val & set(classes) else None
-    if (root / "val").is_dir() and not labels and val != set(classes):
-        odd = sorted(val ^ set(classes))[:3]
+    val = class_folders(root / "val")
+    labels = _labels(root) if (root / "val").is_dir() and not set(val) & set(classes) else None
+    if (root / "val").is_dir() and not labels and val != list(classes):
+        odd = sorted(set(val) ^ set(classes))[:3]
         raise bad_value("FOLDER", str(folder), f"train and val must have the same class folders; they differ in {odd}")
-    side, pixels, broken = _sizes(classes)
-    if broken:
-        notes.append(f"{broken} of the images looked at cannot be read: ghostmask prepare will name them")
+    paths = [path for images in classes.values() for path in images]
+    sizes, broken = _sizes(_spread(paths), paths[0])
     counts = [len(images) for images in classes.values()]
     return Images(
-        "imagefolder", root, len(classes), sum(counts), min(counts), max(counts), side, pixels, bool(val or labels),
-        tuple(notes), labels,
+        "imagefolder", root, len(classes), sum(counts), min(counts), max(counts), *_middle(sizes), bool(val or labels),
+        tuple(_said(broken)), labels,
     )  # fmt: skip
 
 
@@ -94,48 +100,52 @@ def _labels(root: Path) -> Path | None:
 
 def _shards(folder: Path, shards: list[Path]) -> Images:
     """WebDataset's, of which the first one is read, and the others are taken to be like it."""
-    import io
-    import json
-    import tarfile
-
-    labels: set[int] = set()
-    sizes: list[tuple[int, int]] = []
-    images = 0
-    with tarfile.open(shards[0]) as archive:
-        for member in archive:
-            suffix = member.name.rpartition(".")[2].lower()
-            file = archive.extractfile(member) if member.isfile() else None
-            if file is None:
-                continue
-            if f".{suffix}" in EXTENSIONS:
-                images += 1
-                if len(sizes) < SAMPLE:
-                    with Image.open(io.BytesIO(file.read())) as image:
-                        sizes.append(image.size)
-            elif suffix == "cls":
-                labels.add(int(file.read()))
-            elif suffix == "json":
-                labels.add(int(json.loads(file.read())["label"]))
-    if not sizes or not labels:
-        raise bad_value("FOLDER", str(folder), f"{shards[0].name} holds no images with .cls or .json beside them")
-    total = round(images * sum(path.stat().st_size for path in shards) / shards[0].stat().st_size)
-    note = f"{shards[0].name} was read; the other {len(shards) - 1} shards are taken to be like it"
-    each = max(1, total // (max(labels) + 1))
-    side, pixels = median(min(size) for size in sizes), sum(w * h for w, h in sizes) / len(sizes)
-    split = bool([*folder.glob("val/*.tar"), *folder.glob("*val*.tar")])
-    return Images("webdataset", folder, max(labels) + 1, total, each, each, int(side), pixels, split, (note,))
+    found = list(samples(shards[0], 0))
+    if not found:
+        raise bad_value("FOLDER", str(folder), f"{shards[0].name} holds no images")
+    with open(shards[0], "rb") as file:
+        sizes, broken = _sizes([_head(file, place) for place in _spread(found)], found[0].name)
+    total = round(len(found) * sum(path.stat().st_size for path in shards) / shards[0].stat().st_size)
+    notes = [f"{shards[0].name} was read; the other {len(shards) - 1} shards are taken to be like it"]
+    classes = max(place.label for place in found) + 1
+    each = max(1, total // classes)
+    side, pixels = _middle(sizes)
+    return Images(
+        "webdataset", folder, classes, total, each, each, side, pixels, bool(shards_of(folder, "val")),
+        (*notes, *_said(broken)),
+    )  # fmt: skip
 
 
-def _sizes(classes: dict[str, list[str]]) -> tuple[int, float, int]:
-    """(median shorter side, mean number of pixels, images that cannot be read) of SAMPLE images. Reads their heads."""
-    paths = [path for images in classes.values() for path in images]
-    sizes, broken = [], 0
-    for path in paths[:: max(1, len(paths) // SAMPLE)]:
+def _head(file: BinaryIO, place: Place) -> io.BytesIO:
+    file.seek(place.offset)
+    return io.BytesIO(file.read(place.size))
+
+
+def _spread(things: Sequence[Thing]) -> Sequence[Thing]:
+    """SAMPLE of them, or up to twice as many."""
+    return things[:: max(1, len(things) // SAMPLE)]
+
+
+def _sizes(files: Iterable[str | io.BytesIO], first: str) -> tuple[list[tuple[int, int]], int]:
+    """(width and height of each image, images that cannot be read). Reads their heads. first: the name of one."""
+    sizes, broken = list[tuple[int, int]](), 0
+    for file in files:
         try:
-            with Image.open(path) as image:
-                sizes.append(image.size)
-        except OSError:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow's do not name the file
+                with Image.open(file) as image:
+                    sizes.append(image.size)
+        except Exception:  # Pillow's readers raise what the bytes lead them to
             broken += 1
     if not sizes:
-        raise InputError(f"FOLDER: none of {broken} images can be read, {paths[0]} is one")
-    return int(median(min(size) for size in sizes)), sum(w * h for w, h in sizes) / len(sizes), broken
+        raise InputError(f"FOLDER: none of {broken} images can be read, {first} is one")
+    return sizes, broken
+
+
+def _middle(sizes: list[tuple[int, int]]) -> tuple[int, float]:
+    """(median shorter side, mean number of pixels)."""
+    return int(median(min(size) for size in sizes)), sum(w * h for w, h in sizes) / len(sizes)
+
+
+def _said(broken: int) -> list[str]:
+    return [f"{broken} of the images looked at cannot be read: ghostmask prepare will name them"] if broken else []

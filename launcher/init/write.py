@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import shlex
 import textwrap
 from itertools import groupby
 from pathlib import Path
 
 from ghostmask.engine.atomic import replacing
-from ghostmask.engine.errors import InputError, bad_value, printable
+from ghostmask.engine.errors import InputError, bad_value, output, printable
 from ghostmask.launcher.checks import check_config
 from ghostmask.launcher.init.choose import UNBALANCED, Choice, choose
 from ghostmask.launcher.init.look import Images, look
@@ -22,6 +23,8 @@ def init(folder: Path, out: Path | None) -> int:
     """Write the config and print where it is; returns 0. Raises InputError, also where `out` is there already."""
     images = look(folder)
     out = out or Path(f"{images.root.absolute().name or 'images'}.yaml")
+    if str(out).startswith(("~", "-")):  # where it is typed, a home folder or an option
+        out = out.absolute()
     if out.suffix not in (".yaml", ".yml"):
         raise bad_value("--out", str(out), "give a file ending in .yaml")
     if out.exists():
@@ -37,9 +40,8 @@ def init(folder: Path, out: Path | None) -> int:
     except InputError as error:
         out.unlink()
         raise InputError(f"FOLDER = {str(folder)!r}: no config was found that fits ({error})") from None
-    print(
-        printable(f"{out}: {images.num_train:,} images in {images.num_classes} classes; next: ghostmask prepare {out}")
-    )
+    found = f"{images.num_train:,} images in {images.num_classes} classes"
+    output(printable(f"{out}: {found}; next: ghostmask prepare {shlex.quote(str(out))}"))
     return 0
 
 
@@ -61,7 +63,8 @@ def _head(images: Images, out: Path) -> list[str]:
     lines = [f"A sparse network for {images.root.absolute()}: written by ghostmask init, to be changed at will.", ""]
     for text in (seen, *notes):
         lines += textwrap.wrap(text, WIDTH - 2)
-    lines += ["", f"next      ghostmask prepare {out} && ghostmask doctor {out} && ghostmask train {out}"]
+    file = shlex.quote(str(out))
+    lines += ["", f"next      ghostmask prepare {file} && ghostmask doctor {file} && ghostmask train {file}"]
     return [printable(f"# {line}").rstrip() for line in lines] + [""]
 
 
