@@ -91,7 +91,7 @@ class Cluster:
     def call(self, *arguments: str, code: int = 0) -> str:
         """Run a command; returns what it printed."""
         done = subprocess.run(
-            [sys.executable, "-m", "ghostmask", *arguments], cwd=self.folder, env=self.env, text=True, timeout=300,
+            [sys.executable, "-m", "ghostmask", *arguments], cwd=self.folder, env=self.env, text=True, timeout=600,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
         )  # fmt: skip
         assert done.returncode == code, done.stdout
