@@ -161,6 +161,7 @@ def test_the_script_is_printed_and_what_is_wrong_is_one_line(cluster: Cluster) -
 def test_a_local_job_runs_here_and_one_without_a_job_is_told_of(cluster: Cluster) -> None:
     steps = ("train.epochs=2", "finetune.epochs=1")
     cluster.submit("here", *steps, options=("--cluster", "local", "--tasks-per-node", "2", "--time", "5"))
+    assert cluster.standing("here")["state"] != "finished", "submit does not wait, though a pipe reads what it says"
     found = cluster.wait("here", "finished")
     assert found["accuracy"] is not None
     assert "rank 0 of 1" in cluster.log("here")

@@ -8,7 +8,8 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,8 @@ def submit(
             return int(executor.submit(tasks[0]).results()[0])
         except SystemExit as ended:
             return int(ended.code or 0)
-    ids = _hand_over(executor, tasks, chain)
+    with _nothing_inherited() if cluster == "local" else nullcontext():
+        ids = _hand_over(executor, tasks, chain)
     for number, run in enumerate(runs):
         mine = ids if len(runs) == 1 else [ids[number]]
         tasks_of = 1 if cluster == "local" else options.ranks[-1]
@@ -83,6 +85,22 @@ def submit(
         output(f"{run_folder(configs[number])}: job {', '.join(mine)}")
     output(f"ghostmask status {run_folder(configs[0])}      ghostmask logs {run_folder(configs[0])} --follow")
     return 0
+
+
+@contextmanager
+def _nothing_inherited() -> Iterator[None]:
+    """The process of a local job stays when this one ends: a pipe of ours that it held would never be at its end."""
+    kept = [os.dup(stream) for stream in (1, 2)]
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for stream in (1, 2):
+            os.dup2(nowhere, stream)
+        yield
+    finally:
+        for stream, copy in zip((1, 2), kept, strict=True):
+            os.dup2(copy, stream)
+            os.close(copy)
+        os.close(nowhere)
 
 
 def _checked(config: RunConfig, options: ClusterOptions) -> RunConfig:
