@@ -15,6 +15,7 @@ from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL.Image import Image
 
 from ghostmask.data_pipelines.config import DataConfig
 from ghostmask.data_pipelines.photographs.photograph import BadImage, read_rgb, shrunk
@@ -37,12 +38,10 @@ LONGEST_RESIZED = 1 << 19
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Photographs of a split as they are stored for training."""
+class _Photographs:
+    """Photographs of a split, named as source.NamedImages asks; exif: see `read_rgb`."""
 
     places: Places
-    max_resolution: int
-    jpeg_fraction: float
     exif: bool
 
     def __len__(self) -> int:
@@ -56,46 +55,44 @@ class Kept:
         """See source.NamedImages."""
         return self.places.name(index)
 
-    def __getitem__(self, index: int, /) -> tuple[Stored, int]:
+    def _read(self, index: int) -> tuple[bytes, Image, int]:
+        """(the file's content, its image, its label). Raises BadImage."""
         data = _read(self.places, index)
-        pixels = np.asarray(shrunk(read_rgb(data, self.name(index), exif=self.exif), self.max_resolution))
-        as_jpeg = _share(data) < self.jpeg_fraction or pixels.nbytes > LARGEST_RAW_BYTES
-        stored = Stored(_encoded(pixels) if as_jpeg else pixels, pixels.shape[0], pixels.shape[1], data)
-        return stored, int(self.places.labels[index])
+        return data, read_rgb(data, self.name(index), exif=self.exif), int(self.places.labels[index])
 
 
 @dataclass(frozen=True)
-class Cropped:
+class Kept(_Photographs):
+    """Photographs of a split as they are stored for training."""
+
+    max_resolution: int
+    jpeg_fraction: float
+
+    def __getitem__(self, index: int, /) -> tuple[Stored, int]:
+        data, image, label = self._read(index)
+        pixels = np.asarray(shrunk(image, self.max_resolution))
+        as_jpeg = _share(data) < self.jpeg_fraction or pixels.nbytes > LARGEST_RAW_BYTES
+        return Stored(_encoded(pixels) if as_jpeg else pixels, pixels.shape[0], pixels.shape[1], data), label
+
+
+@dataclass(frozen=True)
+class Cropped(_Photographs):
     """Photographs of a split as the network sees them in evaluation."""
 
-    places: Places
     size: int
     resize: int
     interpolation: str
-    exif: bool
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def key(self, index: int) -> bytes:
-        """See source.NamedImages."""
-        return self.places.key(index)
-
-    def name(self, index: int) -> str:
-        """See source.NamedImages."""
-        return self.places.name(index)
 
     def __getitem__(self, index: int, /) -> tuple[Stored, int]:
         from torchvision.transforms.v2 import functional
 
-        data = _read(self.places, index)
-        image = read_rgb(data, self.name(index), exif=self.exif)
+        data, image, label = self._read(index)
         long = max(image.size) * self.resize // min(image.size)
         if long > LONGEST_RESIZED:
             raise BadImage(f"{self.name(index)} would become {long:,} pixels long in evaluation; crop or remove it")
         resized = functional.resize(image, [self.resize], functional.InterpolationMode(self.interpolation))
         pixels = np.asarray(functional.center_crop(resized, [self.size, self.size]))
-        return Stored(pixels, self.size, self.size, data), int(self.places.labels[index])
+        return Stored(pixels, self.size, self.size, data), label
 
 
 def photographs(
@@ -139,8 +136,8 @@ def photographs(
 
     def images(split: str) -> Images:
         if split == "eval":
-            return Cropped(places()[split], size, resize, config.interpolation, config.exif)
-        return Kept(places()[split], config.max_resolution, config.jpeg_fraction, config.exif)
+            return Cropped(places()[split], config.exif, size, resize, config.interpolation)
+        return Kept(places()[split], config.exif, config.max_resolution, config.jpeg_fraction)
 
     @cache  # of what the places are of: a tar file that is replaced while others are written is another source
     def identity() -> str | None:
