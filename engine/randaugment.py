@@ -30,10 +30,13 @@ class RandAugmenting(Hook):
         self._mean, self._factor = moments[0].float(), moments[1].reciprocal().float()
 
     def on_part(self, trainer: Trainer, number: int, part: PartBatch) -> PartBatch:
-        mean, factor = (t.to(part.images.device) for t in (self._mean, self._factor))
-        pixels = (part.images / factor + mean).round().clamp(0, 255).to(torch.uint8)
+        device = part.images.device
+        self._mean, self._factor = self._mean.to(device), self._factor.to(device)  # in the first step, and then there
+        pixels = (part.images / self._factor + self._mean).round().clamp(0, 255).to(torch.uint8)
         pixels = self.augmented(pixels, trainer.position.step, number)
-        return part._replace(images=(pixels.float() - mean) * factor)  # data_pipelines.loading.normalise's arithmetic
+        return part._replace(
+            images=(pixels.float() - self._mean) * self._factor
+        )  # data_pipelines.loading.normalise's arithmetic
 
     def augmented(self, pixels: Tensor, step: int, number: int) -> Tensor:
         """(N, 3, H, W) uint8, of part `number` of a step."""
