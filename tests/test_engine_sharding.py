@@ -13,6 +13,7 @@ from torch import Tensor
 from ghostmask.engine.sharding import tree
 from ghostmask.engine.sharding.reducer import BucketReducer
 from ghostmask.engine.sharding.slices import Layout, Slice, bucketed
+from ghostmask.engine.sharding.spans import CHUNKS, Spans
 from ghostmask.engine.sharding.tree import Exchange, tree_all_reduce, tree_sum
 from ghostmask.engine.spawn import run_distributed
 from ghostmask.engine.world import World, single
@@ -119,6 +120,48 @@ def summed(world: World) -> Tensor:
     own = part.summed([t * (world.rank + 1) for t in whole().values()])
     assert torch.equal(own, part.indices().float() * sum(range(1, world.size + 1)))
     return own
+
+
+SPANS = {"layers": Spans.layers, "channels": Spans.channels, "pieces": lambda part: Spans(part, [3, 1, 1, 1, 1, 11])}
+
+
+def values_of_spans() -> dict[str, Tensor]:
+    """Values of all sizes, and a layer of zeros."""
+    generator = torch.Generator().manual_seed(1)
+    values = {n: torch.randn(s, generator=generator) * 10.0 ** (3 * i) for i, (n, s) in enumerate(SHAPES.items())}
+    return values | {"bias": torch.zeros(1)}
+
+
+def sums_of_spans(world: World, elements: int, kind: str) -> tuple[list[float], list[float], list[int]]:
+    part = Slice(Layout(SHAPES, world.size, elements, 2), world)
+    spans, own = SPANS[kind](part), part.cut(values_of_spans())
+    numbers = torch.cat([t.reshape(-1) for t in part.gathered(spans.numbers()).values()])
+    return spans.sums(own).tolist(), spans.sums(own, squared=True).tolist(), numbers.tolist()
+
+
+@pytest.mark.parametrize("kind", SPANS)
+@pytest.mark.parametrize("chunk", [1 << 18, 5])
+def test_sums_of_spans_are_right_and_the_same_bits_on_any_ranks(
+    kind: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CHUNKS, "cpu", chunk)
+    sums, squares, numbers = sums_of_spans(World(0, 1, torch.device("cpu")), 0, kind)
+    flat = torch.cat([t.reshape(-1) for t in values_of_spans().values()]).double()
+    for span in range(max(numbers) + 1):
+        own = flat[torch.tensor(numbers) == span]
+        assert sums[span] == pytest.approx(float(own.sum()), abs=float(own.abs().sum()) * 1e-9)
+        assert squares[span] == pytest.approx(float(own.square().sum()), rel=1e-9)
+    assert {"layers": 6, "channels": 26, "pieces": 110}[kind] == len(sums)
+    for ranks, elements in ((2, 0), (3, 40)):
+        assert run_distributed(sums_of_spans, ranks, elements, kind) == [(sums, squares, numbers)] * ranks
+
+
+def test_a_span_with_a_value_that_is_not_finite_has_no_sum() -> None:
+    part = Slice(Layout(SHAPES, 1), single())
+    values = values_of_spans()
+    values["wide"][2, 3], values["conv"][0] = torch.nan, torch.inf
+    finite = Spans.layers(part).sums(part.cut(values)).isfinite().tolist()
+    assert finite == [name not in ("wide", "conv") for name in SHAPES]
 
 
 @pytest.mark.parametrize("ranks", [1, 3])

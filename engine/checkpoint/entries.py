@@ -2,6 +2,7 @@
 
 prunable.weight/layer1.0.conv1.weight             a state tensor of a group; each rank writes the piece that it owns
 prunable.weight.momentum/layer1.0.conv1.weight    what its update rule keeps
+prunable.threshold                                a state tensor that is whole on every rank
 frozen/conv1.weight                               a parameter that is not trained
 buffer/bn1.num_batches_tracked                    a buffer equal on all ranks
 hook/rewind/bn1.running_mean                      a tensor that a hook must not forget
@@ -68,9 +69,12 @@ def is_average(name: str) -> bool:
 def _trained(optimizer: ShardedOptimizer) -> Entries:
     entries: Entries = {}
     for group, state, part in zip(optimizer.groups, optimizer.states, optimizer.slices, strict=True):
+        whole = {key: t for key, t in state.items() if key.partition(".")[0] in group.reparametrization.whole}
+        sliced = {key: t for key, t in state.items() if key not in whole}
+        entries |= {f"{group.name}.{key}": tensor for key, tensor in whole.items()}
         for s in part.segments:
             full = part.layout.shapes[s.name].numel()
-            for key, tensor in state.items():
+            for key, tensor in sliced.items():
                 view = tensor[s.start : s.start + s.numel]
                 entries[f"{group.name}.{key}/{s.name}"] = Piece(full, s.offset, view)
     return entries

@@ -6,17 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ghostmask.engine.config import OptimConfig
 from ghostmask.engine.sharding.rules import Scale, Sgd
 from ghostmask.engine.sharding.slices import Slice
-
-CHUNK = 1 << 18
-"""Elements that are in float64 at a time."""
-BITS = 2.0**34
-"""Integers per largest square: 2^29 elements of a parameter can be added up."""
+from ghostmask.engine.sharding.spans import Spans
 
 
 def sgd_of(optim: OptimConfig) -> Sgd:
@@ -62,21 +57,7 @@ class LayerwiseSgd(Sgd):
 
 
 def exact_norms(part: Slice, tensors: list[Tensor]) -> Tensor:
-    """Collective: (len(tensors), layers) float64, the norm of each parameter's elements on all ranks.
-
-    The same bits however the slices are cut: squares, in shares of the parameter's largest, are rounded to 34 bits and
-    added up as integers. 0 for a parameter with values that are not finite.
-    """
-    layers, device = len(part.layout.shapes), part.world.device
-    largest = torch.zeros(len(tensors), layers, dtype=torch.float64, device=device)
-    for row, tensor in zip(largest, tensors, strict=True):
-        for s in part.segments:
-            row[s.layer] = tensor[s.start : s.start + s.numel].abs().max()
-    largest = part.world.all_reduce(largest, dist.ReduceOp.MAX)
-    sums = torch.zeros(len(tensors), layers, dtype=torch.int64, device=device)
-    for row, most, tensor in zip(sums, largest, tensors, strict=True):
-        for s in part.segments:
-            for piece in torch.split(tensor[s.start : s.start + s.numel], CHUNK):
-                squares = (piece.double() / most[s.layer]).square() * BITS  # nan where the largest is 0
-                row[s.layer] += squares.round().nan_to_num(0.0, 0.0, 0.0).long().sum()
-    return largest.nan_to_num(0.0, 0.0, 0.0) * (part.world.all_reduce(sums).double() / BITS).sqrt()
+    """Collective: (len(tensors), layers) float64, the norm of each parameter's elements on all ranks, the same bits
+    however the slices are cut; 0 for a parameter with values that are not finite."""
+    layers = Spans.layers(part)
+    return torch.stack([layers.sums(tensor, squared=True) for tensor in tensors]).sqrt().nan_to_num(0.0)

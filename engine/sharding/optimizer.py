@@ -260,8 +260,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 for name, rule in form.rules.items():
                     buffers = [state[f"{name}.{buffer}"] for buffer in rule.buffers]
                     lr = rates[group.name] * form.rates.get(name, 1.0)
-                    counted = partial(form.counted, name, state)
-                    left = rule.adapt(state[name], gradients[name], counted, part, scale)
+                    counted, left = partial(form.counted, name, state), scale
+                    if name not in form.whole:
+                        left = rule.adapt(state[name], gradients[name], counted, part, scale)
                     rule.update(state[name], gradients[name], buffers, lr, self.updates, left)
             with record_function("constraint"):
                 form.constrain(state, part, self.updates + 1)
@@ -283,10 +284,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _clipping(self, found: list[State]) -> Scale:
         names, squares = [], []
+        first = self.slices[0].world.rank == 0
         for group, gradients in zip(self.groups, found, strict=True):
             for name, g in gradients.items():
                 names.append(f"{group.name}.{name}")
-                squares.append(squared_norm(g))
+                counts = first or name not in group.reparametrization.whole
+                squares.append(squared_norm(g if counts else g[:0]))
         total = self.slices[0].world.all_reduce(torch.stack(squares))
         if self.sampling.across is not None:
             # Equal on all groups but for the order of additions; they must stay equal bit for bit.

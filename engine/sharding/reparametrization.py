@@ -5,7 +5,8 @@
            <--rules---------   SGD, Adam: one for each trained state tensor
            <--constrain-----   whatever must hold afterwards: a projection, a new mask; all ranks together
 
-All tensors are 1-D, (n,): this rank's slice of the group (see `slices`). A subclass is a function of a few lines:
+All tensors are 1-D, (n,): this rank's slice of the group (see `slices`); but for `whole` ones, which hold something for
+each layer or channel, say, equal on every rank. A subclass is a function of a few lines:
 
     class Squared(Reparametrization):
         def weights(self, state, part, draw):
@@ -47,6 +48,9 @@ class Reparametrization:
     """Whether `weights` depends on the draw: noise groups and several samples per step mean something then."""
     differs_in_evaluation: ClassVar[bool] = False
     """Whether `evaluation_weights` are others than those trained with."""
+    whole: ClassVar[tuple[str, ...]] = ()
+    """State tensors, (m,), that are not this rank's slice but the same on every rank. `gradients` gives theirs summed
+    over all ranks' elements (`spans`), and their rules look at nothing but each element's numbers."""
 
     def __init__(self, rules: Mapping[str, UpdateRule], rates: Mapping[str, float] | None = None) -> None:
         self.rules, self.rates = dict(rules), dict(rates or {})
