@@ -18,6 +18,7 @@ smoke-cifar: setup  ## train a 95 % sparse network on CIFAR, on one GPU in about
 
 test: setup  ## the test suite
 	@$(PYTHON_IN) -m pytest
+	@$(PYTHON_IN) -m pytest -q tests/test_project_cuda.py
 
 soak: setup  ## long runs: many kill seeds, long tables
 	@$(PYTHON_IN) -m pytest -m soak
@@ -27,6 +28,7 @@ check: setup  ## format check, lint, types, tests: what a change must pass
 	$(PYTHON_IN) -m ruff check .
 	$(PYTHON_IN) -m mypy
 	$(PYTHON_IN) -m pytest
+	$(PYTHON_IN) -m pytest -q tests/test_project_cuda.py
 
 format: setup  ## rewrite the files in the project's format
 	$(PYTHON_IN) -m ruff format .

@@ -109,7 +109,7 @@ def connect(device: str = "auto", timeout_minutes: float = 10.0, dumps: Path | N
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     pulse = Pulse()
     world = World(launch.rank, launch.size, place, pulse=pulse)
-    with _alone(backend) if launch.size == 1 else _joined(launch, backend, pulse, timeout_minutes, dumps):
+    with _alone(backend) if launch.size == 1 else _joined(launch, backend, place, pulse, timeout_minutes, dumps):
         yield replace(world, group=dist.group.WORLD)
 
 
@@ -127,12 +127,16 @@ def _alone(backend: str) -> Iterator[None]:
 
 
 @contextmanager
-def _joined(launch: Launch, backend: str, pulse: Pulse, minutes: float, dumps: Path | None) -> Iterator[None]:
+def _joined(
+    launch: Launch, backend: str, place: torch.device, pulse: Pulse, minutes: float, dumps: Path | None
+) -> Iterator[None]:  # fmt: skip
     """A process group of all ranks, each of them watched."""
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     _allow_sockets()
     longest_s = 60 * minutes * SLOW_FACTOR if minutes else 30 * 86400.0
     ranks = join(launch)
+    if place.type == "cuda":
+        claim_gpu(ranks.store, str(torch.cuda.get_device_properties(place).uuid), launch)
     ranks.arrive(longest_s)
     dist.init_process_group(
         backend, store=PrefixStore("group", ranks.store), rank=launch.rank, world_size=launch.size,
@@ -147,6 +151,15 @@ def _joined(launch: Launch, backend: str, pulse: Pulse, minutes: float, dumps: P
         if watch is not None:
             watch.stop()
     dist.destroy_process_group()
+
+
+def claim_gpu(store: Any, uuid: str, launch: Launch) -> None:
+    """Raise InputError if a rank before this one has taken the GPU `uuid`: NCCL would end with a riddle."""
+    if store.add(f"gpu/{uuid}", 1) > 1:
+        fix = (
+            "ranks on this machine share a GPU; start one per GPU (--ranks, --nproc-per-node), or give train.device=cpu"
+        )
+        raise bad_value("ranks", launch.local_size, fix)
 
 
 def _allow_sockets() -> None:

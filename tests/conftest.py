@@ -13,12 +13,15 @@ ORDER = ("project", "engine", "models", "masks", "data_pipelines", "launcher")
 """Packages in the order of their tests: those that fail in milliseconds before those that start training runs."""
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Set the environment before the first import of torch, for this process and for the ranks that tests start.
 
-    Ranks and tests share few cores: one thread each is faster than all of them each.
+    Ranks and tests share few cores: one thread each is faster than all of them each. Tests are for CPUs, with more
+    ranks than there may be GPUs; those for GPUs are run by themselves.
     """
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+    if not all("test_project_cuda" in argument for argument in config.args):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from ghostmask.engine.spawn import PRELOAD, fork_server
 
     fork_server(

@@ -6,10 +6,12 @@ import math
 from pathlib import Path
 
 import pytest
+from torch._C._distributed_c10d import HashStore
 
 from ghostmask.engine.cores import quota
 from ghostmask.engine.errors import InputError
 from ghostmask.engine.launch import Launch, device_index, first_host, read_launch, tasks_on
+from ghostmask.engine.world import claim_gpu
 
 TORCHRUN = {
     "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "a",
@@ -115,6 +117,14 @@ def test_tasks_of_each_node_in_slurms_short_form() -> None:
 def test_a_rank_that_sees_one_gpu_only_takes_it() -> None:
     assert [device_index(local, 1) for local in range(4)] == [0, 0, 0, 0]
     assert [device_index(local, 4) for local in range(4)] == [0, 1, 2, 3]
+
+
+def test_ranks_that_share_a_gpu_are_refused_before_nccl_sees_them() -> None:
+    store, launch = HashStore(), Launch(1, 2, 1, 2)
+    claim_gpu(store, "GPU-1", launch)
+    claim_gpu(store, "GPU-2", launch)
+    with pytest.raises(InputError, match="ranks = 2: ranks on this machine share a GPU; start one per GPU"):
+        claim_gpu(store, "GPU-2", launch)
 
 
 def write(folder: Path, **files: str) -> None:

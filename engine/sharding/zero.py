@@ -15,6 +15,8 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator, set_accelerator
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import logger as deepspeed_logger
@@ -246,6 +248,8 @@ def initialize(
     deepspeed_logger.setLevel(logging.ERROR)
     # On the CPU DeepSpeed would compile a shared-memory all-reduce (minutes, needs ninja) that only inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if world.device.type == "cpu" and get_accelerator().device_name() != "cpu":
+        set_accelerator(CPU_Accelerator())  # else it moves the network to a GPU, if there is one
     stage = config.get("zero_optimization", {}).get("stage", 0)
     groups, whole = optimizer.groups, optimizer.param_groups
     layouts = [Layout(g.shapes, world.size, BUCKET_ELEMENTS if world.size > 1 else 0, ALIGN) for g in groups]
