@@ -62,4 +62,5 @@ class Shrinking(FixedMask):
             return
         if (updates - self.first) % self.every == 0 or updates == self.last:
             density = cubic_density(updates, self.first, self.last, self.budget.density)
-            state["mask"].copy_(largest(part, state["weight"].abs(), replace(self.budget, density=density)))
+            budget = replace(self.budget, density=density)
+            state["mask"].copy_(largest(part, state["weight"].abs(), budget, wait=False))
