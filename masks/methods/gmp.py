@@ -23,11 +23,6 @@ class Settings(Ranked, Scheduled):
     update_every: int = number(100, 1)
     """Optimizer steps between updates of the mask."""
 
-    def falls(self, steps: int) -> bool:
-        """Whether an update reaches the target density after one that does not."""
-        first, last = self.window(round, steps)
-        return first < last
-
 
 class GradualMagnitude(MaskMethod):
     """GMP (Zhu & Gupta 2017): every mask.update_every steps between mask.start_fraction and mask.end_fraction of
