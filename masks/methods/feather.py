@@ -69,7 +69,8 @@ class CubicThreshold(Thresholded):
 
 
 def cube_root(x: Tensor) -> Tensor:
-    """x^(1/3) of x >= 0, by Newton's method: +, * and / round alike wherever a slice is cut, which pow does not."""
+    """x^(1/3) of x >= 0, of float32 above 1e-37, by Newton's method: +, * and / round alike wherever a slice is cut,
+    which pow does not."""
     integer, third = (torch.int32, 0x2A512400) if x.dtype == torch.float32 else (torch.int64, 0x2A9F7893782DA1CE)
     x = x.contiguous()
     y = (torch.div(x.view(integer), 3, rounding_mode="floor") + third).view(x.dtype)
