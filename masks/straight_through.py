@@ -124,10 +124,10 @@ class CutEveryStep(MaskMethod):
             epochs, name = run.train.epochs, "train.epochs"
             settings.require_fall(name, epochs, lambda n: settings.falls(n * steps_per_epoch))
 
-    def budget(self) -> Budget:
+    def budget(self, density: float | None = None) -> Budget:
         """What stays at the end."""
         s = self.settings
-        return Budget(s.density, s.constraint, s.min_per_layer, self.recipe.seed)
+        return Budget(density or s.density, s.constraint, s.min_per_layer, self.recipe.seed)
 
     def window(self, phase: Phase) -> tuple[int, int]:
         """The updates after which the density begins to fall and is reached."""

@@ -12,7 +12,7 @@ from ghostmask.engine.sharding.reparametrization import Draw, Reparametrization,
 from ghostmask.engine.sharding.rules import UpdateRule
 from ghostmask.engine.sharding.slices import Slice
 from ghostmask.masks.scoring.topk import Budget
-from ghostmask.masks.settings import Protecting, Scheduled, number
+from ghostmask.masks.settings import Scheduled, number
 from ghostmask.masks.straight_through import CutEveryStep, Thresholded
 
 VERY_SPARSE = 0.05
@@ -20,7 +20,7 @@ VERY_SPARSE = 0.05
 
 
 @dataclass(frozen=True)
-class Settings(Protecting, Scheduled):
+class Settings(Scheduled):
     """feather."""
 
     start_fraction: float = number(0.0, 0, 1)
@@ -43,8 +43,9 @@ class Feather(CutEveryStep):
 
     def reparametrization(self, phase: Phase) -> Reparametrization:
         s = self.settings
+        budget = Budget(s.density, seed=self.recipe.seed)
         slope = s.theta or (0.5 if s.density < VERY_SPARSE else 1.0)
-        return CubicThreshold(self.rule(), self.budget(), *self.window(phase), slope)
+        return CubicThreshold(self.rule(), budget, *self.window(phase), slope)
 
 
 class CubicThreshold(Thresholded):

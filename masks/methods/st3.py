@@ -16,12 +16,12 @@ from ghostmask.engine.sharding.spans import Spans
 from ghostmask.masks.masked import FixedMask
 from ghostmask.masks.method import FINETUNE
 from ghostmask.masks.scoring.topk import Budget
-from ghostmask.masks.settings import Protecting, Scheduled, number
+from ghostmask.masks.settings import Scheduled, number
 from ghostmask.masks.straight_through import CutEveryStep, Thresholded
 
 
 @dataclass(frozen=True)
-class Settings(Protecting, Scheduled):
+class Settings(Scheduled):
     """st3."""
 
     start_fraction: float = number(0.05, 0, 1)
@@ -53,7 +53,8 @@ class St3(CutEveryStep):
         if phase.name == FINETUNE:
             return FixedMask(self.rule(), self.found or None)
         s = self.settings
-        return SoftThreshold(self.rule(), self.budget(), *self.window(phase), s.sigma, s.rescale)
+        budget = Budget(s.density, seed=self.recipe.seed)
+        return SoftThreshold(self.rule(), budget, *self.window(phase), s.sigma, s.rescale)
 
 
 class SoftThreshold(Thresholded):
