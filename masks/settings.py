@@ -118,6 +118,11 @@ class Scheduled(WithDensity):
         """Where the density begins to fall and where it is reached, in `length` epochs or steps, made `whole`."""
         return whole(self.start_fraction * length), whole(self.end_fraction * length)
 
+    def falls(self, length: int) -> bool:
+        """Whether the density is reached later in `length` steps than it begins to fall."""
+        first, last = self.window(round, length)
+        return first < last
+
     def require_fall(self, name: str, length: int, falls: Callable[[int], bool], unit: int = 1) -> None:
         """Raise the InputError of `name` = `length` where the density is not reached in it, unless nothing is pruned.
 

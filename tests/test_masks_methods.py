@@ -104,7 +104,8 @@ def gradients_of(world: World, mask_file: str) -> dict[str, dict[str, Tensor]]:
             got = form.gradients(gradient.clone(), state, part, draw)
             assert got.keys() == form.rules.keys(), name
             whole = {f"d {k}": part.gathered(t) for k, t in got.items()}
-            whole |= {k: part.gathered(t) for k, t in state.items()} | {"gradient": part.gathered(gradient)}
+            whole |= {k: {"": t} if k in form.whole else part.gathered(t) for k, t in state.items()}
+            whole |= {"gradient": part.gathered(gradient)}
             whole["theta"] = part.gathered(form.weights(state, part, draw))
             found[f"{name} {phase}"] = {k: torch.cat([t.reshape(-1) for t in v.values()]) for k, v in whole.items()}
     return found
@@ -197,7 +198,9 @@ def test_ranks_end_with_the_same_network_at_exactly_the_density_asked_for(method
     if method == "dense":
         assert prunable == 0
         return
-    assert outcome.kept == kept_count(DENSITY, prunable)
+    layers = [m.numel() for m in outcome.masks.values()]
+    layerwise = getattr(chosen(method, "").mask, "constraint", "") == "layerwise"
+    assert outcome.kept == sum(kept_count(DENSITY, n) for n in (layers if layerwise else [prunable]))
     pruned = torch.cat([outcome.weights[n][~m] for n, m in outcome.masks.items()])
     kept = torch.cat([outcome.weights[n][m] for n, m in outcome.masks.items()])
     assert not pruned.any()
@@ -263,7 +266,7 @@ def test_a_run_killed_in_another_phase_or_among_ghosts_ends_bit_identical_on_oth
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_a_masked_form_delivers_is_its_weights_where_its_mask_is_true(method: str, mask_file: str) -> None:
+def test_what_a_masked_form_delivers_is_what_it_trains_with_where_its_mask_is_true(method: str, mask_file: str) -> None:
     for _, form, owner in forms(method, mask_file, single()):
         part = Slice.even(owner.weights, single())
         state = state_of(form, part, torch.Generator().manual_seed(1))
@@ -272,5 +275,6 @@ def test_what_a_masked_form_delivers_is_its_weights_where_its_mask_is_true(metho
             continue
         mask = form.mask(state, part)
         assert mask.dtype == torch.bool
-        assert torch.equal(form.evaluation_weights(state, part), torch.where(mask, state["weight"], 0.0))
+        trained = state["weight"] if form.noisy else form.weights(state, part, Draw(0, 0, 0))
+        assert torch.equal(form.evaluation_weights(state, part), torch.where(mask, trained, 0.0))
         assert 0 < int(mask.sum()) <= part.total

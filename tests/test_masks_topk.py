@@ -14,14 +14,24 @@ from ghostmask.engine.errors import EXIT_NON_FINITE, InputError, RunStopped
 from ghostmask.engine.sharding.slices import Layout, Slice
 from ghostmask.engine.spawn import run_distributed
 from ghostmask.engine.world import World, single
-from ghostmask.masks.scoring import topk
-from ghostmask.masks.scoring.topk import Budget, empty_layers, kept_count, largest, seeded_order, topk_shard
+from ghostmask.masks.scoring import radix
+from ghostmask.masks.scoring.topk import Budget, empty_layers, hashed, kept_count, largest
 
 
-def by_sorting(scores: Tensor, kept: int) -> Tensor:
-    """The same mask from a stable sort in float64: of equal scores the first ones stay."""
+def by_sorting(scores: Tensor, kept: int, seed: int = 0) -> Tensor:
+    """The same mask by sorting in float64: of equal scores those with the largest hash stay."""
     mask = torch.zeros(len(scores), dtype=torch.bool)
-    mask[torch.from_numpy(np.argsort(-scores.double().numpy(), kind="stable")[:kept].copy())] = True
+    hashes = hashed(torch.arange(len(scores)), seed).numpy()
+    order = np.lexsort((hashes, scores.double().numpy() + 0.0))
+    mask[torch.from_numpy(order[len(order) - kept :].copy())] = True
+    return mask
+
+
+def keep(scores: Tensor, kept: int, among: Tensor | None = None) -> Tensor:
+    """The `kept` largest of one vector on one rank."""
+    part = Slice(Layout({"all": scores.shape}, 1), single())
+    mask = largest(part, scores, Budget(kept / len(scores)), among)
+    assert int(mask.sum()) == kept
     return mask
 
 
@@ -36,13 +46,18 @@ KINDS = {
 }
 
 
-@pytest.fixture(params=["compiled", "torch"])
+@pytest.fixture(params=["compiled", "torch", "device"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """How scores are counted, in several chunks or by three threads even in tensors of a few hundred elements."""
-    monkeypatch.setattr(topk, "CHUNK", 37)
-    monkeypatch.setattr(topk, "SMALLEST_RANGE", 37)
-    if request.param == "torch":
-        monkeypatch.setattr(topk, "load_kernels", lambda name: None)
+    """How scores are counted, in several chunks or by three threads even in tensors of a few hundred elements.
+
+    device: as on one that nobody waits for, where CPU tensors stand for its own.
+    """
+    monkeypatch.setattr(radix, "CHUNK", 37)
+    monkeypatch.setattr(radix, "SMALLEST_RANGE", 37)
+    if request.param != "compiled":
+        monkeypatch.setattr(radix, "load_kernels", lambda name: None)
+    if request.param == "device":
+        monkeypatch.setattr(radix, "on_host", lambda device: False)
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     yield request.param
@@ -50,57 +65,34 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_masks_equal_those_of_a_stable_sort(kind: str, path: str) -> None:
+def test_masks_are_those_of_sorting(kind: str, path: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    for trial in range(6):
+    for kept in (1, 550, 549, 27, 275):
         scores = KINDS[kind](550, generator)
-        kept = [0, 1, 550, 549, 27, 275][trial]
-        mask = topk_shard(scores, kept, single())
-        assert int(mask.sum()) == kept
-        assert torch.equal(mask, by_sorting(scores, kept))
-
-
-def shard_masks(world: World, cases: list[tuple[Tensor, int, list[int]]]) -> list[Tensor]:
-    """This rank's part of the mask of each case: (scores, kept, where the ranks' shards begin)."""
-    return [topk_shard(f.tensor_split(cuts)[world.rank], k, world) for f, k, cuts in cases]
-
-
-def test_shards_of_three_ranks_give_the_mask_of_one_rank_bit_for_bit() -> None:
-    generator = torch.Generator().manual_seed(2)
-    cases = []
-    for draw in KINDS.values():
-        scores = draw(550, generator)
-        for kept, cuts in ((1, [3, 400]), (275, [0, 130]), (549, [200, 550])):
-            cases.append((scores.double() if kept == 275 else scores, kept, cuts))
-    ranks = run_distributed(shard_masks, 3, cases)
-    for number, (scores, kept, _) in enumerate(cases):
-        assert torch.equal(torch.cat([rank[number] for rank in ranks]), by_sorting(scores, kept))
+        assert torch.equal(keep(scores, kept), by_sorting(scores, kept))
 
 
 def test_float64_scores_are_told_apart_where_float32_could_not(path: str) -> None:
     steps = torch.arange(500, dtype=torch.float64)[torch.randperm(500, generator=torch.Generator().manual_seed(3))]
     scores = torch.cat([1.0 + steps * 1e-14, 1e200 * steps, -1e-200 * steps, -steps])
     for kept in (1, 250, 700, 1200, 1600, 1999):
-        assert torch.equal(topk_shard(scores, kept, single()), by_sorting(scores, kept))
+        assert torch.equal(keep(scores, kept), by_sorting(scores, kept))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_both_zeros_tie_and_infinities_are_scores(dtype: torch.dtype, path: str) -> None:
-    scores = torch.tensor([-0.0, 0.0, -1.0, float("inf"), float("-inf")], dtype=dtype)
-    assert topk_shard(scores, 2, single()).tolist() == [True, False, False, True, False]
-    assert topk_shard(scores, 4, single()).tolist() == [True, True, True, True, False]
-
-
-def test_of_equal_scores_those_that_come_last_in_the_given_order_stay(path: str) -> None:
-    scores = torch.tensor([3.0, 1.0, 1.0, 1.0, 0.0, 1.0])
-    order = torch.tensor([9.0, 0.3, 0.1, 0.4, 9.0, 0.2], dtype=torch.float64)
-    assert topk_shard(scores, 3, single(), lambda tied: order[tied]).tolist() == [True, True, False, True, False, False]
+    scores = torch.tensor([-0.0, 0.0, -1.0, float("inf"), float("-inf")] * 40, dtype=dtype)
+    for kept in (20, 40, 60, 80, 120, 159, 160, 180, 199):
+        assert torch.equal(keep(scores, kept), by_sorting(scores, kept))
+    among = torch.arange(200) % 5 != 3
+    assert torch.equal(keep(scores, 160, among), among), "what may not stay must lose against -inf"
 
 
 def bad(world: World) -> str:
-    scores = torch.tensor([1.0, float("nan"), 2.0]) if world.rank else torch.ones(4)
-    with pytest.raises(RunStopped, match="1 of 7 scores are nan") as stopped:
-        topk_shard(scores, 2, world)
+    scores = torch.tensor([1.0, float("nan")]) if world.rank else torch.ones(3)
+    part = Slice(Layout({"all": torch.Size((5,))}, world.size), world)
+    with pytest.raises(RunStopped, match="1 of 5 scores are nan") as stopped:
+        largest(part, scores, Budget(0.4))
     assert stopped.value.exit_code == EXIT_NON_FINITE
     return str(stopped.value)
 
@@ -109,14 +101,19 @@ def test_a_nan_score_on_one_rank_stops_all() -> None:
     assert len(set(run_distributed(bad, 2))) == 1
 
 
-@pytest.mark.parametrize("kept", [-1, 5])
-def test_a_count_out_of_range_is_refused(kept: int) -> None:
-    with pytest.raises(ValueError, match=r"\[0, 4\]"):
-        topk_shard(torch.ones(4), kept, single())
+def test_where_nobody_waits_a_nan_is_kept_so_that_the_loss_shows_it(path: str) -> None:
+    scores = torch.randn(550, generator=torch.Generator().manual_seed(4))
+    scores[[7, 300]] = torch.tensor([float("nan"), float("-nan")])
+    part = Slice(Layout({"all": scores.shape}, 1), single())
+    if path == "device":
+        mask = largest(part, scores, Budget(0.1), wait=False)
+        assert torch.equal(mask, by_sorting(scores.nan_to_num(torch.inf), 55))
+    with pytest.raises(RunStopped, match="2 of 550 scores are nan"):
+        largest(part, scores, Budget(0.1), wait=True)
 
 
 def test_counting_is_compiled_here() -> None:
-    assert load_kernels("ghostmask.masks.kernels.topk_cpu") is not None
+    assert load_kernels(radix.KERNELS) is not None
 
 
 def test_kept_count_rounds_and_keeps_at_least_one_weight() -> None:
@@ -130,15 +127,12 @@ def test_kept_count_rounds_and_keeps_at_least_one_weight() -> None:
 
 def test_the_order_of_ties_is_a_hash_of_index_and_seed() -> None:
     indices = torch.cat([torch.arange(200_000), torch.tensor([2**31 - 1, 2**31, 2**40])])
-    first, second = seeded_order(indices, 1), seeded_order(indices, 2)
-    assert first.dtype == torch.float64
-    assert float(first.min()) >= 0
-    assert float(first.max()) < 2**52
+    first, second = hashed(indices, 1), hashed(indices, 2)
     assert len(first.unique()) == len(indices)
-    assert torch.equal(first[77:99], seeded_order(indices[77:99], 1))
-    for a, b in ((first, second), (first[:-1], first[1:]), (first, indices.double())):
-        assert abs(float(torch.corrcoef(torch.stack([a[:200_000], b[:200_000]]))[0, 1])) < 0.01
-    halves = (first[:200_000].long() >> torch.arange(52).unsqueeze(1)) & 1
+    assert torch.equal(first[77:99], hashed(indices[77:99], 1))
+    for a, b in ((first, second), (first[:-1], first[1:]), (first, indices)):
+        assert abs(float(torch.corrcoef(torch.stack([a[:200_000], b[:200_000]]).double())[0, 1])) < 0.01
+    halves = (first[:200_000] >> torch.arange(64).unsqueeze(1)) & 1
     assert float((halves.double().mean(1) - 0.5).abs().max()) < 0.006, "a bit of the hash is not even"
 
 
@@ -171,6 +165,8 @@ def largest_of(world: World) -> list[dict[str, Tensor]]:
                 found.append(part.gathered(mask))
             among = part.indices() % 2 == 0
             found += [part.gathered(largest(part, scores, budget, among=among)) for budget in BUDGETS[:2]]
+            layerwise = Budget(0.2, "layerwise", seed=1)
+            found += [part.gathered(largest(part, scores.double(), layerwise, among=among))]
     return found
 
 

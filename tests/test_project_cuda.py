@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 METHODS: dict[str, Callable[[], Callable[..., object]]] = {
     "probmask": lambda: ghostmask.probmask(0.1, 20, lr=0.05, start_fraction=0.0),
     "gmp": lambda: ghostmask.gmp(0.1, 20, every=2, start_fraction=0.0),
+    "gmp layerwise": lambda: ghostmask.gmp(0.1, 20, every=2, start_fraction=0.0, constraint="layerwise"),
 }
 
 
@@ -62,7 +63,7 @@ def test_the_kernels_for_this_gpu_compile() -> None:
         assert load_kernels(f"ghostmask.masks.kernels.{name}_triton") is not None
 
 
-@pytest.mark.parametrize("method", ["probmask"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_step_does_not_wait_for_the_device(method: str) -> None:
     net = network().cuda()
     optimizer = ghostmask.optimizer(net, METHODS[method](), lr=0.05, clip=1.0)

@@ -121,9 +121,13 @@ class Slice:
         """The group's parameters, on whatever rank."""
         return tuple(self.layout.shapes)
 
-    def indices(self) -> Tensor:
-        """(numel,) int64: the index of each element in the group."""
+    def indices(self, places: Tensor | None = None) -> Tensor:
+        """(numel,) int64: the index of each element in the group; with places in the slice, (m,) int64: of those."""
         device = self.world.device
+        if places is not None:
+            starts, firsts = torch.tensor([[r.start, r.first] for r in self.runs], device=device).T.contiguous()
+            found: Tensor = places + (firsts - starts)[torch.searchsorted(starts, places, right=True) - 1]
+            return found
         parts = [torch.arange(run.first, run.first + run.numel, device=device) for run in self.runs]
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64, device=device)
 

@@ -23,11 +23,6 @@ class Settings(Ranked, Scheduled):
     update_every: int = number(100, 1)
     """Optimizer steps between updates of the mask."""
 
-    def falls(self, steps: int) -> bool:
-        """Whether an update reaches the target density after one that does not."""
-        first, last = self.window(round, steps)
-        return first < last
-
 
 class GradualMagnitude(MaskMethod):
     """GMP (Zhu & Gupta 2017): every mask.update_every steps between mask.start_fraction and mask.end_fraction of
@@ -62,4 +57,5 @@ class Shrinking(FixedMask):
             return
         if (updates - self.first) % self.every == 0 or updates == self.last:
             density = cubic_density(updates, self.first, self.last, self.budget.density)
-            state["mask"].copy_(largest(part, state["weight"].abs(), replace(self.budget, density=density)))
+            budget = replace(self.budget, density=density)
+            state["mask"].copy_(largest(part, state["weight"].abs(), budget, wait=False))

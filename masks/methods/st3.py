@@ -1,0 +1,102 @@
+"""st3: soft-thresholded weights with a straight-through gradient, one threshold for all layers that rises (ST-3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ghostmask.engine.position import Phase
+from ghostmask.engine.sharding.reparametrization import Reparametrization, State
+from ghostmask.engine.sharding.rules import UpdateRule
+from ghostmask.engine.sharding.slices import Slice
+from ghostmask.engine.sharding.spans import Spans
+from ghostmask.masks.masked import FixedMask
+from ghostmask.masks.method import FINETUNE
+from ghostmask.masks.scoring.topk import Budget
+from ghostmask.masks.settings import Scheduled, number
+from ghostmask.masks.straight_through import CutEveryStep, Thresholded
+
+
+@dataclass(frozen=True)
+class Settings(Scheduled):
+    """st3."""
+
+    start_fraction: float = number(0.05, 0, 1)
+    """Where the density begins to fall, as a fraction of train.epochs."""
+    end_fraction: float = number(0.5, 0, 1)
+    """Where the density reaches its target, as a fraction of train.epochs."""
+    sigma: bool = False
+    """true = ST-3-sigma: |w| counts in units of its layer's width scale, (sum of the weight's shape)^-1/2, so that wide
+    layers keep more and the network needs fewer FLOPs."""
+    rescale: bool = True
+    """Whether each output channel is multiplied by c_out, which makes up for what the threshold takes."""
+
+
+class St3(CutEveryStep):
+    """ST-3 (Vanderschueren and De Vleeschouwer 2023): theta = c_out sign(w) (|w| - t) m, dL/dw = dL/dtheta for all w.
+
+    m = the largest |w| of all layers, exactly round(density n), at a density that falls as a cubic in every step; t =
+    the largest |w| that is pruned (the authors interpolate the quantile between that and the smallest that is kept).
+    Then the phase "finetune": theta as plain weights, under the mask of the end.
+    """
+
+    Settings = Settings
+    finetunes = True
+
+    def phases(self) -> tuple[tuple[str, int], ...]:
+        return (*super().phases(), (FINETUNE, self.recipe.finetune.epochs))
+
+    def reparametrization(self, phase: Phase) -> Reparametrization:
+        if phase.name == FINETUNE:
+            return FixedMask(self.rule(), self.found or None)
+        s = self.settings
+        budget = Budget(s.density, seed=self.recipe.seed)
+        return SoftThreshold(self.rule(), budget, *self.window(phase), s.sigma, s.rescale)
+
+
+class SoftThreshold(Thresholded):
+    """State "rescale", (output channels of all layers,): c_out. The threshold is in units of the scores."""
+
+    whole: ClassVar[tuple[str, ...]] = ("threshold", "rescale")
+
+    def __init__(
+        self, rule: UpdateRule, budget: Budget, first: int, last: int, sigma: bool = False, rescale: bool = True
+    ) -> None:
+        super().__init__(rule, budget, first, last)
+        self.sigma, self.rescale = sigma, rescale
+
+    def more(self, weight: Tensor, part: Slice) -> State:
+        shapes = torch.tensor([[shape[0], shape[1:].numel()] for shape in part.layout.shapes.values()])
+        self._lengths = shapes[:, 1].repeat_interleave(shapes[:, 0]).to(weight.device)
+        return super().more(weight, part) | {"rescale": weight.new_ones(len(self._lengths))}
+
+    def scores(self, state: State, part: Slice) -> Tensor:
+        magnitude = state["weight"].abs()
+        return magnitude * self._in_layers(0.5, part) if self.sigma else magnitude
+
+    def shown(self, state: State, part: Slice) -> Tensor:
+        w, t = state["weight"], state["threshold"]
+        thresholds = self._in_layers(-0.5, part, t) if self.sigma else t
+        theta = (w.abs() - thresholds).clamp_(min=0) * w.sign() * state["mask"]
+        return theta * Spans.channels(part).spread(state["rescale"]) if self.rescale else theta
+
+    def cut(self, state: State, part: Slice) -> None:
+        super().cut(state, part)
+        state["rescale"].copy_(self._c_out(state, part))
+
+    def _c_out(self, state: State, part: Slice) -> Tensor:
+        """1.01 / (q + 0.01), q = (mean |w| m + 1e-6) / (mean |w| + 1e-6) over each output channel; collective."""
+        channels, magnitude = Spans.channels(part), state["weight"].abs()
+        if self.density == 1 or not self.rescale:
+            return magnitude.new_ones(channels.count)
+        kept, whole = channels.sums(magnitude * state["mask"]), channels.sums(magnitude)
+        least = 1e-6 * self._lengths
+        return (1.01 / ((kept + least) / (whole + least) + 0.01)).float()
+
+    def _in_layers(self, power: float, part: Slice, value: Tensor | float = 1.0) -> Tensor:
+        """(n,) value (sum of the shape of the element's layer)^power."""
+        sizes = torch.tensor([float(sum(shape)) for shape in part.layout.shapes.values()])
+        return Spans.layers(part).spread(sizes.to(part.world.device, non_blocking=True) ** power * value)

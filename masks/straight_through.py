@@ -1,0 +1,135 @@
+"""Masks that are cut anew after every update, under which all weights keep on learning: straight-through estimators.
+
+    theta = f(w, m),  m = the largest scores at the present density,  dL/d(trained) = slope dL/dtheta, also where m = 0
+
+The mask is decided once per update, by all ranks together, and lies in the state: training, evaluation and what is
+delivered see the same one.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ghostmask.engine.config import require
+from ghostmask.engine.position import Phase
+from ghostmask.engine.sharding.reparametrization import Draw, State
+from ghostmask.engine.sharding.rules import UpdateRule
+from ghostmask.engine.sharding.slices import Slice
+from ghostmask.masks.masked import FixedMask
+from ghostmask.masks.method import MaskMethod
+from ghostmask.masks.schedules import cubic_density
+from ghostmask.masks.scoring.topk import Budget, largest, protected_counts
+
+
+class StraightThrough(FixedMask):
+    """State "weight" and "mask"; the density falls from 1 after `first` updates to the budget's after `last`."""
+
+    def __init__(self, rule: UpdateRule, budget: Budget, first: int = 0, last: int = 0) -> None:
+        super().__init__(rule)
+        self.budget, self.first, self.last = budget, first, last
+        self.density = self.density_at(0)
+
+    def density_at(self, updates: int) -> float:
+        """After so many updates: s_f (1 - (1 - x)^3) is the sparsity, x = (updates - first) / (last - first)."""
+        return cubic_density(updates, self.first, self.last, self.budget.density)
+
+    def scores(self, state: State, part: Slice) -> Tensor:
+        """(n,) the larger, the sooner kept: |w|."""
+        return state["weight"].abs()
+
+    @abstractmethod
+    def shown(self, state: State, part: Slice) -> Tensor:
+        """(n,) theta, 0 where the mask is False."""
+
+    def passing(self, state: State) -> Tensor:
+        """(n,) whose derivative by the trained state takes the place of theta's: w."""
+        return state["weight"]
+
+    def weights(self, state: State, part: Slice, draw: Draw) -> Tensor:
+        theta, passing = self.shown(state, part).detach(), self.passing(state)
+        return theta + (passing - passing.detach()) if passing.requires_grad else theta
+
+    def evaluation_weights(self, state: State, part: Slice) -> Tensor:
+        return self.shown(state, part)
+
+    def gradients(self, gradient: Tensor, state: State, part: Slice, draw: Draw) -> State:
+        return {"weight": gradient}
+
+    def start(self, weight: Tensor, part: Slice) -> State:
+        """Raises InputError where min_per_layer is more than the final density keeps."""
+        protected_counts(part.layout.numels, self.budget.min_per_layer, self.budget.density)
+        state = super().start(weight, part) | self.more(weight, part)
+        self.cut(state, part)
+        return state
+
+    def more(self, weight: Tensor, part: Slice) -> State:
+        """State beyond weight and mask, before the first cut."""
+        return {}
+
+    def schedule(self, updates: int) -> None:
+        self.density = self.density_at(updates)
+
+    def constrain(self, state: State, part: Slice, updates: int) -> None:
+        self.schedule(updates)
+        self.cut(state, part)
+
+    def scale(self, state: State, part: Slice, factors: Any) -> None:
+        super().scale(state, part, factors)
+        self.cut(state, part)
+
+    def cut(self, state: State, part: Slice) -> None:
+        """Collective: decide the mask at the present density."""
+        if self.density == 1:
+            state["mask"].fill_(True)
+            return
+        budget = replace(self.budget, density=self.density)
+        state["mask"].copy_(largest(part, self.scores(state, part), budget, wait=False))
+
+
+class Thresholded(StraightThrough):
+    """State "threshold", (1,), too: the largest score that is pruned, 0 where nothing is."""
+
+    whole: ClassVar[tuple[str, ...]] = ("threshold",)
+
+    def more(self, weight: Tensor, part: Slice) -> State:
+        return {"threshold": weight.new_zeros(1)}
+
+    def cut(self, state: State, part: Slice) -> None:
+        super().cut(state, part)
+        pruned = torch.where(state["mask"], 0.0, self.scores(state, part))
+        most = pruned.amax(0, keepdim=True) if len(pruned) else pruned.new_zeros(1)
+        state["threshold"].copy_(part.world.all_reduce(most, dist.ReduceOp.MAX))
+
+
+class CutEveryStep(MaskMethod):
+    """A method whose main phase trains a `StraightThrough` form."""
+
+    searches = True
+
+    @classmethod
+    def check(cls, settings: Any, run: Any) -> None:
+        why = "averages weights under one mask, and this method cuts a new one after every update"
+        fix = f"{why}; give finetune.epochs, or 0" if cls.finetunes else f"{why}; give 0"
+        require(run.ema.decay == 0 or (cls.finetunes and run.finetune.epochs > 0), "ema.decay", run.ema.decay, fix)
+
+    @classmethod
+    def check_steps(cls, settings: Any, run: Any, steps_per_epoch: int) -> None:
+        if hasattr(settings, "window"):
+            epochs, name = run.train.epochs, "train.epochs"
+            settings.require_fall(name, epochs, lambda n: settings.falls(n * steps_per_epoch))
+
+    def budget(self, density: float | None = None) -> Budget:
+        """What stays at the end."""
+        s = self.settings
+        return Budget(density or s.density, s.constraint, s.min_per_layer, self.recipe.seed)
+
+    def window(self, phase: Phase) -> tuple[int, int]:
+        """The updates after which the density begins to fall and is reached."""
+        first, last = self.settings.window(round, phase.epochs * phase.steps_per_epoch)
+        return int(first), int(last)
