@@ -29,7 +29,7 @@ PRESETS: dict[type, dict[str, dict[str, Any]]] = {TostConfig: TOST_PRESETS}
 section; a word without settings empties it."""
 
 GONE = {
-    "train.accumulation": "train.replicas",
+    "train.accumulation": "train.replicas, the parts that data.batch_size is cut into",
     "mask.noise": "mask.noises",
     "mask.gradient_bf16": "train.precision=bf16",
 }
