@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ghostmask.engine.position import Phase
@@ -36,4 +37,4 @@ class Largest(StraightThrough):
     """theta = w m."""
 
     def shown(self, state: State, part: Slice) -> Tensor:
-        return state["weight"] * state["mask"]
+        return torch.where(state["mask"], state["weight"], 0.0)

@@ -99,7 +99,7 @@ class Popup(StraightThrough):
         return state["score"].abs()
 
     def shown(self, state: State, part: Slice) -> Tensor:
-        return state["weight"] * state["mask"]
+        return torch.where(state["mask"], state["weight"], 0.0)
 
     def passing(self, state: State) -> Tensor:
         return state["weight"] * state["score"].abs()
