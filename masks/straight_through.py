@@ -9,7 +9,7 @@ delivered see the same one.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -81,6 +81,10 @@ class StraightThrough(FixedMask):
         self.schedule(updates)
         self.cut(state, part)
 
+    def due(self, part: Slice) -> Sequence[int]:
+        """How many weights the mask must keep now: (one number) in all, or of each layer."""
+        return replace(self.budget, density=self.density).counts(part.layout.numels)
+
     def scale(self, state: State, part: Slice, factors: Any) -> None:
         super().scale(state, part, factors)
         self.cut(state, part)
@@ -145,7 +149,12 @@ class CutEveryStep(MaskMethod):
     def check(cls, settings: Any, run: Any) -> None:
         why = "averages weights under one mask, and this method cuts a new one after every update"
         fix = f"{why}; give finetune.epochs, or 0" if cls.finetunes else f"{why}; give 0"
-        require(run.ema.decay == 0 or (cls.finetunes and run.finetune.epochs > 0), "ema.decay", run.ema.decay, fix)
+        require(run.ema.decay == 0 or cls.ends_under_one_mask(settings, run), "ema.decay", run.ema.decay, fix)
+
+    @classmethod
+    def ends_under_one_mask(cls, settings: Any, run: Any) -> bool:
+        """Whether the run's last phase trains under a mask that stays; else its weights cannot be averaged (ema)."""
+        return bool(cls.finetunes and run.finetune.epochs > 0)
 
     @classmethod
     def check_steps(cls, settings: Any, run: Any, steps_per_epoch: int) -> None:

@@ -14,12 +14,21 @@ import ghostmask
 from ghostmask.engine.compiled import agree_on_kernels, load_kernels
 from ghostmask.engine.world import World
 from ghostmask.masks.kernels import KERNELS
+from ghostmask.masks.methods.dnw import Largest
+from ghostmask.masks.methods.edge_popup import Popup
+from ghostmask.masks.methods.feather import CubicThreshold
+from ghostmask.masks.methods.st3 import SoftThreshold
+from ghostmask.masks.scoring.topk import Budget
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 METHODS: dict[str, Callable[[], Callable[..., object]]] = {
     "probmask": lambda: ghostmask.probmask(0.1, 20, lr=0.05, start_fraction=0.0),
     "gmp": lambda: ghostmask.gmp(0.1, 20, every=2, start_fraction=0.0),
+    "dnw": lambda: lambda rule, _: Largest(rule, Budget(0.1, "layerwise", 0, 3)),
+    "st3 sigma": lambda: lambda rule, _: SoftThreshold(rule, Budget(0.1), 0, 2, sigma=True),
+    "feather": lambda: lambda rule, _: CubicThreshold(rule, Budget(0.1), 0, 2, 0.5),
+    "edge_popup": lambda: lambda rule, _: Popup(rule, Budget(0.1, min_per_layer=2)),
     "gmp layerwise": lambda: ghostmask.gmp(0.1, 20, every=2, start_fraction=0.0, constraint="layerwise"),
 }
 

@@ -28,6 +28,8 @@ class Dnw(CutEveryStep):
     mask.dense_layers=[conv1.weight]."""
 
     Settings = Settings
+    paper = 'Wortsman et al. 2019, "Discovering neural wirings", https://arxiv.org/abs/1906.00586'
+    aliases = ("discovering_neural_wirings", "topk")
 
     def reparametrization(self, phase: Phase) -> Reparametrization:
         return Largest(self.rule(), self.budget())

@@ -45,6 +45,11 @@ class EdgePopup(CutEveryStep):
     """
 
     Settings = Settings
+    paper = (
+        'Ramanujan et al. 2020, "What\'s hidden in a randomly weighted neural network?", '
+        "https://arxiv.org/abs/1911.13299"
+    )
+    aliases = ("edge-popup", "edgepopup", "popup", "hidden_networks", "supermask")
 
     @classmethod
     def check(cls, settings: Any, run: Any) -> None:

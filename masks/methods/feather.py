@@ -40,6 +40,11 @@ class Feather(CutEveryStep):
     """
 
     Settings = Settings
+    paper = (
+        'Glentis Georgoulakis et al. 2023, "Feather: an elegant solution to effective DNN sparsification", '
+        "https://arxiv.org/abs/2310.02448"
+    )
+    aliases = ("feather_global",)
 
     def reparametrization(self, phase: Phase) -> Reparametrization:
         s = self.settings

@@ -44,6 +44,11 @@ class St3(CutEveryStep):
     """
 
     Settings = Settings
+    paper = (
+        'Vanderschueren & De Vleeschouwer 2023, "Are straight-through gradients and soft-thresholding all you need for '
+        'sparse training?", https://arxiv.org/abs/2212.01076'
+    )
+    aliases = ("st-3", "st3_sigma mask.sigma=true", "soft_threshold")
     finetunes = True
 
     def phases(self) -> tuple[tuple[str, int], ...]:
