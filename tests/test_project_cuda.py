@@ -68,7 +68,7 @@ def test_a_run_on_the_gpu_has_the_losses_of_one_on_the_cpu(method: str) -> None:
 
 def test_the_kernels_for_this_gpu_compile() -> None:
     agree_on_kernels(World(0, 1, torch.device("cuda", 0)), KERNELS)
-    for name in ("relaxed_mask", "projection"):
+    for name in ("relaxed_mask", "projection", "radix"):
         assert load_kernels(f"ghostmask.masks.kernels.{name}_triton") is not None
 
 
