@@ -26,7 +26,7 @@ from ghostmask.engine.sharding.spans import CHUNKS
 from ghostmask.masks.masked import FixedMask
 from ghostmask.masks.method import MaskMethod
 from ghostmask.masks.schedules import cubic_density
-from ghostmask.masks.scoring.topk import Budget, largest, protected_counts
+from ghostmask.masks.scoring.topk import Budget, largest
 
 
 class StraightThrough(FixedMask):
@@ -64,8 +64,6 @@ class StraightThrough(FixedMask):
         return {"weight": gradient}
 
     def start(self, weight: Tensor, part: Slice) -> State:
-        """Raises InputError where min_per_layer is more than the final density keeps."""
-        protected_counts(part.layout.numels, self.budget.min_per_layer, self.budget.density)
         state = super().start(weight, part) | self.more(weight, part)
         self.cut(state, part)
         return state
