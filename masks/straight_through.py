@@ -9,6 +9,7 @@ delivered see the same one.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -21,10 +22,11 @@ from ghostmask.engine.position import Phase
 from ghostmask.engine.sharding.reparametrization import Draw, State
 from ghostmask.engine.sharding.rules import UpdateRule
 from ghostmask.engine.sharding.slices import Slice
+from ghostmask.engine.sharding.spans import CHUNKS
 from ghostmask.masks.masked import FixedMask
 from ghostmask.masks.method import MaskMethod
 from ghostmask.masks.schedules import cubic_density
-from ghostmask.masks.scoring.topk import Budget, largest, protected_counts
+from ghostmask.masks.scoring.topk import Budget, largest
 
 
 class StraightThrough(FixedMask):
@@ -62,8 +64,6 @@ class StraightThrough(FixedMask):
         return {"weight": gradient}
 
     def start(self, weight: Tensor, part: Slice) -> State:
-        """Raises InputError where min_per_layer is more than the final density keeps."""
-        protected_counts(part.layout.numels, self.budget.min_per_layer, self.budget.density)
         state = super().start(weight, part) | self.more(weight, part)
         self.cut(state, part)
         return state
@@ -79,32 +79,63 @@ class StraightThrough(FixedMask):
         self.schedule(updates)
         self.cut(state, part)
 
+    def due(self, part: Slice) -> Sequence[int]:
+        """How many weights the mask must keep now: (one number) in all, or of each layer."""
+        return replace(self.budget, density=self.density).counts(part.layout.numels)
+
     def scale(self, state: State, part: Slice, factors: Any) -> None:
         super().scale(state, part, factors)
         self.cut(state, part)
 
-    def cut(self, state: State, part: Slice) -> None:
-        """Collective: decide the mask at the present density."""
+    def cut(self, state: State, part: Slice) -> Tensor:
+        """Collective: decide the mask at the present density; returns the scores."""
+        scores = self.scores(state, part)
         if self.density == 1:
             state["mask"].fill_(True)
-            return
-        budget = replace(self.budget, density=self.density)
-        state["mask"].copy_(largest(part, self.scores(state, part), budget, wait=False))
+        else:
+            budget = replace(self.budget, density=self.density)
+            state["mask"].copy_(largest(part, scores, budget, wait=False))
+        return scores
 
 
 class Thresholded(StraightThrough):
-    """State "threshold", (1,), too: the largest score that is pruned, 0 where nothing is."""
+    """theta = `above(|w|)` with the sign of w; state "threshold", (1,), too: the largest score that is pruned, or 0."""
 
     whole: ClassVar[tuple[str, ...]] = ("threshold",)
 
     def more(self, weight: Tensor, part: Slice) -> State:
         return {"threshold": weight.new_zeros(1)}
 
-    def cut(self, state: State, part: Slice) -> None:
-        super().cut(state, part)
-        pruned = torch.where(state["mask"], 0.0, self.scores(state, part))
-        most = pruned.amax(0, keepdim=True) if len(pruned) else pruned.new_zeros(1)
+    @abstractmethod
+    def above(self, magnitude: Tensor, threshold: Tensor) -> Tensor:
+        """|theta| of weights of that |w|, which may be overwritten, with no more than rounding below the threshold."""
+
+    def shown(self, state: State, part: Slice) -> Tensor:
+        w, mask, thresholds = state["weight"], state["mask"], self.thresholds(state, part)
+        theta = torch.empty_like(w)
+        for own in _pieces(w):
+            t = thresholds if len(thresholds) == 1 else thresholds[own]
+            theta[own] = torch.where(mask[own], self.above(w[own].abs(), t).copysign(w[own]), 0.0)
+        return theta
+
+    def thresholds(self, state: State, part: Slice) -> Tensor:
+        """(1,) or (n,): what |w| is held against."""
+        return state["threshold"]
+
+    def cut(self, state: State, part: Slice) -> Tensor:
+        scores, mask = super().cut(state, part), state["mask"]
+        most = scores.new_zeros(1)
+        for own in _pieces(scores):
+            torch.maximum(most, torch.where(mask[own], 0.0, scores[own]).amax(), out=most)
         state["threshold"].copy_(part.world.all_reduce(most, dist.ReduceOp.MAX))
+        return scores
+
+
+def _pieces(tensor: Tensor) -> Iterator[slice]:
+    """Ranges of a vector that are computed at a time, so that what is between stays in the CPU's cache."""
+    size = CHUNKS[tensor.device.type]
+    for start in range(0, len(tensor), size):
+        yield slice(start, start + size)
 
 
 class CutEveryStep(MaskMethod):
@@ -116,7 +147,12 @@ class CutEveryStep(MaskMethod):
     def check(cls, settings: Any, run: Any) -> None:
         why = "averages weights under one mask, and this method cuts a new one after every update"
         fix = f"{why}; give finetune.epochs, or 0" if cls.finetunes else f"{why}; give 0"
-        require(run.ema.decay == 0 or (cls.finetunes and run.finetune.epochs > 0), "ema.decay", run.ema.decay, fix)
+        require(run.ema.decay == 0 or cls.ends_under_one_mask(settings, run), "ema.decay", run.ema.decay, fix)
+
+    @classmethod
+    def ends_under_one_mask(cls, settings: Any, run: Any) -> bool:
+        """Whether the run's last phase trains under a mask that stays; else its weights cannot be averaged (ema)."""
+        return bool(cls.finetunes and run.finetune.epochs > 0)
 
     @classmethod
     def check_steps(cls, settings: Any, run: Any, steps_per_epoch: int) -> None:

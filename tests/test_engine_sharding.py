@@ -136,6 +136,8 @@ def sums_of_spans(world: World, elements: int, kind: str) -> tuple[list[float], 
     part = Slice(Layout(SHAPES, world.size, elements, 2), world)
     spans, own = SPANS[kind](part), part.cut(values_of_spans())
     numbers = torch.cat([t.reshape(-1) for t in part.gathered(spans.numbers()).values()])
+    factors = torch.arange(spans.count) + 0.5
+    assert torch.equal(spans.multiply_(own.clone(), factors), own * spans.spread(factors))
     return spans.sums(own).tolist(), spans.sums(own, squared=True).tolist(), numbers.tolist()
 
 

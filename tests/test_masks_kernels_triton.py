@@ -24,6 +24,7 @@ CHECKS = [
     "tables_are_those_of_the_torch_form",
     "brackets_are_those_of_the_torch_form",
     "projected_bits_are_those_of_the_torch_form",
+    "keys_are_counted_as_by_the_torch_form",
 ]
 
 
@@ -72,6 +73,11 @@ KERNELS = [
         {"tables": "*i64", "bins": "i32", "budget": "*fp64", "base": "*i64", "slope": "*i64", "value": "*fp64",
          "lowest": "*fp64"}, {"SHIFT": 10, "SIZE": 1024},
     ),
+    (
+        "radix_triton", "_count",
+        {"keys": "*i32", "numbers": "*i64", "numel": "i32", "bases": "*i64", "tables": "*i32", "num_tables": "i32",
+         "cells": "i32", "blocks": "i32", "bins": "i32"}, {"SHIFT": 21, "SEVERAL": True, "SIZE": 2048},
+    ),
     ("projection_triton", "_subtract_and_clamp", PIECE | {"threshold": "*fp64", "first_index": "i64"}, {"SIZE": 2048}),
 ]  # fmt: skip
 
@@ -91,6 +97,9 @@ def test_kernel_compiles_for_an_h100(module: str, name: str, arguments: dict, co
     signature = arguments | dict.fromkeys(constants, "constexpr")
     compiled = triton.compile(ASTSource(kernel, signature, constexprs=places), target=GPUTarget("cuda", 90, 32))
     assert len(compiled.asm["cubin"]) > 0
-    if name == "_histogram" and VERSION >= (3, 9):  # additions that nobody waits for; 3.6 compiles waiting ones
+    if name in ("_histogram", "_count") and VERSION >= (
+        3,
+        9,
+    ):  # additions that nobody waits for; 3.6 compiles waiting ones
         assert "red.global" in compiled.asm["ptx"]
         assert "atom.global" not in compiled.asm["ptx"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ghostmask.engine.compiled import load_kernels
+from ghostmask.engine.compiled import kernels_on
 from ghostmask.engine.errors import EXIT_NON_FINITE, InputError, RunStopped
 from ghostmask.engine.sharding.slices import Layout, Slice
 from ghostmask.engine.spawn import run_distributed
@@ -55,7 +55,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     monkeypatch.setattr(radix, "CHUNK", 37)
     monkeypatch.setattr(radix, "SMALLEST_RANGE", 37)
     if request.param != "compiled":
-        monkeypatch.setattr(radix, "load_kernels", lambda name: None)
+        monkeypatch.setattr(radix, "kernels_on", lambda device, name: None)
     if request.param == "device":
         monkeypatch.setattr(radix, "on_host", lambda device: False)
     threads = torch.get_num_threads()
@@ -113,7 +113,7 @@ def test_where_nobody_waits_a_nan_is_kept_so_that_the_loss_shows_it(path: str) -
 
 
 def test_counting_is_compiled_here() -> None:
-    assert load_kernels(radix.KERNELS) is not None
+    assert kernels_on(torch.device("cpu"), radix.KERNELS) is not None
 
 
 def test_kept_count_rounds_and_keeps_at_least_one_weight() -> None:

@@ -21,14 +21,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ghostmask.masks.masked import Masked
-from ghostmask.masks.method import MaskMethod
-from ghostmask.masks.scoring.topk import Budget, largest
-from ghostmask.masks.settings import Ranked
+from ghostmask.masks.settings import Protecting
+from ghostmask.masks.straight_through import CutEveryStep, StraightThrough
 
 
 @dataclass(frozen=True)
-class Settings(Ranked):
+class Settings(Protecting):
     """dnw."""
 
 
@@ -45,7 +43,7 @@ def test_the_method_shown_trains_the_same_masks_on_one_rank_and_on_two(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = (Path(__file__).resolve().parents[1] / "CONTRIBUTING.md").read_text()
-    (shown,) = re.findall(r"```python\n(class TopK.*?)```", text, flags=re.S)
+    (shown,) = re.findall(r"```python\n(class Largest.*?)```", text, flags=re.S)
     package = tmp_path / "shown_masks"
     package.mkdir()
     (package / "__init__.py").touch()

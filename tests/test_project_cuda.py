@@ -14,12 +14,21 @@ import ghostmask
 from ghostmask.engine.compiled import agree_on_kernels, load_kernels
 from ghostmask.engine.world import World
 from ghostmask.masks.kernels import KERNELS
+from ghostmask.masks.methods.dnw import Largest
+from ghostmask.masks.methods.edge_popup import Popup
+from ghostmask.masks.methods.feather import CubicThreshold
+from ghostmask.masks.methods.st3 import SoftThreshold
+from ghostmask.masks.scoring.topk import Budget
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 METHODS: dict[str, Callable[[], Callable[..., object]]] = {
     "probmask": lambda: ghostmask.probmask(0.1, 20, lr=0.05, start_fraction=0.0),
     "gmp": lambda: ghostmask.gmp(0.1, 20, every=2, start_fraction=0.0),
+    "dnw": lambda: lambda rule, _: Largest(rule, Budget(0.1, "layerwise", 0, 3)),
+    "st3 sigma": lambda: lambda rule, _: SoftThreshold(rule, Budget(0.1), 0, 2, sigma=True),
+    "feather": lambda: lambda rule, _: CubicThreshold(rule, Budget(0.1), 0, 2, 0.5),
+    "edge_popup": lambda: lambda rule, _: Popup(rule, Budget(0.1, min_per_layer=2)),
     "gmp layerwise": lambda: ghostmask.gmp(0.1, 20, every=2, start_fraction=0.0, constraint="layerwise"),
 }
 
@@ -59,7 +68,7 @@ def test_a_run_on_the_gpu_has_the_losses_of_one_on_the_cpu(method: str) -> None:
 
 def test_the_kernels_for_this_gpu_compile() -> None:
     agree_on_kernels(World(0, 1, torch.device("cuda", 0)), KERNELS)
-    for name in ("relaxed_mask", "projection"):
+    for name in ("relaxed_mask", "projection", "radix"):
         assert load_kernels(f"ghostmask.masks.kernels.{name}_triton") is not None
 
 

@@ -17,8 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ghostmask.masks.kernels import projection, projection_triton, relaxed_mask, relaxed_mask_triton
+from ghostmask.engine.world import single
+from ghostmask.masks.kernels import projection, projection_triton, radix_triton, relaxed_mask, relaxed_mask_triton
 from ghostmask.masks.kernels.noise import noise_key, random_words
+from ghostmask.masks.scoring import radix
 
 KEY = noise_key(3, 1, 4)
 N, FIRST = 9000, 7 * 1024 + 300
@@ -162,6 +164,24 @@ def projected_bits_are_those_of_the_torch_form() -> None:
             assert torch.equal(ours.nan_to_num(-1), expected.nan_to_num(-1)), threshold
 
 
+def keys_are_counted_as_by_the_torch_form() -> None:
+    radix_triton.PROGRAMS, radix_triton.CELLS = 5, 3 * 2048  # so that programs go round, and share tables
+    g = torch.Generator().manual_seed(3)
+    scores = torch.cat([torch.randn(12_000, generator=g), torch.full((3000,), 0.5)])
+    pieces = [radix.Piece(0, 0, 9000), radix.Piece(2, 9000, 1), radix.Piece(1, 9001, 5999)]
+    for dtype in (torch.float32, torch.float64):
+        keys, _ = radix._torch_keys(scores.to(dtype), None)
+        for groups, own in ((1, [radix.Piece(0, 0, 15_000)]), (3, pieces)):
+            numbers = torch.cat([torch.full((p.numel,), p.group) for p in own]) if groups > 1 else None
+            search = radix._Search(own, groups, single())
+            base = torch.zeros(groups, dtype=torch.int64)
+            for number, (shift, bins) in enumerate(radix.rounds(torch.iinfo(keys.dtype).bits, 11)):
+                base = torch.full_like(base, -bins // 2) if number == 0 else base * bins
+                expected = search._torch_table(keys, base, shift, bins)
+                assert torch.equal(radix_triton.count(keys, numbers, base, shift, bins), expected), (dtype, shift)
+                base = base + expected.argmax(1)
+
+
 CHECKS: list[Callable[[], None]] = [
     words_are_those_of_the_torch_form,
     halves_of_a_key_are_signed_32_bit_numbers,
@@ -172,12 +192,14 @@ CHECKS: list[Callable[[], None]] = [
     tables_are_those_of_the_torch_form,
     brackets_are_those_of_the_torch_form,
     projected_bits_are_those_of_the_torch_form,
+    keys_are_counted_as_by_the_torch_form,
 ]
 
 
 def main() -> None:
     relaxed_mask_triton.compile_all()
     projection_triton.compile_all()
+    radix_triton.compile_all()
     results = {}
     for check in CHECKS:
         try:

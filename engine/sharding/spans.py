@@ -93,6 +93,12 @@ class Spans:
             rows.copy_(values[piece.number : piece.number + piece.rows, None].expand_as(rows))
         return out
 
+    def multiply_(self, tensor: Tensor, values: Tensor) -> Tensor:
+        """Each element of (n,) times the value, of (count,), of its span, in place; returns it."""
+        for piece, rows in self._rows(tensor):
+            rows.mul_(values[piece.number : piece.number + piece.rows, None])
+        return tensor
+
     def numbers(self) -> Tensor:
         """(n,) int64: the number of each element's span."""
         return self.spread(torch.arange(self.count, device=self.part.world.device))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ghostmask.engine.position import Phase
@@ -27,6 +28,8 @@ class Dnw(CutEveryStep):
     mask.dense_layers=[conv1.weight]."""
 
     Settings = Settings
+    paper = 'Wortsman et al. 2019, "Discovering neural wirings", https://arxiv.org/abs/1906.00586'
+    aliases = ("discovering_neural_wirings", "topk")
 
     def reparametrization(self, phase: Phase) -> Reparametrization:
         return Largest(self.rule(), self.budget())
@@ -36,4 +39,4 @@ class Largest(StraightThrough):
     """theta = w m."""
 
     def shown(self, state: State, part: Slice) -> Tensor:
-        return state["weight"] * state["mask"]
+        return torch.where(state["mask"], state["weight"], 0.0)

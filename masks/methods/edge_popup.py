@@ -45,6 +45,11 @@ class EdgePopup(CutEveryStep):
     """
 
     Settings = Settings
+    paper = (
+        'Ramanujan et al. 2020, "What\'s hidden in a randomly weighted neural network?", '
+        "https://arxiv.org/abs/1911.13299"
+    )
+    aliases = ("edge-popup", "edgepopup", "popup", "hidden_networks", "supermask")
 
     @classmethod
     def check(cls, settings: Any, run: Any) -> None:
@@ -99,7 +104,7 @@ class Popup(StraightThrough):
         return state["score"].abs()
 
     def shown(self, state: State, part: Slice) -> Tensor:
-        return state["weight"] * state["mask"]
+        return torch.where(state["mask"], state["weight"], 0.0)
 
     def passing(self, state: State) -> Tensor:
         return state["weight"] * state["score"].abs()

@@ -44,6 +44,11 @@ class St3(CutEveryStep):
     """
 
     Settings = Settings
+    paper = (
+        'Vanderschueren & De Vleeschouwer 2023, "Are straight-through gradients and soft-thresholding all you need for '
+        'sparse training?", https://arxiv.org/abs/2212.01076'
+    )
+    aliases = ("st-3", "st3_sigma mask.sigma=true", "soft_threshold")
     finetunes = True
 
     def phases(self) -> tuple[tuple[str, int], ...]:
@@ -75,17 +80,23 @@ class SoftThreshold(Thresholded):
 
     def scores(self, state: State, part: Slice) -> Tensor:
         magnitude = state["weight"].abs()
-        return magnitude * self._in_layers(0.5, part) if self.sigma else magnitude
+        return Spans.layers(part).multiply_(magnitude, self._widths(part, 0.5)) if self.sigma else magnitude
+
+    def thresholds(self, state: State, part: Slice) -> Tensor:
+        t = state["threshold"]
+        return Spans.layers(part).spread(self._widths(part, -0.5) * t) if self.sigma else t
+
+    def above(self, magnitude: Tensor, threshold: Tensor) -> Tensor:
+        return magnitude.sub_(threshold).clamp_(min=0)
 
     def shown(self, state: State, part: Slice) -> Tensor:
-        w, t = state["weight"], state["threshold"]
-        thresholds = self._in_layers(-0.5, part, t) if self.sigma else t
-        theta = (w.abs() - thresholds).clamp_(min=0) * w.sign() * state["mask"]
-        return theta * Spans.channels(part).spread(state["rescale"]) if self.rescale else theta
+        theta = super().shown(state, part).detach()
+        return Spans.channels(part).multiply_(theta, state["rescale"]) if self.rescale else theta
 
-    def cut(self, state: State, part: Slice) -> None:
-        super().cut(state, part)
+    def cut(self, state: State, part: Slice) -> Tensor:
+        scores = super().cut(state, part)
         state["rescale"].copy_(self._c_out(state, part))
+        return scores
 
     def _c_out(self, state: State, part: Slice) -> Tensor:
         """1.01 / (q + 0.01), q = (mean |w| m + 1e-6) / (mean |w| + 1e-6) over each output channel; collective."""
@@ -96,7 +107,7 @@ class SoftThreshold(Thresholded):
         least = 1e-6 * self._lengths
         return (1.01 / ((kept + least) / (whole + least) + 0.01)).float()
 
-    def _in_layers(self, power: float, part: Slice, value: Tensor | float = 1.0) -> Tensor:
-        """(n,) value (sum of the shape of the element's layer)^power."""
+    def _widths(self, part: Slice, power: float) -> Tensor:
+        """(layers,) the sum of each layer's shape, to a power."""
         sizes = torch.tensor([float(sum(shape)) for shape in part.layout.shapes.values()])
-        return Spans.layers(part).spread(sizes.to(part.world.device, non_blocking=True) ** power * value)
+        return sizes.to(part.world.device, non_blocking=True) ** power

@@ -2,12 +2,12 @@
 
 Every rank holds some elements of each group. A score's *key* is an integer, ordered as the scores are, and the search
 goes down its bits: a histogram of the leading ones, added up over the ranks, says in which bin the threshold of each
-group lies; the next round looks into that bin only. One group: 16 bits a round, so 2 all-reduces for float32; several:
-11 bits a round and all groups' histograms in one all-reduce, so 3. Counts are integers, and equal keys are told apart
-by a hash of the element's index, in a second search of the same kind: the same elements for every number of ranks.
+group lies; the next round looks into that bin only. One group on CPUs: 16 bits a round, so 2 all-reduces for float32;
+else 11 bits a round and all groups' histograms in one all-reduce, so 3. Counts are integers, and equal keys are told
+apart by a hash of the element's index, in a second search of the same kind: the same elements on any number of ranks.
 
-On the CPU numba counts, and the second search is left out where there is nothing to tell apart. Elsewhere torch counts,
-and nothing waits for the device.
+On the CPU numba counts, and the second search is left out where there is nothing to tell apart. On CUDA Triton counts
+(elsewhere torch), and nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ghostmask.engine.compiled import load_kernels, pieces_in, split_over_threads
+from ghostmask.engine.compiled import kernels_on, pieces_in, split_over_threads
 from ghostmask.engine.errors import EXIT_NON_FINITE, RunStopped
 from ghostmask.engine.world import World
 
@@ -29,7 +29,7 @@ SMALLEST_RANGE = 1 << 16
 """Elements worth a thread of their own."""
 INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 """Types that hold a score's bits."""
-KERNELS = "ghostmask.masks.kernels.radix_cpu"
+KERNELS = "ghostmask.masks.kernels.radix"
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def score_keys(scores: Tensor, among: Tensor | None, world: World, *, wait: bool
     among: bools; all others get the lowest key. A nan stops the run on every rank (RunStopped), but where nobody may
     wait for the device: there it has the highest key, so that it is kept and the next loss stops the run.
     """
-    kernels = load_kernels(KERNELS) if scores.device.type == "cpu" else None
+    kernels = kernels_on(scores.device, KERNELS) if on_host(scores.device) else None
     keys, nans = _compiled_keys(kernels, scores, among) if kernels else _torch_keys(scores, among)
     if wait or on_host(scores.device):
         bad, total = world.all_reduce(torch.stack([nans, torch.full_like(nans, len(scores))])).tolist()
@@ -85,6 +85,12 @@ def score_keys(scores: Tensor, among: Tensor | None, world: World, *, wait: bool
 def on_host(device: torch.device) -> bool:
     """Whether what is computed there can be looked at without waiting for it."""
     return device.type == "cpu"
+
+
+def rounds(bits: int, width: int) -> list[tuple[int, int]]:
+    """(bits below a bin's, bins) of each round for keys of so many bits, `width` of them a round."""
+    shifts = [*range(bits - width, 0, -width), 0]
+    return [(s, 1 << min(width, above - s)) for above, s in zip([bits, *shifts], shifts, strict=False)]
 
 
 class _Search:
@@ -103,12 +109,9 @@ class _Search:
     def run(self, keys: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Collective: (groups,) int64 each: the counts[g]-th largest key, how many equal to it are among these, and how
         many equal to it there are."""
-        bits, width = torch.iinfo(keys.dtype).bits, 16 if self.groups == 1 else 11
-        shift, left, found = bits, counts, counts
-        base = torch.zeros_like(counts)
-        while shift:
-            bins = 1 << min(width, shift)
-            shift -= bins.bit_length() - 1
+        width = 16 if self.groups == 1 and on_host(keys.device) else 11
+        left, found, base = counts, counts, torch.zeros_like(counts)
+        for shift, bins in rounds(torch.iinfo(keys.dtype).bits, width):
             base = torch.full_like(counts, -bins // 2) if found is counts else base * bins
             table = self.world.all_reduce(self._table(keys, base, shift, bins))
             from_top = table.flip(1).cumsum(1)
@@ -134,9 +137,12 @@ class _Search:
 
     def _table(self, keys: Tensor, base: Tensor, shift: int, bins: int) -> Tensor:
         """(groups, bins) int64 on the keys' device: of each group, the keys with key >> shift = base + j."""
-        kernels = load_kernels(KERNELS) if keys.device.type == "cpu" else None
-        if not kernels:
+        kernels = kernels_on(keys.device, KERNELS)
+        if not kernels or not len(keys):
             return self._torch_table(keys, base, shift, bins)
+        if not on_host(keys.device):
+            table: Tensor = kernels.count(keys, self.numbers, base, shift, bins)
+            return table
         array, bases, lengths = keys.numpy(), base.tolist(), [p.numel for p in self.pieces]
 
         def work(first: int, end: int) -> Tensor:

@@ -31,6 +31,12 @@ class Budget:
     min_per_layer: int = 0
     seed: int = 0
 
+    def counts(self, sizes: Sequence[int]) -> list[int]:
+        """How many of layers of these sizes stay: (one number) in all, or of each layer where it has its own budget."""
+        if self.constraint == "layerwise":
+            return [kept_count(self.density, size) for size in sizes]
+        return [kept_count(self.density, sum(sizes))]
+
 
 def largest(part: Slice, scores: Tensor, budget: Budget, among: Tensor | None = None, *, wait: bool = True) -> Tensor:
     """Collective: this rank's bools, (n,): the largest scores that the budget allows, exactly as many on all ranks.
