@@ -25,7 +25,7 @@ from ghostmask.masks.method import FINETUNE, MaskMethod, Setup
 from ghostmask.masks.relaxed import RelaxedMask, Search
 from ghostmask.masks.report import ProbabilityReport
 from ghostmask.masks.schedules import probability_rate
-from ghostmask.masks.settings import Ranked, Scheduled, choice, number
+from ghostmask.masks.settings import Noisy, Ranked, Scheduled, choice, number
 
 if TYPE_CHECKING:
     from ghostmask.engine.trainer import Trainer
@@ -37,7 +37,7 @@ CANDIDATE_BATCHES = 50
 
 
 @dataclass(frozen=True)
-class Settings(Ranked, Scheduled):
+class Settings(Ranked, Scheduled, Noisy):
     """probmask."""
 
     lr: float = number(0.0, 0)
@@ -46,9 +46,6 @@ class Settings(Ranked, Scheduled):
     when the search starts, and by `ghostmask show config` where the data are prepared."""
     samples: int = number(2, 1, 10_000)
     """Noise samples I that every part of the batch is computed with, over which the loss is averaged (eq. 3-5)."""
-    noises: int = number(1, 1, 65_536)
-    """Noise groups S: the parts of the batch share S samples of the noise per step. 1 = the probabilities are sharded
-    over all ranks; S = ranks: every rank its own noise, the probabilities replicated."""
     temperature_end: float = number(0.03, 0, 1, above=True)
     """Temperature in the last epoch; tau = (1 - temperature_end)(1 - t/T) + temperature_end in epoch t = 1 ... T."""
     train_weights: bool = True
