@@ -142,6 +142,6 @@ def test_thresholds_that_cannot_come_into_reach_are_refused_before_the_run() -> 
 @pytest.mark.parametrize("method", ["str", "probmask", "snip", "l0"])
 def test_a_power_is_read_by_magnitude_methods_only(method: str) -> None:
     with pytest.raises(
-        InputError, match=r"mask\.power = 2\.0: is not read .* use mask\.method=magnitude or gmp or lth"
+        InputError, match=r"mask\.power = 2\.0: is not read .* use mask\.method=magnitude or gmp or dnw or lth"
     ):
         load_config("digits_magnitude", [f"mask.method={method}", "mask.density=1", "mask.power=2"])
