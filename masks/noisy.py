@@ -10,12 +10,14 @@ images of its part of the batch.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
+from ghostmask.engine.data import DataPipeline
 from ghostmask.engine.position import Phase
 from ghostmask.engine.sharding.reparametrization import Draw, Reparametrization, State
 from ghostmask.engine.sharding.rules import Adam, UpdateRule
@@ -25,13 +27,11 @@ from ghostmask.masks.elementwise import chunks, elementwise
 from ghostmask.masks.kernels.noise import noise_key, random_words
 from ghostmask.masks.masked import FixedMask, Masked
 from ghostmask.masks.method import FINETUNE, MaskMethod, Setup
+from ghostmask.masks.schedules import LARGEST_NOISE_RATE, LEAST_NOISE_RATE, TRAVEL, noise_rate
 from ghostmask.masks.settings import Noisy, number
 
 if TYPE_CHECKING:
     from ghostmask.engine.trainer import Trainer
-
-TRAVEL, LEAST_RATE, LARGEST_RATE = 20.0, 1e-3, 0.1
-"""Rate x steps with which a can go ten units under a cosine, and the limits of a rate that is derived from it."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,10 @@ class PenalisedSettings(Noisy):
     """What decides the density of a method with a penalty, and how its second tensor is trained."""
 
     decided_by: ClassVar[str] = "mask.penalty"
+    rate_rule: ClassVar[str] = (
+        f"{TRAVEL:g} / steps of the search, at least {LEAST_NOISE_RATE:g} and at most {LARGEST_NOISE_RATE:g}"
+    )
+    """What mask.lr = 0 becomes."""
 
     penalty: float = number(2e-5, 0)
     """Weight of the penalty in the loss: it decides the density, more of it leaves fewer weights."""
@@ -48,7 +52,7 @@ class PenalisedSettings(Noisy):
 
     def rate(self, steps: int) -> float:
         """The peak rate in a search of `steps` steps."""
-        return self.lr or min(max(TRAVEL / max(steps, 1), LEAST_RATE), LARGEST_RATE)
+        return self.lr or noise_rate(steps)
 
 
 class NoisyWeights(Masked):
@@ -182,6 +186,12 @@ class NoisySearch(MaskMethod):
             return FixedMask(self.rule(), self.found or None)
         steps = phase.epochs * phase.steps_per_epoch
         return self.noisy(self.settings.rate(steps) / self.recipe.optim.lr, steps)
+
+    def begin(self, phase: Phase, data: DataPipeline, say: Callable[[str], None]) -> None:
+        if phase.name != FINETUNE and not self.settings.lr:
+            steps = phase.epochs * phase.steps_per_epoch
+            say(f"mask.lr = {self.settings.rate(steps):.4g}, derived from {steps:,} steps of the search")
+        super().begin(phase, data, say)
 
     def enter(self, phase: Phase) -> Setup:
         return replace(super().enter(phase), passes=1 if phase.name == FINETUNE else self.settings.samples)

@@ -115,6 +115,16 @@ def test_sparse_vd_takes_the_papers_steps_with_a_growing_penalty() -> None:
     assert kept[-1] < kept[0], "nothing was pruned"
 
 
+def test_a_scaled_noise_scales_what_the_network_sees() -> None:
+    small, draw = SmallStep(), Draw(5, 2, 0)
+    form, part = Gaussian(RULE, 1.0, -3.0, 0.0), Slice.even(small.initial, single())
+    state = form.start(flat(small.initial).float(), part)
+    before = form.weights(state, part, draw)
+    form.scale(state, part, {"3.weight": 0.25})
+    factors = torch.tensor([1.0] * 72 + [0.25] * 48)
+    torch.testing.assert_close(form.weights(state, part, draw), before * factors, rtol=1e-5, atol=1e-6)
+
+
 def gate(logit: Tensor) -> Tensor:
     return (1.2 * torch.sigmoid(logit) - 0.1).clamp(0, 1)
 
