@@ -171,7 +171,8 @@ class Trainer:
         optimizer.eval()
         try:
             with restored(self.model):
-                if optimizer.differs_in_evaluation and not self.statistics.deliver():
+                noisy = any(g.reparametrization.differs_in_evaluation for g in optimizer.groups)
+                if optimizer.differs_in_evaluation and (not self.statistics.deliver() or noisy):
                     with closing(self.data.train(self.position.epoch)) as batches:
                         some = islice(batches, EVALUATION_BATCHES)
                         reestimate(self.model, some, self.replicas.parts, self.world, self.config.precision)

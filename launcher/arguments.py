@@ -38,6 +38,17 @@ def count(text: str) -> int:
     return int(text)
 
 
+def share(text: str) -> float:
+    """A command-line number in (0, 1]."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number in (0, 1]")
+    return value
+
+
 def typed_path(field: str) -> Callable[[str], Path]:
     """How argparse reads a path: ~ is the home folder in it; files are written under names that are a little longer."""
     return lambda text: Path(locate.typed_path(field, text, longest_name=locate.LONGEST_NAME - len(".writing.")))

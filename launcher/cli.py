@@ -31,6 +31,7 @@ from ghostmask.launcher.environment import prepare_environment
 from ghostmask.launcher.examples import EXAMPLES
 from ghostmask.launcher.folder import read_run, resumed
 from ghostmask.launcher.process import open_standard_streams, require_working_directory
+from ghostmask.launcher.searches import SEARCH_COMMANDS
 from ghostmask.launcher.source import find_source
 
 OUT_HELP = "the file to write (default: mask.safetensors in the run folder)"
@@ -108,7 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_ranks(find)
     prepare = _add(commands, "prepare", "download a config's dataset and write its .beton files", _prepare)
     add_settings(prepare)
-    for name, (summary, describe) in (BEFORE_COMMANDS | CLUSTER_COMMANDS).items():
+    for name, (summary, describe) in (BEFORE_COMMANDS | CLUSTER_COMMANDS | SEARCH_COMMANDS).items():
         describe(_add(commands, name, summary))
     _add_bench(_add(commands, "bench", "time one part of the system against textbook code", _bench))
     _add_sweep(_add(commands, "sweep", "train several settings over several seeds and print a table", _sweep))

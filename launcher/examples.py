@@ -74,6 +74,11 @@ exit codes: 0 done, 1 with --strict where a bar is not met, 2 wrong input""",
     "tost-table": """examples:
   ghostmask tost-table digits_tost train.epochs=10 --masks random,lth --densities 0.1,0.02 --seeds 3
   ghostmask tost-table digits_tost train.epochs=10 --masks random,lth --densities 0.1,0.02 --seeds 3 --print""",
+    "find-density": """examples:
+  ghostmask find-density cifar10_resnet32_l0 --target 0.05
+  ghostmask find-density imagenet_resnet50_str --target 0.02 --ranks 4 --over mask.r_decay
+
+exit codes: 0 found, 1 no run came near enough, 2 wrong input""",
     "show": """examples:
   ghostmask show configs
   ghostmask show methods

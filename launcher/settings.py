@@ -228,6 +228,10 @@ def _build_mask(values: Mapping[str, Any], prefix: str) -> MaskSettings:
             continue
         if key == "density" and convert(name, value, float) == 1:  # what takes back the density of a configuration file
             continue
+        if key == "density" and cls.decided_by:
+            result = f"is a result with mask.method={method}, decided by {cls.decided_by}"
+            fix = "leave it out and give that, or let `ghostmask find-density` look for it"
+            raise bad_value(name, convert(name, value, float), f"{result}; {fix}")
         readers = [other for other in METHODS if key in {field.name for field in fields(settings_of(other))}]
         other = f"mask.method={' or '.join(readers)}"
         raise InputError(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ghostmask.engine.errors import InputError
+from ghostmask.engine.sharding.average import delivered
 from ghostmask.engine.sharding.optimizer import ShardedOptimizer
 from ghostmask.engine.sharding.reparametrization import Draw, Reparametrization, State
 from ghostmask.engine.sharding.rules import UpdateRule
@@ -65,7 +66,7 @@ def present_masks(optimizer: ShardedOptimizer) -> dict[str, Tensor]:
     """Collective: the masks with which the network would be delivered now, whole, by weight name; empty if dense."""
     for group, state, part in zip(optimizer.groups, optimizer.states, optimizer.slices, strict=True):
         if isinstance(group.reparametrization, Masked):
-            return part.gathered(group.reparametrization.mask(state, part))
+            return part.gathered(group.reparametrization.mask(delivered(state), part))
     return {}
 
 

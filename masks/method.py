@@ -35,6 +35,7 @@ from ghostmask.engine.sharding.reparametrization import Plain, Reparametrization
 from ghostmask.engine.sharding.rules import Sgd
 from ghostmask.engine.world import World
 from ghostmask.masks.masked import PRUNABLE, Masked, present_masks
+from ghostmask.masks.power import powered
 from ghostmask.masks.prunable import prunable_weights
 from ghostmask.masks.report import DensityReport, mask_lines
 from ghostmask.masks.settings import MaskSettings
@@ -114,7 +115,7 @@ class MaskMethod(ABC):
 
     def enter(self, phase: Phase) -> Setup:
         """What `phase` trains: the prunable weights through their reparametrization, everything else as it is."""
-        form = self.reparametrization(phase)
+        form = powered(self.reparametrization(phase), getattr(self.settings, "power", 1.0))
         lr = self.recipe.finetune.lr if phase.name == FINETUNE else self.recipe.optim.lr
         return Setup(self.net, self.groups(form, lr), self.hooks(phase, form))
 

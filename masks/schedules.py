@@ -5,6 +5,9 @@ from __future__ import annotations
 DECIDING, PAPER_RATE, LARGEST_RATE = 41.0, 6e-3, 0.12
 """Rate x steps with which nearly all probabilities end at 0 or 1, and the limits of a rate that is derived from it."""
 
+TRAVEL, LEAST_NOISE_RATE, LARGEST_NOISE_RATE = 20.0, 1e-3, 0.1
+"""The same for the noise of Sparse VD and L0: a logarithm has some ten units to go."""
+
 
 def cubic_density(t: float, start: float, end: float, target: float) -> float:
     """Density in [target, 1] at time t: 1 until `start`, falling as a cubic to `target` at `end`, constant after it.
@@ -45,3 +48,9 @@ def probability_rate(steps: int) -> float:
     accuracy than undecided probabilities do (docs/results.md).
     """
     return min(max(DECIDING / max(steps, 1), PAPER_RATE), LARGEST_RATE)
+
+
+def noise_rate(steps: int) -> float:
+    """Peak rate of Adam on what says how noisy a weight is: in `steps` steps under a cosine it can go TRAVEL / 2 units,
+    within limits."""
+    return min(max(TRAVEL / max(steps, 1), LEAST_NOISE_RATE), LARGEST_NOISE_RATE)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from ghostmask.engine.config import LARGEST, path_field, require, require_number
 from ghostmask.engine.errors import bad_value, unknown_name
@@ -35,6 +35,9 @@ def choice(*known: str) -> Any:
 @dataclass(frozen=True)
 class MaskSettings:
     """Which weights stay, how many, and how they are found."""
+
+    decided_by: ClassVar[str] = ""
+    """Of a method whose density is a result, and no setting: the setting that decides it, more of it leaving less."""
 
     method: str = "probmask"
     """One of `ghostmask show methods`."""
@@ -79,6 +82,26 @@ class Protecting(Ranked):
             self.min_per_layer == 0 or self.constraint == "global",
             "mask.min_per_layer", self.min_per_layer, "is not read with mask.constraint=layerwise; leave it out",
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Noisy(MaskSettings):
+    """A method whose weights are noisy while it searches."""
+
+    samples: int = number(1, 1, 10_000)
+    """Noise samples that every part of the batch is computed with, over which the loss is averaged."""
+    noises: int = number(1, 1, 65_536)
+    """Noise groups S: the parts of the batch share S samples of the noise per step. 1 = the state is sharded over all
+    ranks; S = ranks: every rank its own noise, the state replicated."""
+
+
+@dataclass(frozen=True)
+class WithPower(MaskSettings):
+    """A method that ranks weights by their magnitude."""
+
+    power: float = number(1.0, 1, 8)
+    """Powerpropagation (Schwarz et al. 2021): what is trained is v with theta = v |v|^(power - 1); 1 = off, the
+    paper's best are 2 to 4. The network starts the same; weight decay acts on v."""
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,9 @@ COMMAND_LINE = {
         "CONFIG", "[key=value ...]", "-h --help", "--masks", "--densities", "--tweaks", "--print", "--seeds",
         "--folder",
     ],
+    "ghostmask find-density": [
+        "CONFIG", "[key=value ...]", "-h --help", "--target", "--tolerance", "--runs", "--over", "--ranks", "--folder",
+    ],
     "ghostmask show": ["-h --help"],
     "ghostmask show config": ["[[CONFIG] [key=value] ...]", "-h --help"],
     "ghostmask show methods": ["-h --help"],

@@ -10,12 +10,12 @@ from torch import Tensor
 from ghostmask.engine.position import Phase
 from ghostmask.engine.sharding.reparametrization import Reparametrization, State
 from ghostmask.engine.sharding.slices import Slice
-from ghostmask.masks.settings import Protecting, choice
+from ghostmask.masks.settings import Protecting, WithPower, choice
 from ghostmask.masks.straight_through import CutEveryStep, StraightThrough
 
 
 @dataclass(frozen=True)
-class Settings(Protecting):
+class Settings(Protecting, WithPower):
     """dnw."""
 
     constraint: str = choice("layerwise", "global")

@@ -13,11 +13,11 @@ from ghostmask.masks.masked import FixedMask
 from ghostmask.masks.method import MaskMethod
 from ghostmask.masks.schedules import cubic_density
 from ghostmask.masks.scoring.topk import Budget, largest
-from ghostmask.masks.settings import Ranked, Scheduled, number
+from ghostmask.masks.settings import Ranked, Scheduled, WithPower, number
 
 
 @dataclass(frozen=True)
-class Settings(Ranked, Scheduled):
+class Settings(Ranked, Scheduled, WithPower):
     """gmp."""
 
     update_every: int = number(100, 1)

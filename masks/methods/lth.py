@@ -19,8 +19,9 @@ from ghostmask.engine.sharding.reparametrization import Plain, Reparametrization
 from ghostmask.engine.sharding.slices import Slice
 from ghostmask.masks.masked import PRUNABLE, FixedMask
 from ghostmask.masks.method import MaskMethod
+from ghostmask.masks.power import Powered
 from ghostmask.masks.scoring.topk import Budget, largest
-from ghostmask.masks.settings import Protecting, number
+from ghostmask.masks.settings import Protecting, WithPower, number
 
 if TYPE_CHECKING:
     from ghostmask.engine.trainer import Trainer
@@ -29,7 +30,7 @@ MOST_ROUNDS = 1000
 
 
 @dataclass(frozen=True)
-class Settings(Protecting):
+class Settings(Protecting, WithPower):
     """lth."""
 
     round_fraction: float = number(0.2, 0, 0.99, above=True)
@@ -94,8 +95,9 @@ class LotteryTicket(MaskMethod):
         groups = []
         for group in super().groups(form, lr):
             made = form if group.name == PRUNABLE else RewindingPlain({"weight": self.rule()})
-            assert isinstance(made, Rewinding)
-            made.point = self.points.get(group.name)
+            inner = made.form if isinstance(made, Powered) else made
+            assert isinstance(inner, Rewinding)
+            inner.point = self.points.get(group.name)
             groups.append(replace(group, reparametrization=made))
         return groups
 

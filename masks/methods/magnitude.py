@@ -15,11 +15,11 @@ from ghostmask.engine.sharding.reparametrization import Plain, Reparametrization
 from ghostmask.engine.sharding.slices import Slice
 from ghostmask.masks.method import FINETUNE
 from ghostmask.masks.one_shot import Scored
-from ghostmask.masks.settings import FromTrained, Protecting
+from ghostmask.masks.settings import FromTrained, Protecting, WithPower
 
 
 @dataclass(frozen=True)
-class Settings(Protecting, FromTrained):
+class Settings(Protecting, FromTrained, WithPower):
     """magnitude: with mask.path, the network found there is pruned and the dense training left out."""
 
 

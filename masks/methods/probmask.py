@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -24,8 +24,8 @@ from ghostmask.masks.masked import PRUNABLE, FixedMask
 from ghostmask.masks.method import FINETUNE, MaskMethod, Setup
 from ghostmask.masks.relaxed import RelaxedMask, Search
 from ghostmask.masks.report import ProbabilityReport
-from ghostmask.masks.schedules import probability_rate
-from ghostmask.masks.settings import Ranked, Scheduled, choice, number
+from ghostmask.masks.schedules import DECIDING, LARGEST_RATE, PAPER_RATE, probability_rate
+from ghostmask.masks.settings import Noisy, Ranked, Scheduled, choice, number
 
 if TYPE_CHECKING:
     from ghostmask.engine.trainer import Trainer
@@ -37,7 +37,7 @@ CANDIDATE_BATCHES = 50
 
 
 @dataclass(frozen=True)
-class Settings(Ranked, Scheduled):
+class Settings(Ranked, Scheduled, Noisy):
     """probmask."""
 
     lr: float = number(0.0, 0)
@@ -46,11 +46,12 @@ class Settings(Ranked, Scheduled):
     when the search starts, and by `ghostmask show config` where the data are prepared."""
     samples: int = number(2, 1, 10_000)
     """Noise samples I that every part of the batch is computed with, over which the loss is averaged (eq. 3-5)."""
-    noises: int = number(1, 1, 65_536)
-    """Noise groups S: the parts of the batch share S samples of the noise per step. 1 = the probabilities are sharded
-    over all ranks; S = ranks: every rank its own noise, the probabilities replicated."""
     temperature_end: float = number(0.03, 0, 1, above=True)
     """Temperature in the last epoch; tau = (1 - temperature_end)(1 - t/T) + temperature_end in epoch t = 1 ... T."""
+    rate_rule: ClassVar[str] = (
+        f"{DECIDING:g} / steps of the search, at least {PAPER_RATE:g} and at most {LARGEST_RATE:g}"
+    )
+    """What mask.lr = 0 becomes."""
     train_weights: bool = True
     """false = supermask: the weights stay at their initialisation and only probabilities are trained."""
     final: str = choice("topk", "sample", "best_of")
@@ -64,6 +65,10 @@ class Settings(Ranked, Scheduled):
             self.candidates == 10 or self.final == "best_of",
             "mask.candidates", self.candidates, f"is not read with mask.final={self.final}; leave it out",
         )  # fmt: skip
+
+    def rate(self, steps: int) -> float:
+        """The peak rate of the probabilities in a search of `steps` steps."""
+        return self.lr or probability_rate(steps)
 
     def falls(self, epochs: int) -> bool:
         """Whether there is an epoch in which the density falls, and a later one that trains at the target."""
@@ -114,7 +119,8 @@ class ProbMask(MaskMethod):
 
     def rate(self, phase: Phase) -> float:
         """Peak rate of the probabilities in a search."""
-        return self.settings.lr or probability_rate(phase.epochs * phase.steps_per_epoch)
+        found: float = self.settings.rate(phase.epochs * phase.steps_per_epoch)
+        return found
 
     def groups(self, form: Reparametrization, lr: float) -> list[ParameterGroup]:
         groups = super().groups(form, lr)
