@@ -9,6 +9,7 @@ delivered see the same one.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -74,6 +75,9 @@ class StraightThrough(FixedMask):
 
     def schedule(self, updates: int) -> None:
         self.density = self.density_at(updates)
+
+    def due(self, part: Slice) -> Sequence[int]:
+        return replace(self.budget, density=self.density).counts(part.layout.numels)
 
     def constrain(self, state: State, part: Slice, updates: int) -> None:
         self.schedule(updates)

@@ -247,6 +247,9 @@ LATER = {
     "probmask in fine-tuning": ({"noises": 2}, {}, 11, 4),
     "magnitude in fine-tuning": ({"method": "magnitude"}, {}, 11, 1),
     "lth in its third round": ({"method": "lth"}, {}, 20, 4),
+    "rigl between exchanges": ({"method": "rigl", "update_every": 3, "end_fraction": 1.0}, {}, 6, 4),
+    "set among ghosts": ({"method": "set", "update_every": 3, "end_fraction": 1.0}, TOST, 6, 1),
+    "acdc in its last dense phase": ({"method": "acdc"}, {}, 6, 4),
     "probmask among ghosts": ({"noises": 1}, TOST, 6, 1),
     "dense after ghosts": ({"method": "dense"}, {**TOST, "ghost_skip_fraction": 0.4}, 6, 4),
 }

@@ -31,6 +31,12 @@ class Budget:
     min_per_layer: int = 0
     seed: int = 0
 
+    def counts(self, sizes: Sequence[int]) -> list[int]:
+        """How many of layers of these sizes stay: (one number) in all, or of each layer where it has its own budget."""
+        if self.constraint == "layerwise":
+            return [kept_count(self.density, size) for size in sizes]
+        return [kept_count(self.density, sum(sizes))]
+
 
 def largest(part: Slice, scores: Tensor, budget: Budget, among: Tensor | None = None, *, wait: bool = True) -> Tensor:
     """Collective: this rank's bools, (n,): the largest scores that the budget allows, exactly as many on all ranks.
@@ -58,6 +64,15 @@ def largest(part: Slice, scores: Tensor, budget: Budget, among: Tensor | None = 
     mask = largest_keys(keys, layers, safe, ties, part.world)
     keys = torch.where(mask, torch.iinfo(keys.dtype).min, keys)
     return mask | largest_keys(keys, whole, [kept - sum(safe)], ties, part.world)
+
+
+def largest_of_layers(
+    part: Slice, scores: Tensor, counts: Sequence[int], seed: int, among: Tensor | None = None
+) -> Tensor:
+    """Collective: as `largest`, for a number of weights to keep of each layer that is given."""
+    keys = score_keys(scores.detach().contiguous(), among, part.world, wait=True)
+    layers = [Piece(s.layer, s.start, s.numel) for s in part.segments]
+    return largest_keys(keys, layers, counts, lambda places: hashed(part.indices(places), seed), part.world)
 
 
 def empty_layers(masks: Mapping[str, Tensor]) -> list[str]:
