@@ -39,7 +39,8 @@ class DensityReport(Hook):
         self.watch, self.last = watch, last
 
     def on_start(self, trainer: Trainer) -> None:
-        self.kept(trainer)
+        if not self._form(trainer).costly:
+            self.kept(trainer)
 
     def on_step_end(self, trainer: Trainer) -> None:
         if self._form(trainer).decides(trainer.num_updates):

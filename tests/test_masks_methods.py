@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -280,4 +281,6 @@ def test_what_a_masked_form_delivers_is_what_it_trains_with_where_its_mask_is_tr
         assert mask.dtype == torch.bool
         trained = state["weight"] if form.noisy else form.weights(state, part, Draw(0, 0, 0))
         assert torch.equal(form.evaluation_weights(state, part), torch.where(mask, trained, 0.0))
+        if "density" in {field.name for field in fields(resolve(METHODS[method]).Settings)}:
+            assert form.due(part) is not None, "nobody could check how many weights it keeps"
         assert 0 < int(mask.sum()) <= part.total
