@@ -56,14 +56,18 @@ class Settings(Protecting):
 
 
 class AcDc(MaskMethod):
-    """AC/DC (Peste et al. 2021, "AC/DC: Alternating Compressed/DeCompressed Training of Deep Neural Networks"): in
-    compressed phases the weights that were the largest |w| at the phase's start train alone, the others become 0; in
-    dense ones all train, from where they are. Momentum starts anew with every phase.
+    """AC/DC (Peste et al. 2021): in compressed phases the weights that were the largest |w| at the phase's start train
+    alone, the others become 0; in dense ones all train, from where they are. Momentum starts anew with every phase.
 
     An evaluation at a phase's end sees the network of the next one: just cut, where that is compressed.
     """
 
     Settings = Settings
+    paper = (
+        'Peste et al. 2021, "AC/DC: Alternating Compressed/DeCompressed Training of Deep Neural Networks", '
+        "https://arxiv.org/abs/2106.12379"
+    )
+    aliases = ("ac/dc", "alternating", "iht")
     searches = True
 
     @classmethod

@@ -28,8 +28,10 @@ class ByGradient(Regrown):
 
 
 class RigL(RegrowingMethod):
-    """RigL (Evci et al. 2020, "Rigging the Lottery: Making All Tickets Winners"): every mask.update_every steps the
-    smallest weights of each layer move to where the loss would fall fastest; at the same density throughout."""
+    """RigL (Evci et al. 2020): every mask.update_every steps the smallest weights of each layer move to where the loss
+    would fall fastest; at the same density throughout."""
 
     Settings = Settings
+    paper = 'Evci et al. 2020, "Rigging the Lottery: Making All Tickets Winners", https://arxiv.org/abs/1911.11134'
+    aliases = ("dst", "dynamic")
     form = ByGradient

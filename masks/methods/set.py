@@ -30,9 +30,13 @@ class ByChance(Regrown):
 
 
 class Set(RegrowingMethod):
-    """SET (Mocanu et al. 2018, "Scalable training of artificial neural networks with adaptive sparse connectivity"):
-    every mask.update_every steps the smallest weights of each layer move to random places, on RigL's schedule (the
-    paper's own: after every epoch, 0.3 of them throughout)."""
+    """SET (Mocanu et al. 2018): every mask.update_every steps the smallest weights of each layer move to random places,
+    on RigL's schedule (the paper's own: after every epoch, 0.3 of them throughout)."""
 
     Settings = Settings
+    paper = (
+        'Mocanu et al. 2018, "Scalable training of artificial neural networks with adaptive sparse connectivity '
+        'inspired by network science", https://arxiv.org/abs/1707.04780'
+    )
+    aliases = ("evolutionary",)
     form = ByChance
