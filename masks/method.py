@@ -38,7 +38,7 @@ from ghostmask.engine.world import World, single
 from ghostmask.masks.checking import MaskWatch
 from ghostmask.masks.masked import PRUNABLE, Masked, present_masks
 from ghostmask.masks.prunable import prunable_weights
-from ghostmask.masks.report import DensityReport
+from ghostmask.masks.report import DensityReport, mask_lines
 from ghostmask.masks.scoring.topk import Budget
 from ghostmask.masks.settings import MaskSettings
 
@@ -95,7 +95,7 @@ class MaskMethod(ABC):
         self.found: dict[str, Tensor] = {}
         """The result: weight name -> bool tensor of its shape, equal on every rank; empty for a dense network."""
         self.watch = MaskWatch(settings, world)
-        self._said = ""
+        self._said: list[str] = []
 
     @classmethod  # noqa: B027
     def check(cls, settings: Any, run: Any) -> None:
@@ -181,10 +181,9 @@ class MaskMethod(ABC):
         due: what they must keep (see `counts`). Raises RuntimeError unless they keep that, and every rank has the same.
         """
         whole = Slice.even(masks, single(next(iter(masks.values())).device))
-        kept = self.watch.check(whole, whole.cut(masks), due, say)
+        self.watch.check(whole, whole.cut(masks), due, say)
         self.found = masks
-        line = f"mask: density {sum(kept) / whole.total:.6g}, {sum(kept):,} of {whole.total:,} weights"
-        line = f"{line} in {len(masks)} layers"
-        if line != self._said:
+        lines = mask_lines(masks)
+        for line in lines if lines != self._said else ():
             say(line)
-        self._said = line
+        self._said = lines

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ghostmask.engine.hooks import Hook
 from ghostmask.engine.metrics import Counts
+from ghostmask.engine.sharding.average import delivered
 from ghostmask.engine.sharding.slices import Slice
 from ghostmask.masks.checking import MaskWatch
 from ghostmask.masks.masked import PRUNABLE, Masked
@@ -61,7 +62,8 @@ class DensityReport(Hook):
         if due is None and trainer.position.step == trainer.phase.end_step:
             due = self.last
         with torch.no_grad():
-            return self.watch.check(part, form.mask(state, part), due, trainer.reporter.progress.message)
+            mask = form.mask(delivered(state), part)
+            return self.watch.check(part, mask, due, trainer.reporter.progress.message)
 
     def _density(self, trainer: Trainer) -> float:
         kept = self.kept(trainer)
@@ -149,3 +151,9 @@ def layer_histograms(values: Tensor, part: Slice) -> dict[str, Counts]:
     return {
         name: Counts(limits, counts[i].tolist(), float(sums[i]), float(squares[i])) for i, name in enumerate(part.names)
     }
+
+
+def mask_lines(masks: Mapping[str, Tensor]) -> list[str]:
+    """What to tell about new masks, beside what is wrong with them (see `checking`)."""
+    kept, total = sum(int(m.sum()) for m in masks.values()), sum(m.numel() for m in masks.values())
+    return [f"mask: density {kept / total:.6g}, {kept:,} of {total:,} weights in {len(masks)} layers"]

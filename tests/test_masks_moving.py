@@ -21,7 +21,7 @@ from ghostmask.engine.sharding.reparametrization import Plain
 from ghostmask.engine.sharding.rules import Sgd
 from ghostmask.masks.kernels.noise import hashed, uniforms
 from ghostmask.masks.masked import PRUNABLE, ChangingMask
-from ghostmask.masks.methods.acdc import Alternating
+from ghostmask.masks.methods.acdc import Alternating, changes, fits
 from ghostmask.masks.methods.acdc import Settings as AcDcSettings
 from ghostmask.masks.methods.rigl import ByGradient
 from ghostmask.masks.methods.set import ByChance
@@ -245,13 +245,13 @@ def test_a_dense_first_layer_beyond_the_budget_is_refused() -> None:
 
 def test_acdc_has_the_papers_epochs_by_default_and_its_cifar_ones_by_fractions() -> None:
     imagenet = [(e, i % 2 == 0) for i, e in enumerate(range(10, 80, 5))] + [(85, True)]
-    assert AcDcSettings(method="acdc").changes(100) == imagenet
-    cifar = AcDcSettings(method="acdc", first_fraction=0.05, phase_fraction=0.1)
-    assert cifar.changes(200) == [
+    assert changes(AcDcSettings(), 100) == imagenet
+    cifar = AcDcSettings(first_fraction=0.05, phase_fraction=0.1)
+    assert changes(cifar, 200) == [
         (10, True), (30, False), (50, True), (70, False), (90, True), (110, False), (130, True), (150, False),
         (170, True),
     ]  # fmt: skip
-    assert AcDcSettings(method="acdc").fits(100)
-    assert not AcDcSettings(method="acdc").fits(9)
+    assert fits(AcDcSettings(), 100)
+    assert not fits(AcDcSettings(), 9)
     with pytest.raises(InputError, match=r"mask\.first_fraction = 0\.8: give less than mask\.last_dense_fraction"):
-        AcDcSettings(method="acdc", first_fraction=0.8)
+        AcDcSettings(first_fraction=0.8)

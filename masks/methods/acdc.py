@@ -41,19 +41,6 @@ class Settings(Protecting):
             require(value < limit, f"mask.{name}", value, f"give less than mask.{later} = {limit:g}")
         require(self.last_fraction < 1, "mask.last_fraction", self.last_fraction, "give less than 1")
 
-    def changes(self, steps: int) -> list[tuple[int, bool]]:
-        """(update number, from 1, after which a phase begins; whether it is compressed), in `steps` updates."""
-        first, length, dense = self.first_fraction, self.phase_fraction, self.last_dense_fraction
-        turns = math.ceil((dense - first) / length - 1e-9)
-        found = [(round((first + length * turn) * steps), turn % 2 == 0) for turn in range(turns)]
-        found += [(round(dense * steps), False)] if turns % 2 else []  # else it is dense already
-        return [*found, (round(self.last_fraction * steps), True)]
-
-    def fits(self, steps: int) -> bool:
-        """Whether every phase has a step."""
-        ends = [0, *(update for update, _ in self.changes(steps)), steps]
-        return all(a < b for a, b in pairwise(ends))
-
 
 class AcDc(MaskMethod):
     """AC/DC (Peste et al. 2021): in compressed phases the weights that were the largest |w| at the phase's start train
@@ -73,9 +60,9 @@ class AcDc(MaskMethod):
     @classmethod
     def check_steps(cls, settings: Any, run: Any, steps_per_epoch: int) -> None:
         epochs = run.train.epochs
-        if settings.fits(epochs * steps_per_epoch):
+        if fits(settings, epochs * steps_per_epoch):
             return
-        enough = shortest(lambda length: settings.fits(length * steps_per_epoch))
+        enough = shortest(lambda length: fits(settings, length * steps_per_epoch))
         why = f"some of AC/DC's phases (mask.phase_fraction = {settings.phase_fraction:g}) have no step"
         fix = f"give at least {enough}" if enough else "give fractions that lie further apart"
         raise bad_value("train.epochs", epochs, f"{why}; {fix}, or longer phases")
@@ -83,31 +70,46 @@ class AcDc(MaskMethod):
     def reparametrization(self, phase: Phase) -> Reparametrization:
         s = self.settings
         budget = Budget(s.density, s.constraint, s.min_per_layer, self.recipe.seed)
-        return Alternating(self.rule(), budget, s.changes(phase.epochs * phase.steps_per_epoch))
+        return Alternating(self.rule(), budget, changes(s, phase.epochs * phase.steps_per_epoch))
 
 
 class Alternating(ChangingMask):
-    """theta = w m, m all True in dense phases. changes: see `Settings.changes`."""
+    """theta = w m, m all True in dense phases. phases: see `changes`."""
 
-    def __init__(self, rule: UpdateRule, budget: Budget, changes: Sequence[tuple[int, bool]]) -> None:
+    def __init__(self, rule: UpdateRule, budget: Budget, phases: Sequence[tuple[int, bool]]) -> None:
         super().__init__(rule)
-        self.budget, self.changes, self.compressed = budget, dict(changes), False
+        self.budget, self.phases, self.compressed = budget, dict(phases), False
 
     def schedule(self, updates: int) -> None:
-        before = [compressed for update, compressed in self.changes.items() if update <= updates]
+        before = [compressed for update, compressed in self.phases.items() if update <= updates]
         self.compressed = bool(before) and before[-1]
 
     def decides(self, updates: int) -> bool:
-        return updates in self.changes
+        return updates in self.phases
 
     def restarts(self, updates: int) -> bool:
-        return updates in self.changes
+        return updates in self.phases
 
     def constrain(self, state: State, part: Slice, updates: int) -> None:
-        if self.changes.get(updates):
+        if self.phases.get(updates):
             self.lay(state, largest(part, state["weight"].abs(), self.budget))
-        elif updates in self.changes:
+        elif updates in self.phases:
             state["mask"].fill_(True)
 
     def due(self, part: Slice) -> Sequence[int]:
         return self.budget.counts(part.layout.numels) if self.compressed else [part.total]
+
+
+def changes(settings: Settings, steps: int) -> list[tuple[int, bool]]:
+    """(update number, from 1, after which a phase begins; whether it is compressed), of all but the first phase."""
+    first, length, dense = settings.first_fraction, settings.phase_fraction, settings.last_dense_fraction
+    turns = math.ceil((dense - first) / length - 1e-9)
+    found = [(round((first + length * turn) * steps), turn % 2 == 0) for turn in range(turns)]
+    found += [(round(dense * steps), False)] if turns % 2 else []  # else it is dense already
+    return [*found, (round(settings.last_fraction * steps), True)]
+
+
+def fits(settings: Settings, steps: int) -> bool:
+    """Whether every phase has a step."""
+    ends = [0, *(update for update, _ in changes(settings, steps)), steps]
+    return all(a < b for a, b in pairwise(ends))
