@@ -38,8 +38,10 @@ class DensityReport(Hook):
 
     def __init__(self, watch: MaskWatch, last: Sequence[int] | None = None) -> None:
         self.watch, self.last = watch, last
+        self._started = False  # `ghostmask doctor` makes steps under masks that nobody has found
 
     def on_start(self, trainer: Trainer) -> None:
+        self._started = True
         if not self._form(trainer).costly:
             self.kept(trainer)
 
@@ -58,7 +60,7 @@ class DensityReport(Hook):
         """Collective: the weights that the present mask keeps of each layer. Raises RuntimeError (see `checking`)."""
         _, state, part = trainer.sharded.optimizer.group(PRUNABLE)
         form = self._form(trainer)
-        due = form.due(part)
+        due = form.due(part) if self._started else None
         if due is None and trainer.position.step == trainer.phase.end_step:
             due = self.last
         with torch.no_grad():
