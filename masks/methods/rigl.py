@@ -18,8 +18,8 @@ class Settings(Regrowing):
 class ByGradient(Regrown):
     """Grows where |dL/d(theta)| is largest, theta = 0 included: the mean over all images of the step, of all ranks.
 
-    With ToST it is that of the network that trains then, ghosts and soft neurons and all; LRsI scales a layer as a whole,
-    and only weights of one layer are compared.
+    With ToST it is that of the network that trains then, ghosts and soft neurons and all; LRsI scales a layer as a
+    whole, and only weights of one layer are compared.
     """
 
     growing = True
