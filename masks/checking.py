@@ -62,9 +62,11 @@ def fingerprints(part: Slice, mask: Tensor) -> Tensor:
     sums = torch.zeros(len(part.layout.shapes), 2, dtype=torch.int64, device=mask.device)
     for s in part.segments:
         own = mask[s.start : s.start + s.numel]
-        places = torch.arange(s.offset + 1, s.offset + s.numel + 1, device=mask.device) * ODD[0]
-        places = (places ^ (places >> 29)) * ODD[1]  # not linear: 1 and 4 are not 2 and 3
-        sums[s.layer] += torch.stack([own.sum(), (places * own).sum()])
+        host = mask.device.type == "cpu"  # elsewhere nobody waits for where the few are
+        places = own.nonzero().squeeze(1) if host else torch.arange(s.numel, device=mask.device)
+        hashes = (places + (s.offset + 1)) * ODD[0]
+        hashes = (hashes ^ (hashes >> 29)) * ODD[1]  # not linear: 1 and 4 are not 2 and 3
+        sums[s.layer] += torch.stack([own.sum(), hashes.sum() if host else (hashes * own).sum()])
     return sums
 
 
