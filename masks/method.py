@@ -175,10 +175,10 @@ class MaskMethod(ABC):
             self.settle(masks, trainer.reporter.progress.message, group.reparametrization.due(part))
         self.found = masks
 
-    def settle(self, masks: dict[str, Tensor], say: Callable[[str], None], due: Sequence[int] | None) -> None:
+    def settle(self, masks: dict[str, Tensor], say: Callable[[str], None], due: Sequence[int] | None = None) -> None:
         """Collective: from now on these are the masks; say what they are, unless it was said before.
 
-        due: what they must keep (see `counts`). Raises RuntimeError unless they keep that, and every rank has the same.
+        due: what they must keep (see `counts`), None: any number. Raises RuntimeError unless they keep that, and every rank has the same.
         """
         whole = Slice.even(masks, single(next(iter(masks.values())).device))
         self.watch.check(whole, whole.cut(masks), due, say)
