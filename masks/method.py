@@ -178,7 +178,8 @@ class MaskMethod(ABC):
     def settle(self, masks: dict[str, Tensor], say: Callable[[str], None], due: Sequence[int] | None = None) -> None:
         """Collective: from now on these are the masks; say what they are, unless it was said before.
 
-        due: what they must keep (see `counts`), None: any number. Raises RuntimeError unless they keep that, and every rank has the same.
+        due: what they must keep (see `counts`); None: any number. Raises RuntimeError unless they keep that, and every
+        rank has the same.
         """
         whole = Slice.even(masks, single(next(iter(masks.values())).device))
         self.watch.check(whole, whole.cut(masks), due, say)
