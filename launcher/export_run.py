@@ -21,8 +21,8 @@ from ghostmask.launcher.train import finish
 def export_run(run: Path, out: Path) -> int:
     """Write `out` from the newest intact checkpoint of the run, which may be training: nothing of it is written to.
 
-    A search by ProbMask that goes on gets the mask it would end with now. gmp and lth keep their present mask, at its
-    density: what they prune later, they prune after more training.
+    A search by ProbMask that goes on gets the mask it would end with now. gmp, lth and acdc keep their present mask,
+    at its density: what they prune later, they prune after more training.
     """
     config = read_run(run)
     check_reader(config, read_launch().size)

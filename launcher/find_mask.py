@@ -29,7 +29,7 @@ def find_mask(config: RunConfig, out: Path) -> int:
         method.prepare()
         masks = method.find(data)
         data.close()
-        method.settle(masks, say if world.is_main else lambda line: None)
+        method.settle(masks, say if world.is_main else lambda line: None, method.counts())
         if world.is_main:
             meta = {"method": config.mask.method, "density": density_of(masks), "config": to_dict(config)}
             write_masks(out, masks, meta)

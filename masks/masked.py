@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +21,21 @@ PRUNABLE = "prunable"
 
 
 class Masked(Reparametrization, ABC):
-    """Weights w (state "weight") of which a mask says which stay; delivered as w where it is True and 0 elsewhere."""
+    """Weights w (state "weight") of which a mask says which stay; delivered as w where it is True and 0 elsewhere.
+
+    The mask is checked (see `checking`) after the updates that decide it, at every report and at the end of phases.
+    """
+
+    costly: ClassVar[bool] = False
+    """Whether `mask` is a search that training does not need: it is then looked at once per epoch, not at reports."""
+
+    def decides(self, updates: int) -> bool:
+        """Whether update number `updates`, counted from 1, decided the mask anew; False also where each one does."""
+        return False
+
+    def due(self, part: Slice) -> Sequence[int] | None:
+        """How many weights `mask` must keep now: (one number) in all, or of each layer; None where that is a result."""
+        return None
 
     @abstractmethod
     def mask(self, state: State, part: Slice) -> Tensor:
@@ -33,11 +48,13 @@ class Masked(Reparametrization, ABC):
 class FixedMask(Masked):
     """theta = w m with a boolean mask m in the state; what is pruned gets no gradient, only weight decay."""
 
-    def __init__(self, rule: UpdateRule, masks: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self, rule: UpdateRule, masks: Mapping[str, Tensor] | None = None, kept: Sequence[int] | None = None
+    ) -> None:
         """masks: bool tensors by parameter name, equal on all ranks; None: all True, until a checkpoint says
-        otherwise."""
+        otherwise. kept: see `due`."""
         super().__init__({"weight": rule})
-        self._masks = masks
+        self._masks, self.kept = masks, kept
 
     def start(self, weight: Tensor, part: Slice) -> State:
         masks, self._masks = self._masks, None
@@ -57,8 +74,26 @@ class FixedMask(Masked):
     def counted(self, name: str, state: State) -> Tensor:
         return torch.where(state["mask"], state[name], 0.0)
 
+    def due(self, part: Slice) -> Sequence[int] | None:
+        return self.kept
+
     def mask(self, state: State, part: Slice) -> Tensor:
         return state["mask"]
+
+
+class ChangingMask(FixedMask):
+    """A mask that changes while it trains: what it prunes becomes 0, its momentum too, and returns from there."""
+
+    def start(self, weight: Tensor, part: Slice) -> State:
+        state = super().start(weight, part)
+        state["weight"].masked_fill_(~state["mask"], 0.0)
+        return state
+
+    def lay(self, state: State, mask: Tensor) -> None:
+        """Train on under another mask, (n,) bool."""
+        state["mask"].copy_(mask)
+        for name in ("weight", *(f"weight.{buffer}" for buffer in self.rules["weight"].buffers)):
+            state[name].masked_fill_(~mask, 0.0)
 
 
 @torch.no_grad()

@@ -33,11 +33,14 @@ from ghostmask.engine.sharding.layerwise import sgd_of
 from ghostmask.engine.sharding.placement import ParameterGroup
 from ghostmask.engine.sharding.reparametrization import Plain, Reparametrization
 from ghostmask.engine.sharding.rules import Sgd
-from ghostmask.engine.world import World
+from ghostmask.engine.sharding.slices import Slice
+from ghostmask.engine.world import World, single
+from ghostmask.masks.checking import MaskWatch
 from ghostmask.masks.masked import PRUNABLE, Masked, present_masks
 from ghostmask.masks.power import powered
 from ghostmask.masks.prunable import prunable_weights
 from ghostmask.masks.report import DensityReport, mask_lines
+from ghostmask.masks.scoring.topk import Budget
 from ghostmask.masks.settings import MaskSettings
 
 if TYPE_CHECKING:
@@ -92,6 +95,8 @@ class MaskMethod(ABC):
         self.weights: dict[str, nn.Parameter] = prunable_weights(net, settings.dense_layers, settings.only)
         self.found: dict[str, Tensor] = {}
         """The result: weight name -> bool tensor of its shape, equal on every rank; empty for a dense network."""
+        self.watch = MaskWatch(settings, world)
+        self._said: list[str] = []
 
     @classmethod  # noqa: B027
     def check(cls, settings: Any, run: Any) -> None:
@@ -110,14 +115,27 @@ class MaskMethod(ABC):
         """How `phase` makes the prunable weights from their state."""
 
     def hooks(self, phase: Phase, form: Reparametrization) -> Sequence[Hook]:
-        """What reports on the method, or acts for it, while `phase` trains."""
-        return (DensityReport(),) if isinstance(form, Masked) else ()
+        """What reports on the method, or acts for it, while `phase` trains; after the checks of its mask."""
+        return ()
 
     def enter(self, phase: Phase) -> Setup:
         """What `phase` trains: the prunable weights through their reparametrization, everything else as it is."""
         form = powered(self.reparametrization(phase), getattr(self.settings, "power", 1.0))
         lr = self.recipe.finetune.lr if phase.name == FINETUNE else self.recipe.optim.lr
-        return Setup(self.net, self.groups(form, lr), self.hooks(phase, form))
+        last = self.counts() if phase.name == self.phases()[-1][0] else None
+        checks = (DensityReport(self.watch, last),) if isinstance(form, Masked) else ()
+        return Setup(self.net, self.groups(form, lr), (*checks, *self.hooks(phase, form)))
+
+    def counts(self) -> Sequence[int] | None:
+        """How many weights the delivered mask keeps: (one number) in all, or of each layer; None: any number.
+
+        By the settings, where a density is among them.
+        """
+        density = getattr(self.settings, "density", None)
+        if density is None:
+            return None
+        budget = Budget(density, getattr(self.settings, "constraint", "global"))
+        return budget.counts([w.numel() for w in self.weights.values()])
 
     def groups(self, form: Reparametrization, lr: float) -> list[ParameterGroup]:
         """Every parameter of the network: the prunable weights made by `form`, the others under SGD."""
@@ -150,19 +168,24 @@ class MaskMethod(ABC):
 
     def leave(self, trainer: Trainer) -> None:
         """Collective: after the last step of a phase."""
-        self.found = present_masks(trainer.sharded.optimizer)
-
-    def settle(self, masks: dict[str, Tensor], say: Callable[[str], None]) -> None:
-        """Collective: from now on these are the masks; say what they are.
-
-        Raises RuntimeError unless every rank has found the same ones.
-        """
-        kept = [mask.reshape(-1).nonzero().reshape(-1) for mask in masks.values()]
-        # Sums in which a weight's place counts.
-        sums = self.world.all_gather(torch.stack([((k + 1) * 2654435761 % 2**31).sum() + k.numel() for k in kept]))
-        wrong = [name for name, column in zip(masks, sums.T, strict=True) if not bool((column == column[0]).all())]
-        if wrong:
-            raise RuntimeError(f"the masks differ between ranks in {', '.join(wrong[:5])}: please report this as a bug")
+        optimizer = trainer.sharded.optimizer
+        masks = present_masks(optimizer)
+        if masks:
+            group, _, part = optimizer.group(PRUNABLE)
+            assert isinstance(group.reparametrization, Masked)
+            self.settle(masks, trainer.reporter.progress.message, group.reparametrization.due(part))
         self.found = masks
-        for line in mask_lines(masks, self.settings):
+
+    def settle(self, masks: dict[str, Tensor], say: Callable[[str], None], due: Sequence[int] | None = None) -> None:
+        """Collective: from now on these are the masks; say what they are, unless it was said before.
+
+        due: what they must keep (see `counts`); None: any number. Raises RuntimeError unless they keep that, and every
+        rank has the same.
+        """
+        whole = Slice.even(masks, single(next(iter(masks.values())).device))
+        self.watch.check(whole, whole.cut(masks), due, say)
+        self.found = masks
+        lines = mask_lines(masks)
+        for line in lines if lines != self._said else ():
             say(line)
+        self._said = lines

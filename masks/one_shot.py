@@ -38,11 +38,11 @@ class OneShot(MaskMethod):
             load_trained(self.net, self.settings.path)
 
     def begin(self, phase: Phase, data: DataPipeline, say: Callable[[str], None]) -> None:
-        self.settle(self.find(data), say)
+        self.settle(self.find(data), say, self.counts())
         super().begin(phase, data, say)
 
     def reparametrization(self, phase: Phase) -> Reparametrization:
-        return FixedMask(self.rule(), self.found or None)
+        return FixedMask(self.rule(), self.found or None, self.counts())
 
     def budget(self, density: float | None = None) -> Budget:
         """What the settings allow, at mask.density unless another density is asked for."""

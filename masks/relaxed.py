@@ -8,6 +8,7 @@ Equations of "Effective Training of Sparse Neural Networks under Global Sparsity
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,7 @@ class RelaxedMask(Masked):
 
     noisy = True
     differs_in_evaluation = True
+    costly = True
 
     def __init__(self, search: Search, rule: UpdateRule | None, rate: float) -> None:
         """rate: learning rate of the probabilities as a multiple of the weights'."""
@@ -116,9 +118,13 @@ class RelaxedMask(Masked):
 
     def mask(self, state: State, part: Slice) -> Tensor:
         """(n,) bool: the round(density n) most probable weights, at the present density, or what was fixed."""
-        if self.fixed is not None:
-            return self.fixed
-        return largest(part, state["probability"], Budget(self.density, self.search.constraint, seed=self.search.seed))
+        return largest(part, state["probability"], self._budget()) if self.fixed is None else self.fixed
+
+    def due(self, part: Slice) -> Sequence[int] | None:
+        return self._budget().counts(part.layout.numels) if self.fixed is None else None
+
+    def _budget(self) -> Budget:
+        return Budget(self.density, self.search.constraint, seed=self.search.seed)
 
     def sampled(self, state: State, part: Slice, candidate: int) -> Tensor:
         """(n,) bool: m ~ Bernoulli(s), a function of (seed, candidate, index)."""

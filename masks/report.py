@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ghostmask.engine.hooks import Hook
 from ghostmask.engine.metrics import Counts
+from ghostmask.engine.sharding.average import delivered
 from ghostmask.engine.sharding.slices import Slice
+from ghostmask.masks.checking import MaskWatch
 from ghostmask.masks.masked import PRUNABLE, Masked
 from ghostmask.masks.relaxed import RelaxedMask
 from ghostmask.masks.schedules import DECIDING
-from ghostmask.masks.scoring.topk import empty_layers
 
 if TYPE_CHECKING:
     from ghostmask.engine.trainer import Trainer
@@ -27,33 +28,68 @@ BUCKETS = 64
 
 
 class DensityReport(Hook):
-    """Logs the exact density of the mask in the state at every report, and each layer's once per epoch."""
+    """Collective: checks the mask in the state after every decision (see `checking`), logs its exact density at every
+    report and each layer's once per epoch.
+
+    watch: of the run; last: what the mask must keep at the end of the phase, where the form itself does not say.
+    """
 
     shown = "mask/density"
 
-    def kept(self, trainer: Trainer) -> tuple[Tensor, Slice]:
-        """Collective: (n,) how much of each weight of this rank's slice counts as kept, in [0, 1], and the slice."""
-        group, state, part = trainer.sharded.optimizer.group(PRUNABLE)
-        assert isinstance(group.reparametrization, Masked)
-        return group.reparametrization.mask(state, part), part
+    def __init__(self, watch: MaskWatch, last: Sequence[int] | None = None) -> None:
+        self.watch, self.last = watch, last
+        self._started = False  # `ghostmask doctor` makes steps under masks that nobody has found
+
+    def on_start(self, trainer: Trainer) -> None:
+        self._started = True
+        if not self._form(trainer).costly:
+            self.kept(trainer)
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        if self._form(trainer).decides(trainer.num_updates):
+            self.kept(trainer)
 
     def scalars(self, trainer: Trainer) -> Mapping[str, float | Tensor]:
-        kept, part = self.kept(trainer)
-        return {"mask/density": part.sum(kept) / part.total}
+        return {} if self._form(trainer).costly else {"mask/density": self._density(trainer)}
 
     def epoch_scalars(self, trainer: Trainer) -> Mapping[str, float | Tensor]:
-        kept, part = self.kept(trainer)
-        sums = part.layer_sums(kept).tolist()
-        return {f"density/{n}": k / size for n, k, size in zip(part.names, sums, part.layout.numels, strict=True)}
+        kept, part = self.kept(trainer), trainer.sharded.optimizer.group(PRUNABLE)[2]
+        return {f"density/{n}": k / size for n, k, size in zip(part.names, kept, part.layout.numels, strict=True)}
+
+    def kept(self, trainer: Trainer) -> list[int]:
+        """Collective: the weights that the present mask keeps of each layer. Raises RuntimeError (see `checking`)."""
+        _, state, part = trainer.sharded.optimizer.group(PRUNABLE)
+        form = self._form(trainer)
+        due = form.due(part) if self._started else None
+        if due is None and trainer.position.step == trainer.phase.end_step:
+            due = self.last
+        with torch.no_grad():
+            mask = form.mask(delivered(state), part)
+            return self.watch.check(part, mask, due, trainer.reporter.progress.message)
+
+    def _density(self, trainer: Trainer) -> float:
+        kept = self.kept(trainer)
+        return sum(kept) / trainer.sharded.optimizer.group(PRUNABLE)[2].total
+
+    def _form(self, trainer: Trainer) -> Masked:
+        form = trainer.sharded.optimizer.group(PRUNABLE)[0].reparametrization
+        assert isinstance(form, Masked)
+        return form
 
 
-class ProbabilityReport(DensityReport):
-    """Collective: numbers and histograms of the probabilities in the state of all ranks; the density is their mean."""
+class ProbabilityReport(Hook):
+    """Collective: numbers and histograms of the probabilities in the state of all ranks; the density is their mean.
+
+    After `DensityReport`, whose densities, of the mask that would be delivered, it replaces.
+    """
+
+    shown = "mask/density"
 
     def __init__(self, form: RelaxedMask) -> None:
         self.form = form
 
     def kept(self, trainer: Trainer) -> tuple[Tensor, Slice]:
+        """(n,) the probabilities of this rank's slice, and the slice."""
         _, state, part = trainer.sharded.optimizer.group(PRUNABLE)
         return state["probability"], part
 
@@ -75,8 +111,9 @@ class ProbabilityReport(DensityReport):
             )
 
     def scalars(self, trainer: Trainer) -> Mapping[str, float | Tensor]:
+        s, part = self.kept(trainer)
         values: dict[str, float | Tensor] = {
-            **super().scalars(trainer),
+            "mask/density": part.sum(s) / part.total,
             "mask/temperature": self.form.temperature,
             "mask/density_target": self.form.density,
             "mask/decided_fraction": self._decided(trainer),
@@ -85,6 +122,11 @@ class ProbabilityReport(DensityReport):
         if self.form.limit_share is not None:
             values["gradient/prunable.probability_limit_share"] = self.form.limit_share
         return values
+
+    def epoch_scalars(self, trainer: Trainer) -> Mapping[str, float | Tensor]:
+        s, part = self.kept(trainer)
+        sums = part.layer_sums(s).tolist()
+        return {f"density/{n}": k / size for n, k, size in zip(part.names, sums, part.layout.numels, strict=True)}
 
     def histograms(self, trainer: Trainer) -> Mapping[str, Tensor | Counts]:
         return {f"probability/{name}": counts for name, counts in layer_histograms(*self.kept(trainer)).items()}
@@ -113,15 +155,7 @@ def layer_histograms(values: Tensor, part: Slice) -> dict[str, Counts]:
     }
 
 
-def mask_lines(masks: Mapping[str, Tensor], settings: Any) -> list[str]:
-    """What to tell about new masks: their density and, as a warning, the layers that lost all their weights.
-
-    settings: of the method that made them; one with `min_per_layer` can save layers.
-    """
+def mask_lines(masks: Mapping[str, Tensor]) -> list[str]:
+    """What to tell about new masks, beside what is wrong with them (see `checking`)."""
     kept, total = sum(int(m.sum()) for m in masks.values()), sum(m.numel() for m in masks.values())
-    lines = [f"mask: density {kept / total:.6g}, {kept:,} of {total:,} weights in {len(masks)} layers"]
-    advice = "; mask.min_per_layer=1 keeps some" if hasattr(settings, "min_per_layer") else ""
-    if empty := empty_layers(masks):
-        layers = f"{len(empty)} of {len(masks)} layers"
-        lines.append(f"warning: {layers} have no weight left: {', '.join(empty)}{advice}")
-    return lines
+    return [f"mask: density {kept / total:.6g}, {kept:,} of {total:,} weights in {len(masks)} layers"]

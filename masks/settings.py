@@ -32,6 +32,11 @@ def choice(*known: str) -> Any:
     return field(default=known[0], metadata={"check": check})
 
 
+def shortest(works: Callable[[int], bool]) -> int | None:
+    """The smallest length from 1 on with which a schedule works; None where there is none that anybody would train."""
+    return next((length for length in range(1, LONGEST_SEARCHED) if works(length)), None)
+
+
 @dataclass(frozen=True)
 class MaskSettings:
     """Which weights stay, how many, and how they are found."""
@@ -153,8 +158,10 @@ class Scheduled(WithDensity):
         """
         if self.density == 1 or falls(length // unit):
             return
-        enough = next((unit * number for number in range(1, LONGEST_SEARCHED) if falls(number)), None)
+        enough = shortest(falls)
         window = f"mask.start_fraction = {self.start_fraction:g} to mask.end_fraction = {self.end_fraction:g}"
-        fix = f"give at least {enough}" if enough else "give fractions that lie further apart, and an end below 1"
+        fix = (
+            f"give at least {unit * enough}" if enough else "give fractions that lie further apart, and an end below 1"
+        )
         why = f"the density has no time to fall to {self.density:g} from {window}"
         raise bad_value(name, length, f"{why}; {fix}")

@@ -75,13 +75,12 @@ class StraightThrough(FixedMask):
     def schedule(self, updates: int) -> None:
         self.density = self.density_at(updates)
 
+    def due(self, part: Slice) -> Sequence[int]:
+        return replace(self.budget, density=self.density).counts(part.layout.numels)
+
     def constrain(self, state: State, part: Slice, updates: int) -> None:
         self.schedule(updates)
         self.cut(state, part)
-
-    def due(self, part: Slice) -> Sequence[int]:
-        """How many weights the mask must keep now: (one number) in all, or of each layer."""
-        return replace(self.budget, density=self.density).counts(part.layout.numels)
 
     def scale(self, state: State, part: Slice, factors: Any) -> None:
         super().scale(state, part, factors)

@@ -40,6 +40,7 @@ QUICK: dict[str, Any] = {
     "density": 0.1, "start_fraction": 0.0, "end_fraction": 0.7, "lr": 0.03, "samples": 2, "update_every": 2,
     "score_batch": 48, "score_batches": 1, "iterations": 4, "round_fraction": 0.6, "rewind": "1ep",
     "r_init": -3.0, "r_decay": 0.3, "penalty": 1e-3, "log_variance": -4.0, "open_fraction": 0.09, "ramp_fraction": 0.9,
+    "first_fraction": 0.25, "phase_fraction": 0.25, "last_dense_fraction": 0.6, "last_fraction": 0.75,
 }  # fmt: skip
 """Values of the methods' settings with which a run of 3 epochs means something."""
 

@@ -10,6 +10,7 @@ batches -> the plain network -> loss
                                    averaged over the noise groups    [all-reduce across the groups]
                                 3  joint norm, clipping, rules       [all-reduce of one number]
                                 4  constraint                        [collective]
+                                   now and then, instead of 3 and 4: reparametrization.replacement
                                 5  parameters of the next step
 """
 
@@ -250,27 +251,43 @@ class ShardedOptimizer(torch.optim.Optimizer):
         found = [sums.total() for sums in self._sums]
         self._sums = []
         self._average(found)
-        scale = self._clipping(found)
+        number, forms = self.updates + 1, [g.reparametrization for g in self.groups]
+        replaced = any(form.replaces(number) for form in forms)
+        scale = self._clipping(found, keep=replaced)
         if self.finite.device.type == "cpu" and not self.finite:
             return  # elsewhere the rules skip it by themselves, and nobody waits for the answer
         rates = {g["name"]: g["lr"] for g in self.param_groups}
         for group, state, part, gradients in zip(self.groups, self.states, self.slices, found, strict=True):
-            form = group.reparametrization
-            with record_function("optimizer"):
-                for name, rule in form.rules.items():
-                    buffers = [state[f"{name}.{buffer}"] for buffer in rule.buffers]
-                    lr = rates[group.name] * form.rates.get(name, 1.0)
-                    counted, left = partial(form.counted, name, state), scale
-                    if name not in form.whole:
-                        left = rule.adapt(state[name], gradients[name], counted, part, scale)
-                    rule.update(state[name], gradients[name], buffers, lr, self.updates, left)
-            with record_function("constraint"):
-                form.constrain(state, part, self.updates + 1)
-                if group.average:
-                    follow(state[AVERAGE], state["weight"], group.average, self.updates)
+            if not replaced:
+                self._move(group, state, part, gradients, rates[group.name], scale)
+            elif group.reparametrization.replaces(number):
+                with record_function("constraint"):
+                    group.reparametrization.replacement(state, gradients, part, number)
+            if group.average:
+                follow(state[AVERAGE], state["weight"], group.average, self.updates)
+        if any(form.restarts(number) for form in forms):
+            for state in self.states:
+                for name in state:
+                    if name.endswith(".momentum"):
+                        state[name].zero_()
         self.updates += 1
-        for group in self.groups:
-            group.reparametrization.schedule(self.updates)
+        for form in forms:
+            form.schedule(self.updates)
+
+    def _move(
+        self, group: ParameterGroup, state: State, part: Slice, gradients: State, rate: float, scale: Scale
+    ) -> None:  # fmt: skip
+        form = group.reparametrization
+        with record_function("optimizer"):
+            for name, rule in form.rules.items():
+                buffers = [state[f"{name}.{buffer}"] for buffer in rule.buffers]
+                lr = rate * form.rates.get(name, 1.0)
+                counted, left = partial(form.counted, name, state), scale
+                if name not in form.whole:
+                    left = rule.adapt(state[name], gradients[name], counted, part, scale)
+                rule.update(state[name], gradients[name], buffers, lr, self.updates, left)
+        with record_function("constraint"):
+            form.constrain(state, part, self.updates + 1)
 
     def _average(self, found: list[State]) -> None:
         """Over the samples of this rank, and over the noise groups."""
@@ -282,7 +299,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for g in gradients.values():
                 tree_all_reduce(across, g, self.sampling.order).div_(count)
 
-    def _clipping(self, found: list[State]) -> Scale:
+    def _clipping(self, found: list[State], *, keep: bool = False) -> Scale:
+        """Looks whether the gradients are finite; keep: of norms and divisor, what the last update had."""
         names, squares = [], []
         first = self.slices[0].world.rank == 0
         for group, gradients in zip(self.groups, found, strict=True):
@@ -294,10 +312,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if self.sampling.across is not None:
             # Equal on all groups but for the order of additions; they must stay equal bit for bit.
             total = self.sampling.across.all_reduce(total, dist.ReduceOp.MAX)
-        self.norms = dict(zip(names, total.sqrt().unbind(), strict=True))
         norm = total.sum().sqrt()
         self.finite = norm.isfinite().float()
-        self.divisor = (norm / self.clip).clamp(min=1.0).float() if self.clip else torch.ones_like(self.finite)
+        if not keep:
+            self.norms = dict(zip(names, total.sqrt().unbind(), strict=True))
+            self.divisor = (norm / self.clip).clamp(min=1.0).float() if self.clip else torch.ones_like(self.finite)
         return Scale(torch.where(self.finite > 0, self.divisor, 1.0), 1.0 - self.finite)
 
     def _write(self) -> None:

@@ -98,6 +98,19 @@ class Reparametrization:
     def constrain(self, state: State, part: Slice, updates: int) -> None:
         """Collective: after update number `updates`, counted from 1: bring the state back to what it must satisfy."""
 
+    def replaces(self, updates: int) -> bool:
+        """Whether update number `updates`, counted from 1, is left out, in all groups, and `replacement` made of this
+        one: no rule moves anything. Equal on every rank, and known to the host."""
+        return False
+
+    def replacement(self, state: State, gradients: State, part: Slice, updates: int) -> None:
+        """Collective: what is done in the place of update number `updates`. gradients: what `gradients` gave, averaged
+        over samples and noise groups, not clipped."""
+
+    def restarts(self, updates: int) -> bool:
+        """Whether the momentum of all groups is 0 after update number `updates`, counted from 1."""
+        return False
+
     def scale(self, state: State, part: Slice, factors: Mapping[str, float]) -> None:
         """Multiply the parameters by a factor each, by name; those not named stay."""
         for s in part.segments:

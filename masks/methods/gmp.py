@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,12 +51,22 @@ class Shrinking(FixedMask):
 
     def __init__(self, rule: UpdateRule, budget: Budget, first: int, last: int, every: int) -> None:
         super().__init__(rule)
+        self.density = 1.0
         self.budget, self.every, self.first, self.last = budget, every, first, last
 
+    def schedule(self, updates: int) -> None:
+        decided = updates if updates >= self.last else updates - (updates - self.first) % self.every
+        self.density = cubic_density(decided, self.first, self.last, self.budget.density)
+
+    def decides(self, updates: int) -> bool:
+        inside = self.first <= updates <= self.last
+        return inside and ((updates - self.first) % self.every == 0 or updates == self.last)
+
     def constrain(self, state: State, part: Slice, updates: int) -> None:
-        if not self.first <= updates <= self.last:
-            return
-        if (updates - self.first) % self.every == 0 or updates == self.last:
-            density = cubic_density(updates, self.first, self.last, self.budget.density)
-            budget = replace(self.budget, density=density)
+        if self.decides(updates):
+            self.schedule(updates)
+            budget = replace(self.budget, density=self.density)
             state["mask"].copy_(largest(part, state["weight"].abs(), budget, wait=False))
+
+    def due(self, part: Slice) -> Sequence[int]:
+        return replace(self.budget, density=self.density).counts(part.layout.numels)

@@ -89,7 +89,15 @@ class LotteryTicket(MaskMethod):
             self.point.rewind()
 
     def reparametrization(self, phase: Phase) -> Reparametrization:
-        return RewindingMask(self.rule(), self.found or None)
+        return RewindingMask(self.rule(), self.found or None, self._budget(phase).counts(self._sizes()))
+
+    def _budget(self, phase: Phase, later: int = 0) -> Budget:
+        """What the mask of a round, or of one so many rounds later, is held to."""
+        density = self.densities()[int(phase.name.removeprefix("round")) + later]
+        return Budget(density, self.settings.constraint, self.settings.min_per_layer, self.recipe.seed)
+
+    def _sizes(self) -> list[int]:
+        return [w.numel() for w in self.weights.values()]
 
     def groups(self, form: Reparametrization, lr: float) -> list[ParameterGroup]:
         groups = []
@@ -113,14 +121,13 @@ class LotteryTicket(MaskMethod):
         self.points = {
             g.name: s["rewind"] for g, s in zip(optimizer.groups, optimizer.states, strict=True) if "rewind" in s
         }
-        following = int(trainer.phase.name.removeprefix("round")) + 1
-        s, densities = self.settings, self.densities()
-        if following == len(densities):
+        if trainer.phase.name == self.phases()[-1][0]:
             return
         _, state, part = optimizer.group(PRUNABLE)
-        budget = Budget(densities[following], s.constraint, s.min_per_layer, self.recipe.seed)
+        budget = self._budget(trainer.phase, 1)
         among_kept = torch.where(state["mask"], state["weight"].abs(), -1.0)  # nothing pruned returns
-        self.settle(part.gathered(largest(part, among_kept, budget)), trainer.reporter.progress.message)
+        masks = part.gathered(largest(part, among_kept, budget))
+        self.settle(masks, trainer.reporter.progress.message, budget.counts(self._sizes()))
 
 
 class Rewinding(Reparametrization):

@@ -108,7 +108,7 @@ class ProbMask(MaskMethod):
 
     def reparametrization(self, phase: Phase) -> Reparametrization:
         if phase.name == FINETUNE:
-            return FixedMask(self.rule(), self.found or None)
+            return FixedMask(self.rule(), self.found or None, self.counts())
         s = self.settings
         start, end = s.window(int, phase.epochs)
         search = Search(
@@ -148,8 +148,9 @@ class ProbMask(MaskMethod):
         if trainer.phase.name == "search":
             self._choose(trainer)
         super().leave(trainer)
-        if trainer.phase.name == "search":
-            self.settle(self.found, trainer.reporter.progress.message)
+
+    def counts(self) -> Sequence[int] | None:
+        return super().counts() if self.settings.final == "topk" else None
 
     def _choose(self, trainer: Trainer) -> None:
         """Fix the mask that is delivered: see mask.final."""

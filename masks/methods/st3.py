@@ -56,7 +56,7 @@ class St3(CutEveryStep):
 
     def reparametrization(self, phase: Phase) -> Reparametrization:
         if phase.name == FINETUNE:
-            return FixedMask(self.rule(), self.found or None)
+            return FixedMask(self.rule(), self.found or None, self.counts())
         s = self.settings
         budget = Budget(s.density, seed=self.recipe.seed)
         return SoftThreshold(self.rule(), budget, *self.window(phase), s.sigma, s.rescale)

@@ -6,23 +6,34 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
+from ghostmask.engine.errors import bad_value
 from ghostmask.masks.scoring.topk import kept_count, protected_counts
 
 
-def layer_counts(shapes: Sequence[Sequence[int]], density: float, allocation: str, min_per_layer: int = 0) -> list[int]:
+def layer_counts(
+    shapes: Sequence[Sequence[int]], density: float, allocation: str, min_per_layer: int = 0, *,
+    first_dense: bool = False,
+) -> list[int]:  # fmt: skip
     """Kept weights of each layer, round(density n) in all, at least min(min_per_layer, numel) in each.
 
     uniform: the same density everywhere. er (Mocanu et al. 2018): density_l proportional to (in + out) / (in out).
     erk (Evci et al. 2020): to sum(shape) / prod(shape), kernel sizes included. Layers that would exceed 1 are dense and
     the others share the rest, solved again until none does. Fractions of a weight go to the largest remainders, the
-    earlier layer first. Raises InputError where min_per_layer is more than there is.
+    earlier layer first. first_dense: the first layer keeps all its weights, which count as any others. Raises
+    InputError where that, or min_per_layer, is more than there is.
     """
     sizes = [math.prod(shape) for shape in shapes]
     counted = {"uniform": 0, "er": 2, "erk": None}[allocation]
     cut = [shape[:counted] or (1,) for shape in shapes]
     shares = [Fraction(sum(c), math.prod(c)) * size for c, size in zip(cut, sizes, strict=True)]
     kept = kept_count(density, sum(sizes))
-    amounts = _within(shares, protected_counts(sizes, min_per_layer, density), sizes, kept)
+    low = protected_counts(sizes, min_per_layer, density)
+    if first_dense:
+        low[0] = sizes[0]
+        if sum(low) > kept:
+            fix = f"a dense first layer of {sizes[0]} weights is more than the {kept} that may stay; give a larger one"
+            raise bad_value("mask.density", density, f"{fix}, or mask.allocation=erk")
+    amounts = _within(shares, low, sizes, kept)
     counts = [math.floor(a) for a in amounts]
     by_remainder = sorted(range(len(amounts)), key=lambda i: (counts[i] - amounts[i], i))
     for i in by_remainder[: kept - sum(counts)]:

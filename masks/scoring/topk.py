@@ -66,6 +66,15 @@ def largest(part: Slice, scores: Tensor, budget: Budget, among: Tensor | None = 
     return mask | largest_keys(keys, whole, [kept - sum(safe)], ties, part.world)
 
 
+def largest_of_layers(
+    part: Slice, scores: Tensor, counts: Sequence[int], seed: int, among: Tensor | None = None
+) -> Tensor:
+    """Collective: as `largest`, for a number of weights to keep of each layer that is given."""
+    keys = score_keys(scores.detach().contiguous(), among, part.world, wait=True)
+    layers = [Piece(s.layer, s.start, s.numel) for s in part.segments]
+    return largest_keys(keys, layers, counts, lambda places: hashed(part.indices(places), seed), part.world)
+
+
 def empty_layers(masks: Mapping[str, Tensor]) -> list[str]:
     """The names of the layers whose mask keeps nothing: no signal passes them."""
     return [name for name, mask in masks.items() if not mask.any()]
