@@ -10,7 +10,7 @@ from torch import Tensor
 from ghostmask.benchmarks import textbook
 from ghostmask.benchmarks.projection_ranks import model_rows
 from ghostmask.benchmarks.row import Row, faster, share
-from ghostmask.benchmarks.timing import Bench, Work, copy_bandwidth, interleaved
+from ghostmask.benchmarks.timing import Bench, Work, copy_bandwidth, device_seconds, interleaved
 from ghostmask.engine.world import World
 from ghostmask.masks.kernels.projection import project_
 
@@ -34,7 +34,7 @@ class CountingWorld(World):
 
 
 def rows(bench: Bench) -> list[Row]:
-    """Cases projection, _start, _floor, _slice, _collectives and _error, and those of the model."""
+    """Cases projection and _start (on CUDA _device of both), _floor, _slice, _collectives, _error; the model's."""
     numel = QUICK_NUMEL if bench.quick else NUMEL
     budget = DENSITY * numel
     bandwidth = copy_bandwidth(bench.device, bench.quick)
@@ -46,6 +46,9 @@ def rows(bench: Bench) -> list[Row]:
         what = f"{numel:,} probabilities in mid-training" if case == "projection" else "all equal but for one Adam step"
         note = f"{what}; baseline: bisection, {textbook.PROBES} probes over one flat float32 tensor"
         found.append(faster(case, ms["ours"], ms["textbook"], "ms", note, bar=40))
+        if bench.device.type == "cuda":
+            note = f"the device's time, launches queued beforehand as in a step; {note}"
+            found.append(faster(f"{case}_device", ms["ours on device"], ms["textbook on device"], "ms", note))
         if case == "projection":
             note = f"baseline: {MOVED_BYTES} bytes per element (2 reads, 1 write) at the bandwidth of a copy"
             found += [
@@ -75,6 +78,9 @@ def _milliseconds(source: Tensor, z: Tensor, budget: float, bench: Bench) -> dic
     prepare: dict[str, Work] = {"ours": lambda: z.copy_(source), "slice": lambda: own.copy_(source[first:end])}
     repeats = 3 if bench.quick else 50 if bench.device.type == "cuda" else 5
     seconds = interleaved(work, repeats, bench.device, prepare)
+    if bench.device.type == "cuda":
+        on_device = device_seconds(work, repeats, prepare)
+        seconds |= {f"{name} on device": value for name, value in on_device.items()}
     return {name: 1000 * value for name, value in seconds.items()}
 
 

@@ -68,8 +68,12 @@ def interleaved(
     return {name: median(values) for name, values in seconds.items()}
 
 
-def device_seconds(work: Mapping[str, Work], repeats: int) -> dict[str, float]:
+def device_seconds(
+    work: Mapping[str, Work], repeats: int, prepare: Mapping[str, Work] | None = None
+) -> dict[str, float]:
     """Median seconds that the CUDA device needs for every piece of work, in turns, its launches queued beforehand.
+
+    prepare: as in `interleaved`.
 
     What counts in a step, where the host runs ahead of the device; `interleaved` counts the host's time too.
     """
@@ -77,6 +81,8 @@ def device_seconds(work: Mapping[str, Work], repeats: int) -> dict[str, float]:
     for repeat in range(-1, repeats):
         for name, function in work.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            if prepare and name in prepare:
+                prepare[name]()
             torch.cuda.synchronize()
             torch.cuda._sleep(PAUSE_CYCLES)  # type: ignore[no-untyped-call]
             start.record()

@@ -7,6 +7,8 @@ import signal
 import sys
 import uuid
 from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
 
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -18,6 +20,7 @@ SAVE_S = 600
 """After a signal the ranks have this long for the step's save; torchrun's default is 30 s."""
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 """Passed on to the ranks."""
+_FIELDS = {field.name for field in fields(LaunchConfig)}
 
 
 def start_ranks(count: int, argv: Sequence[str]) -> int:
@@ -27,9 +30,11 @@ def start_ranks(count: int, argv: Sequence[str]) -> int:
     that the system killed makes it EXIT_LOST.
     """
     logging.disable(logging.CRITICAL)  # the agent's reports: the ranks speak for themselves
+    # torch 2.11 kills after 30 s; the last checkpoint before that is intact.
+    patience: dict[str, Any] = {"shutdown_timeout": SAVE_S} if "shutdown_timeout" in _FIELDS else {}
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=count, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0", max_restarts=0, signals_to_handle=SIGNALS, shutdown_timeout=SAVE_S,
+        rdzv_endpoint="localhost:0", max_restarts=0, signals_to_handle=SIGNALS, **patience,
     )  # fmt: skip
     try:
         elastic_launch(config, sys.executable)("-u", "-m", "ghostmask", *_without_ranks(argv))

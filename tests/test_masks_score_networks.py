@@ -153,9 +153,9 @@ def test_kronecker_factors_are_those_of_each_output_by_the_weights_and_of_the_lo
         dim, weight, y = (-1 if isinstance(net, Tokens) else 1), twin.get_parameter(name), outputs[name]
         uses = y.select(dim, 0).reshape(-1)
         seen = torch.stack([torch.autograd.grad(u, weight, retain_graph=True)[0][0].reshape(-1) for u in uses])
-        torch.testing.assert_close(over_inputs, seen.T @ seen, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(over_inputs, (seen.T @ seen).double(), rtol=1e-4, atol=1e-4)
         slopes = torch.autograd.grad(loss, y, retain_graph=True)[0].movedim(dim, -1).reshape(-1, len(weight))
-        torch.testing.assert_close(over_outputs, slopes.T @ slopes, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(over_outputs, (slopes.T @ slopes).double(), rtol=1e-4, atol=1e-5)
 
 
 class Once(torch.autograd.Function):

@@ -40,7 +40,11 @@ class KroneckerFactors:
         self.called: set[str] = set()
         for name, w in self.weights.items():
             outputs, inputs = w.shape[0], w[0].numel()
-            self.sums[name] = (w.new_zeros(inputs, inputs), w.new_zeros(outputs, outputs))
+            # float64: the largest eigenvalue is thousands of times the mean diagonal, and float32's rounding of it as
+            # large as the damping.
+            self.sums[name] = (
+                w.new_zeros(inputs, inputs, dtype=torch.float64), w.new_zeros(outputs, outputs, dtype=torch.float64)
+            )  # fmt: skip
             layer = self.twin.get_submodule(name.removesuffix(".weight"))
             if not isinstance(layer, nn.Linear | nn.Conv2d):
                 raise _not_scored(name, f"belongs to a {type(layer).__name__}")
@@ -98,29 +102,28 @@ def _not_scored(name: str, why: str) -> InputError:
 
 def _add_inputs(total: Tensor, layer: nn.Module, x: Tensor) -> None:
     if isinstance(layer, nn.Linear):
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1]).double()
         total.addmm_(rows.T, rows)
         return
     assert isinstance(layer, nn.Conv2d)
-    pixels = x[0:1].numel() * layer.kernel_size[0] * layer.kernel_size[1] * x.element_size()
+    pixels = x[0:1].numel() * layer.kernel_size[0] * layer.kernel_size[1] * total.element_size()
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     for part in torch.split(x, max(1, ROWS_BYTES // max(1, pixels))):
         padded = functional.pad(part, layer._reversed_padding_repeated_twice, mode)  # "same" and "valid" too
         patches = functional.unfold(padded, layer.kernel_size, layer.dilation, 0, layer.stride)
-        rows = patches.transpose(1, 2).reshape(-1, patches.shape[1])
+        rows = patches.transpose(1, 2).reshape(-1, patches.shape[1]).double()
         total.addmm_(rows.T, rows)
 
 
 def _add_outputs(total: Tensor, layer: nn.Module, gradient: Tensor) -> None:
     rows = gradient if isinstance(layer, nn.Linear) else gradient.movedim(1, -1)
-    rows = rows.reshape(-1, len(total))
+    rows = rows.reshape(-1, len(total)).double()
     total.addmm_(rows.T, rows)
 
 
 def _inverse_diagonal(matrix: Tensor, damping: float) -> Tensor:
-    wide = matrix.double()
-    mean = wide.diagonal().mean()
+    mean = matrix.diagonal().mean()
     # A layer that no signal or no gradient reaches has a factor of zeros; then nothing tells its weights apart.
     shift = damping * mean if mean > 0 else torch.ones_like(mean)
-    wide = wide + shift * torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
-    return torch.cholesky_inverse(torch.linalg.cholesky(wide)).diagonal().clone()
+    damped = matrix + shift * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    return torch.cholesky_inverse(torch.linalg.cholesky(damped)).diagonal().clone()
