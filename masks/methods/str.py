@@ -69,7 +69,7 @@ class SoftThresholds(MaskMethod):
 
     def reparametrization(self, phase: Phase) -> Reparametrization:
         optim, decay = self.recipe.optim, self.settings.r_decay
-        return SoftThreshold(
+        return TrainedThresholds(
             self.rule(), Sgd(optim.momentum, decay or optim.weight_decay, optim.nesterov), self.settings.r_init
         )
 
@@ -78,7 +78,7 @@ class SoftThresholds(MaskMethod):
         self.settle(self.found, trainer.reporter.progress.message)
 
 
-class SoftThreshold(Masked):
+class TrainedThresholds(Masked):
     """State "weight" and "r", (layers,) whole on every rank; what is pruned gets no gradient, only weight decay.
 
     dL/dr = -sigmoid'(r) sum over the layer of dL/dtheta sign(w), where |w| is above the threshold.
