@@ -3,12 +3,13 @@
     theta = f(v),  f(v) = v |v|^(a - 1),  a = mask.power       (Schwarz et al. 2021)
 
 laid around another form, which sees f(v) as its weights. f is increasing and the same in all layers: whatever ranks
-weights by |theta| ranks them by |v|, which is what it is given (|v|^a of small v would be 0, and tied).
+weights by |theta| ranks them by |v|, which is what it is given (|v|^a of small v would be 0, and tied). What brings
+weights back from 0 has no use for it: f has no slope there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -57,6 +58,9 @@ class Powered(Reparametrization):
     def constrain(self, state: State, part: Slice, updates: int) -> None:
         self.form.constrain(state, part, updates)
 
+    def restarts(self, updates: int) -> bool:
+        return self.form.restarts(updates)
+
     def scale(self, state: State, part: Slice, factors: Mapping[str, float]) -> None:
         self.form.scale(state, part, {name: factor ** (1 / self.power) for name, factor in factors.items()})
 
@@ -70,6 +74,13 @@ class Powered(Reparametrization):
 class PoweredMask(Powered, Masked):
     """Around a form with a mask."""
 
+    form: Masked
+
+    def decides(self, updates: int) -> bool:
+        return self.form.decides(updates)
+
+    def due(self, part: Slice) -> Sequence[int] | None:
+        return self.form.due(part)
+
     def mask(self, state: State, part: Slice) -> Tensor:
-        assert isinstance(self.form, Masked)
         return self.form.mask(state, part)

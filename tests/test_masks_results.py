@@ -19,7 +19,7 @@ from ghostmask.masks.elementwise import elementwise
 from ghostmask.masks.methods.gmp import Shrinking
 from ghostmask.masks.methods.l0 import ChannelGates, WeightGates
 from ghostmask.masks.methods.sparse_vd import Gaussian
-from ghostmask.masks.methods.str import SoftThreshold
+from ghostmask.masks.methods.str import TrainedThresholds
 from ghostmask.masks.power import Powered, powered
 from ghostmask.masks.scoring.topk import Budget
 
@@ -50,7 +50,7 @@ def test_str_takes_the_papers_steps() -> None:
     r = torch.full((2,), -4.0, dtype=torch.float64, requires_grad=True)
     optimizers = [sgd(w), torch.optim.SGD([r], LR, momentum=0.9, weight_decay=0.2)]
     pruned = []
-    for theta, masks, state in small.trained(SoftThreshold(RULE, Sgd(0.9, 0.2), -4.0)):
+    for theta, masks, state in small.trained(TrainedThresholds(RULE, Sgd(0.9, 0.2), -4.0)):
         expected = soft(w, r)
         assert_equal(flat(theta), expected, "theta")
         moved_by(optimizers, small.loss(small.by_name(expected)))
@@ -62,7 +62,7 @@ def test_str_takes_the_papers_steps() -> None:
 
 def test_the_gradient_of_strs_thresholds_is_that_of_finite_differences() -> None:
     small = SmallStep()
-    form = SoftThreshold(RULE, RULE, -2.5)
+    form = TrainedThresholds(RULE, RULE, -2.5)
     part = Slice.even(small.initial, single())
     state = form.start(flat(small.initial).float(), part)
     theta = small.by_name(form.weights(state, part, Draw(0, 0, 0))).items()
@@ -77,7 +77,7 @@ def test_the_gradient_of_strs_thresholds_is_that_of_finite_differences() -> None
 
 def test_scaled_thresholds_scale_what_the_network_sees() -> None:
     small = SmallStep()
-    form = SoftThreshold(RULE, RULE, -3.0)
+    form = TrainedThresholds(RULE, RULE, -3.0)
     part = Slice.even(small.initial, single())
     state = form.start(flat(small.initial).float(), part)
     before = form.weights(state, part, Draw(0, 0, 0)).clone()

@@ -14,10 +14,15 @@ import ghostmask
 from ghostmask.engine.compiled import agree_on_kernels, load_kernels
 from ghostmask.engine.world import World
 from ghostmask.masks.kernels import KERNELS
+from ghostmask.masks.masked import FixedMask
 from ghostmask.masks.methods.dnw import Largest
 from ghostmask.masks.methods.edge_popup import Popup
 from ghostmask.masks.methods.feather import CubicThreshold
+from ghostmask.masks.methods.l0 import ChannelGates, WeightGates
+from ghostmask.masks.methods.sparse_vd import Gaussian
 from ghostmask.masks.methods.st3 import SoftThreshold
+from ghostmask.masks.methods.str import TrainedThresholds
+from ghostmask.masks.power import powered
 from ghostmask.masks.scoring.topk import Budget
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -29,6 +34,11 @@ METHODS: dict[str, Callable[[], Callable[..., object]]] = {
     "st3 sigma": lambda: lambda rule, _: SoftThreshold(rule, Budget(0.1), 0, 2, sigma=True),
     "feather": lambda: lambda rule, _: CubicThreshold(rule, Budget(0.1), 0, 2, 0.5),
     "edge_popup": lambda: lambda rule, _: Popup(rule, Budget(0.1, min_per_layer=2)),
+    "str": lambda: lambda rule, _: TrainedThresholds(rule, rule, -4.0),
+    "sparse_vd": lambda: lambda rule, _: Gaussian(rule, 1.0, -8.0, 1e-4, ramp=5),
+    "l0": lambda: lambda rule, _: WeightGates(rule, 1.0, 0.0, 1e-4),
+    "l0 of channels": lambda: lambda rule, _: ChannelGates(rule, 1.0, 0.0, 1e-4),
+    "a power": lambda: lambda rule, _: powered(FixedMask(rule), 2.0),
     "gmp layerwise": lambda: ghostmask.gmp(0.1, 20, every=2, start_fraction=0.0, constraint="layerwise"),
 }
 
