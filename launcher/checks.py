@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from ghostmask.engine.config import require
 from ghostmask.engine.launch import read_launch
 from ghostmask.engine.position import Duration, require_steps
-from ghostmask.engine.registry import resolve
 from ghostmask.engine.sharding.ranks import check_ranks, most_ranks
 from ghostmask.launcher.config import RunConfig
-from ghostmask.masks.registry import METHODS
+from ghostmask.launcher.methods import method_of, methods
+from ghostmask.masks.settings import FromTrained
 from ghostmask.models.names import check_name
-
-if TYPE_CHECKING:
-    from ghostmask.masks.method import MaskMethod
 
 READ_BY_TWEAK = {
     "ghost_skip": {"ghost_skip_fraction"},
@@ -23,9 +19,6 @@ READ_BY_TWEAK = {
     "lrsi": {"lrsi_steps", "lrsi_lr", "lrsi_eta", "lrsi_gamma", "lrsi_normalize"},
 }
 """Tweak of ToST in the main phase -> the other settings of `tost` that it reads."""
-
-BLIND_AT_ZERO = ("snip", "grasp", "synflow", "mlprune")
-"""Finders whose scores are 0 for weights behind which nothing depends on them."""
 
 PHOTOGRAPHS = {
     "max_resolution", "jpeg_fraction", "eval_size", "eval_resize", "interpolation", "exif", "val_fraction", "val_seed",
@@ -69,7 +62,7 @@ def check_steps(config: RunConfig, steps_per_epoch: int) -> None:
         not tost.ghost_swish or tost.activation == "pswish" or tost.swish_fraction * total <= total - 1,
         "tost.swish_fraction", tost.swish_fraction, f"leaves none of {total} steps to train ReLUs in; give less",
     )  # fmt: skip
-    _method(config.mask.method).check_steps(config.mask, config, steps_per_epoch)
+    method_of(config.mask.method).check_steps(config.mask, config, steps_per_epoch)
 
 
 def check_finder(config: RunConfig) -> None:
@@ -77,15 +70,10 @@ def check_finder(config: RunConfig) -> None:
     from ghostmask.masks.one_shot import OneShot  # imports torch
 
     method = config.mask.method
-    finders = {name: found for name in METHODS if issubclass(found := _method(name), OneShot)}
+    finders = {name: found for name, found in methods().items() if issubclass(found, OneShot)}
     fix = f"finds its mask by training: use ghostmask train; find-mask knows {', '.join(finders)}"
     require(method in finders, "mask.method", method, fix)
     finders[method].check_find(config.mask)
-
-
-def _method(name: str) -> type[MaskMethod]:
-    found: type[MaskMethod] = resolve(METHODS[name])
-    return found
 
 
 def _check_batch(config: RunConfig, world_size: int) -> None:
@@ -108,9 +96,9 @@ def _check_batch(config: RunConfig, world_size: int) -> None:
 
 
 def _check_mask(config: RunConfig) -> None:
-    mask, method = config.mask, _method(config.mask.method)
+    mask, method = config.mask, method_of(config.mask.method)
     if not method.finetunes and config.finetune.epochs > 0:
-        tuned = [name for name in METHODS if _method(name).finetunes]
+        tuned = [name for name, found in methods().items() if found.finetunes]
         for name in sorted(config.given("finetune")):
             fix = f"mask.method={' or '.join(tuned)}, or finetune.epochs=0"
             raise config.not_read("finetune", name, f"mask.method={mask.method}", fix)
@@ -120,7 +108,7 @@ def _check_mask(config: RunConfig) -> None:
 def _check_lengths(config: RunConfig) -> None:
     method, epochs, optim = config.mask.method, config.train.epochs, config.optim
     require(
-        epochs > 0 or not _method(method).searches,
+        epochs > 0 or not method_of(method).searches,
         "train.epochs", epochs, f"mask.method={method} finds its mask while it trains; give 1 or more",
     )  # fmt: skip
     late = [milestone for milestone in optim.milestones if milestone >= epochs]
@@ -158,21 +146,17 @@ def _check_recipe(config: RunConfig) -> None:
         raise config.not_read("distill", name, "distill.path=", "distill.path=RUN")
     if config.distill.model:
         check_name(config.distill.model, "distill.model")
-    searched_last = mask.method == "probmask" and (
-        config.finetune.epochs == 0 or not getattr(mask, "train_weights", True)
-    )
+    method = method_of(mask.method)
+    fix = "give fine-tuning epochs (finetune.epochs, mask.train_weights=true), or 0" if method.finetunes else "give 0"
     require(
-        config.ema.decay == 0 or not searched_last,
-        "ema.decay", config.ema.decay, "averages weights under one mask, and a search trains under a new one at every "
-        "step; give fine-tuning epochs (finetune.epochs, mask.train_weights=true), or 0",
+        config.ema.decay == 0 or method.ends_under_one_mask(mask, config),
+        "ema.decay", config.ema.decay,
+        f"averages weights under one mask, and a search trains under a new one at every step; {fix}",
     )  # fmt: skip
     if config.model.zero_init_last:
-        trained = getattr(mask, "path", "") if mask.method != "file" else ""
-        if trained:
-            raise config.not_read("model", "zero_init_last", f"mask.path={trained}", "a run from the initialisation")
-        blind = (
-            f"mask.method={mask.method}" if mask.method in BLIND_AT_ZERO else "tost.lrsi" if config.tost.lrsi else ""
-        )
+        if isinstance(mask, FromTrained) and mask.path:
+            raise config.not_read("model", "zero_init_last", f"mask.path={mask.path}", "a run from the initialisation")
+        blind = f"mask.method={mask.method}" if method.blind_at_zero else "tost.lrsi" if config.tost.lrsi else ""
         fix = f"{blind} looks at the initialisation, where no gradient passes a batch norm of weight 0; give false"
         require(not blind, "model.zero_init_last", True, fix)
 

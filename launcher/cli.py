@@ -186,6 +186,9 @@ def _add_topics(parser: _Parser) -> None:
     for name, table in show.TABLES.items():
         topic = _add(topics, name, f"print the {name} by name, with a line on each")
         topic.set_defaults(handler=lambda _, table=table: _print("\n".join(table())))
+        if name == "methods":
+            topic.add_argument("name", metavar="NAME", nargs="?", help="one of them: all that its file says of it")
+            topic.set_defaults(handler=_show_methods)
 
 
 def _start_ranks(ranks: int, argv: Sequence[str]) -> int:
@@ -301,6 +304,14 @@ def _show_config(arguments: Namespace) -> int:
 
         return _print("\n".join([settings.to_yaml(config).rstrip("\n"), *derived(config)]))
     return _print(settings.to_yaml(config))
+
+
+def _show_methods(arguments: Namespace) -> int:
+    if not arguments.name:
+        return _print("\n".join(show.methods()))
+    from ghostmask.launcher.method_page import method_page
+
+    return _print(method_page(arguments.name))
 
 
 def _output(asked: Path | None, usual: Path) -> Path:

@@ -82,6 +82,7 @@ exit codes: 0 found, 1 no run came near enough, 2 wrong input""",
     "show": """examples:
   ghostmask show configs
   ghostmask show methods
+  ghostmask show methods lth                                    what it does, its paper, its settings
   ghostmask show config cifar10_resnet32_probmask mask.density=0.02""",
     "config": """examples:
   ghostmask show config                                         every setting, what it means, its default

@@ -59,7 +59,7 @@ COMMAND_LINE = {
     ],
     "ghostmask show": ["-h --help"],
     "ghostmask show config": ["[[CONFIG] [key=value] ...]", "-h --help"],
-    "ghostmask show methods": ["-h --help"],
+    "ghostmask show methods": ["NAME", "-h --help"],
     "ghostmask show models": ["-h --help"],
     "ghostmask show datasets": ["-h --help"],
     "ghostmask show configs": ["-h --help"],
