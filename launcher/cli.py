@@ -33,6 +33,7 @@ from ghostmask.launcher.folder import read_run, resumed
 from ghostmask.launcher.process import open_standard_streams, require_working_directory
 from ghostmask.launcher.searches import SEARCH_COMMANDS
 from ghostmask.launcher.source import find_source
+from ghostmask.launcher.tables import TABLE_COMMANDS
 
 OUT_HELP = "the file to write (default: mask.safetensors in the run folder)"
 
@@ -112,8 +113,8 @@ def build_parser() -> argparse.ArgumentParser:
     for name, (summary, describe) in (BEFORE_COMMANDS | CLUSTER_COMMANDS | SEARCH_COMMANDS).items():
         describe(_add(commands, name, summary))
     _add_bench(_add(commands, "bench", "time one part of the system against textbook code", _bench))
-    _add_sweep(_add(commands, "sweep", "train several settings over several seeds and print a table", _sweep))
-    _add_tost_table(_add(commands, "tost-table", "train masks without and with ToST and print a table", _tost_table))
+    for name, (summary, describe) in TABLE_COMMANDS.items():
+        describe(_add(commands, name, summary))
     _add_topics(_add(commands, "show", "print settings, or what can be chosen"))
     return parser
 
@@ -151,32 +152,6 @@ def _add_bench(parser: _Parser) -> None:
     parser.add_argument("--device", choices=DEVICES, default="auto", help="as train.device")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs: no numbers to quote")
     parser.add_argument("--strict", action="store_true", help="exit with 1 where a row does not meet its bar")
-
-
-def _add_sweep(parser: _Parser) -> None:
-    several = f"{CONFIG_HELP}, one or more; then {SETTINGS_HELP}"
-    parser.add_argument("overrides", metavar="CONFIG or key=value", nargs="+", help=several)
-    parser.add_argument(
-        "--vary", metavar="KEY=A,B,...", action="append", default=[], help="values of one setting; again for another"
-    )
-    _add_table(parser, "runs/sweep")
-
-
-def _add_tost_table(parser: _Parser) -> None:
-    add_settings(parser)
-    for name, default in (
-        ("masks", "random,snip,grasp,synflow,magnitude,lth"), ("densities", "0.1,0.05,0.02"), ("tweaks", "all"),
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", metavar="A,B,...", default=default, help=f"default: {default}")
-    parser.add_argument("--print", action="store_true", help="run nothing, print the table of what is there")
-    _add_table(parser, "runs/tost")
-
-
-def _add_table(parser: _Parser, folder: str) -> None:
-    parser.add_argument("--seeds", metavar="N", type=count, default=3, help="seeds 0, 1, ... (default: 3)")
-    parser.add_argument(
-        "--folder", type=typed_path("--folder"), default=Path(folder), help=f"where the runs go (default: {folder})"
-    )
 
 
 def _add_topics(parser: _Parser) -> None:
@@ -273,24 +248,6 @@ def _bench(arguments: Namespace) -> int:
     return bench(
         arguments.benchmark, device=arguments.device, quick=arguments.quick, file=arguments.json,
         strict=arguments.strict,
-    )  # fmt: skip
-
-
-def _sweep(arguments: Namespace) -> int:
-    refuse_ranks("sweep")
-    from ghostmask.launcher.sweep import sweep
-
-    return sweep(arguments.overrides, vary=arguments.vary, seeds=arguments.seeds, folder=arguments.folder)
-
-
-def _tost_table(arguments: Namespace) -> int:
-    refuse_ranks("tost-table")
-    from ghostmask.launcher.tost_table import tost_table
-
-    lists = {name: getattr(arguments, name).split(",") for name in ("masks", "densities", "tweaks")}
-    return tost_table(
-        arguments.config, arguments.overrides, **lists,
-        seeds=arguments.seeds, folder=arguments.folder, only_print=arguments.print,
     )  # fmt: skip
 
 

@@ -79,6 +79,12 @@ exit codes: 0 done, 1 with --strict where a bar is not met, 2 wrong input""",
   ghostmask find-density imagenet_resnet50_str --target 0.02 --ranks 4 --over mask.r_decay
 
 exit codes: 0 found, 1 no run came near enough, 2 wrong input""",
+    "methods-table": """examples:
+  ghostmask methods-table digits_methods --jobs 2               every method, 4 densities, 3 seeds
+  ghostmask methods-table digits_methods --methods probmask,lth --densities 0.05 --with lth:mask.round_fraction=0.5
+  ghostmask methods-table digits_methods --print --csv methods.csv
+
+A run that is finished is not run again; what failed is tried again.""",
     "show": """examples:
   ghostmask show configs
   ghostmask show methods

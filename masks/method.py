@@ -91,6 +91,8 @@ class MaskMethod(ABC):
     """Whether each phase, and not the last one only, trains a network that can be exported under its present masks."""
     blind_at_zero: ClassVar[bool] = False
     """Whether its scores are 0 for weights behind which nothing depends on them, as a batch norm of weight 0 has it."""
+    prunes_trained: ClassVar[bool] = False
+    """Whether it is meant for a trained network, which is given as mask.path."""
     paper: ClassVar[str] = ""
     """Who published it, when, under which title, and where it can be read: for `ghostmask show methods NAME`."""
     aliases: ClassVar[tuple[str, ...]] = ()

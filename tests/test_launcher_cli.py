@@ -49,10 +49,14 @@ COMMAND_LINE = {
     "ghostmask logs": ["RUN", "-h --help", "--rank", "--follow"],
     "ghostmask table": ["[RUN ...]", "-h --help", "--csv"],
     "ghostmask bench": ["BENCHMARK", "-h --help", "--json", "--device", "--quick", "--strict"],
-    "ghostmask sweep": ["[CONFIG or key=value ...]", "-h --help", "--vary", "--seeds", "--folder"],
+    "ghostmask sweep": ["[CONFIG or key=value ...]", "-h --help", "--vary", "--seeds", "--folder", "--jobs"],
     "ghostmask tost-table": [
         "CONFIG", "[key=value ...]", "-h --help", "--masks", "--densities", "--tweaks", "--print", "--seeds",
-        "--folder",
+        "--folder", "--jobs",
+    ],
+    "ghostmask methods-table": [
+        "CONFIG", "[key=value ...]", "-h --help", "--densities", "--methods", "--with", "--device", "--csv", "--print",
+        "--seeds", "--folder", "--jobs",
     ],
     "ghostmask find-density": [
         "CONFIG", "[key=value ...]", "-h --help", "--target", "--tolerance", "--runs", "--over", "--ranks", "--folder",
