@@ -25,6 +25,8 @@ PHOTOGRAPHS = {
     "bad_images",
 }  # fmt: skip
 READ_BY_DATASET = {
+    "cifar10": {"subset"},
+    "cifar100": {"subset"},
     "synthetic": {"num_train", "num_eval", "num_classes"},
     "imagefolder": PHOTOGRAPHS | {"val_labels"},
     "imagenet": PHOTOGRAPHS | {"val_labels"},

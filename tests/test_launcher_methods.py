@@ -53,6 +53,9 @@ def their(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ("typed", "meant"),
     [
         ("supermask", "'probmask' with mask.train_weights=false"),
+        ("supermask", "'edge_popup'"),
+        ("edge-popup", "'edge_popup'"),
+        ("ST3-sigma", "'st3' with mask.sigma=true"),
         ("supermsk", "'probmask' with mask.train_weights=false"),
         ("imp", "'lth'"),
         ("lottery-ticket", "'lth'"),

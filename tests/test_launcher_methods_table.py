@@ -8,7 +8,7 @@ import pytest
 
 from ghostmask.engine.errors import InputError, RunStopped
 from ghostmask.launcher.cli import run_command
-from ghostmask.launcher.methods_table import _Table
+from ghostmask.launcher.methods_table import _cells, _own, _Table
 from ghostmask.launcher.settings import load_config
 
 SMALL = [
@@ -59,27 +59,37 @@ def test_what_is_wrong_is_said_before_the_first_run(arguments: str, said: str, t
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_method_without_a_density_is_run_where_its_settings_say_which_one_they_reach(tmp_path: Path) -> None:
+    own = _own(["file@0.1:mask.path=a", "file@0.02:mask.path=b", "lth:mask.rewind=1ep"])
+    cells = _cells(["dense", "file", "lth"], ["0.5", "0.1"], own)
+    assert cells == [("", "dense"), ("0.5", "lth"), ("0.1", "lth"), ("0.1", "file"), ("0.02", "file")]
+    config = (
+        _Table("digits_methods", ["mask.dense_layers=[fc.weight]"], tmp_path, 0)
+        .cell("file", "0.1", own["file", "0.1"])
+        .config
+    )
+    assert (config.mask.path, config.train.epochs, config.run) == ("a", 25, str(tmp_path / "file-0.1-seed0"))  # type: ignore[attr-defined]
+
+
 def test_a_failed_cell_is_shown_and_stops_no_other_and_what_is_there_is_only_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    chosen = ["--methods", "lth,random,file", "--densities", "0.1", "--seeds", "1", "--jobs", "2", "--folder", "runs"]
-    # lth's rewind point lies behind the end of a round, which only the number of images shows.
-    given = ["--with", "lth:mask.rewind=500st", "--with", "file@0.1:mask.path=runs/random-0.1-seed0"]
-    command = ["methods-table", "digits_methods", *SMALL, f"data.root={tmp_path / 'data'}", *chosen]
+    command = ["methods-table", "digits_methods", *SMALL, f"data.root={tmp_path / 'data'}", "--densities", "0.1"]
+    command += ["--seeds", "1", "--jobs", "2", "--folder", "runs"]
     assert run_command(["prepare", *command[1 : len(SMALL) + 3]]) == 0
     capsys.readouterr()
+    # lth's rewind point lies behind the end of a round, which only the number of images shows.
     with pytest.raises(RunStopped, match=r"^runs/lth-0\.1-seed0 ended with exit code 2; the same command") as stopped:
-        run_command([*command, *given[:2], "--methods", "lth,random"])
+        run_command([*command, "--methods", "lth,random", "--with", "lth:mask.rewind=500st"])
     assert stopped.value.exit_code == 2
     out, err = capsys.readouterr()
     head, _, lth, random = out.splitlines()
     assert head.startswith("| method | target | test accuracy |")
     assert lth == "| lth | 0.1 | - | 0 | - | - | - | - | 1 failed |"
-    assert random.startswith("| random | 0.1 | ")
-    assert [cell.strip() for cell in random.split("|")][4:8:3] == ["1", "3"], "one seed, three epochs"
+    cells = [cell.strip() for cell in random.strip("|").split("|")]
+    assert (cells[:2], cells[3], cells[6]) == (["random", "0.1"], "1", "3"), "one seed, three epochs"
     assert "runs/lth-0.1-seed0 FAILED with exit code 2, ghostmask: error: mask.rewind" in err
     before = (tmp_path / "runs/random-0.1-seed0/metrics.jsonl").stat()
-    with pytest.raises(RunStopped):
-        run_command([*command, *given])
+    assert run_command([*command, "--methods", "random"]) == 0
+    assert capsys.readouterr() == ("\n".join([*out.splitlines()[:2], random]) + "\n", "")
     assert (tmp_path / "runs/random-0.1-seed0/metrics.jsonl").stat() == before
-    assert capsys.readouterr().out.splitlines()[4].startswith("| file | 0.1 | "), "of the random run's mask"
