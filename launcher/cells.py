@@ -26,6 +26,7 @@ from ghostmask.launcher.settings import differences, from_dict, load_config
 
 ONE_THREAD = {"train.threads": "1", "data.num_workers": "1"}
 """Settings of a run beside others: more threads than cores wait for each other, spinning."""
+ONE_THREAD_VARIABLES = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")
 PRELOAD_ONE_THREAD = (*PRELOAD, "ghostmask.launcher.train", "ghostmask.data_pipelines.loading.pipeline")
 """FFCV compiles for seconds when it is imported, and starts numba's threads, which a fork must not have: so in the
 server of runs of one thread only, which have none."""
@@ -144,12 +145,17 @@ def _next(
 def _start(run: PlannedRun, *, quiet: bool) -> Any:
     """A process of its own: DeepSpeed keeps the process group of a process's first run. It is forked from a server that
     has imported torch and DeepSpeed once. quiet: what it says goes to a file beside its folder."""
-    preload = PRELOAD
-    if run.config.train.threads == run.config.data.num_workers == 1:
-        os.environ.update(OMP_NUM_THREADS="1", NUMBA_NUM_THREADS="1")
-        preload = [*PRELOAD_ONE_THREAD]
-    process = fork_server(*preload).Process(target=_run, args=(run.command, str(_log(run)) if quiet else ""))
-    process.start()
+    alone = run.config.train.threads == run.config.data.num_workers == 1
+    server = fork_server(*(PRELOAD_ONE_THREAD if alone else PRELOAD))
+    process = server.Process(target=_run, args=(run.command, str(_log(run)) if quiet else ""))
+    before = dict(os.environ)
+    os.environ.update(dict.fromkeys(ONE_THREAD_VARIABLES, "1") if alone else {})
+    try:
+        process.start()  # the first one starts the server
+    finally:
+        for name in ONE_THREAD_VARIABLES:
+            os.environ.pop(name, None)
+        os.environ.update(before)
     return process
 
 

@@ -46,13 +46,28 @@ def check_config(config: RunConfig, world_size: int) -> None:
     _check_schedule(config)
     _check_recipe(config)
     _check_tost(config)
-    _check_data(config)
+    check_data(config)
 
 
 def check_reader(config: RunConfig, world_size: int) -> None:
     """As check_config, for a command that goes through a run's batches and trains nothing: only its ranks must fit."""
     if config.train.replicas:
         check_ranks(config.train.replicas, config.noises, world_size)
+
+
+def check_data(config: RunConfig) -> None:
+    """Raise InputError for a setting of `data` that its data set, or its loader, would not read."""
+    data = config.data
+    read = READ_BY_DATASET.get(data.dataset, set())
+    for dataset, names in READ_BY_DATASET.items():
+        for name in sorted((config.given("data") & names) - read):
+            raise config.not_read("data", name, f"data.dataset={data.dataset}", f"data.dataset={dataset}")
+    for name in sorted(config.given("data") & {"grow_from", "grow_until"}) if not data.start_size else ():
+        raise config.not_read("data", name, "data.start_size=0", "data.start_size=160")
+    if "window_pages" in config.given("data") and data.order != "quasi_random":
+        raise config.not_read("data", "window_pages", f"data.order={data.order}", "data.order=quasi_random")
+    if "val_seed" in config.given("data") and not data.val_fraction:
+        raise config.not_read("data", "val_seed", "data.val_fraction=0", "data.val_fraction=0.1")
 
 
 def check_steps(config: RunConfig, steps_per_epoch: int) -> None:
@@ -172,17 +187,3 @@ def _check_tost(config: RunConfig) -> None:
         raise config.not_read("tost", "swish_beta_end", f"tost.activation={tost.activation}", "tost.activation=pswish")
     for switch in sorted(given & set(READ_BY_TWEAK)) if config.train.epochs == 0 else ():
         raise config.not_read("tost", switch, "train.epochs=0", "a method with a main phase")
-
-
-def _check_data(config: RunConfig) -> None:
-    data = config.data
-    read = READ_BY_DATASET.get(data.dataset, set())
-    for dataset, names in READ_BY_DATASET.items():
-        for name in sorted((config.given("data") & names) - read):
-            raise config.not_read("data", name, f"data.dataset={data.dataset}", f"data.dataset={dataset}")
-    for name in sorted(config.given("data") & {"grow_from", "grow_until"}) if not data.start_size else ():
-        raise config.not_read("data", name, "data.start_size=0", "data.start_size=160")
-    if "window_pages" in config.given("data") and data.order != "quasi_random":
-        raise config.not_read("data", "window_pages", f"data.order={data.order}", "data.order=quasi_random")
-    if "val_seed" in config.given("data") and not data.val_fraction:
-        raise config.not_read("data", "val_seed", "data.val_fraction=0", "data.val_fraction=0.1")

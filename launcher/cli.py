@@ -29,7 +29,7 @@ from ghostmask.launcher.checks import check_config, check_finder
 from ghostmask.launcher.cluster.commands import CLUSTER_COMMANDS
 from ghostmask.launcher.environment import prepare_environment
 from ghostmask.launcher.examples import EXAMPLES
-from ghostmask.launcher.folder import read_run, resumed
+from ghostmask.launcher.folder import other_data, read_run, resumed
 from ghostmask.launcher.process import open_standard_streams, require_working_directory
 from ghostmask.launcher.searches import SEARCH_COMMANDS
 from ghostmask.launcher.source import find_source
@@ -83,8 +83,17 @@ def build_parser() -> argparse.ArgumentParser:
     add_ranks(train)
     evaluate = _add(commands, "evaluate", "print the accuracy and density of a run's network", _evaluate)
     evaluate.add_argument("run", metavar="RUN", help=RUN_HELP)
+    evaluate.add_argument(
+        "overrides",
+        metavar="data.KEY=VALUE",
+        nargs="*",
+        help="other data of the same classes: data.root=/other",
+    )
     add_ranks(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    evaluate.add_argument(
+        "--per-class", metavar="FILE", help="also write the accuracy of each class to FILE, as CSV; - prints a table"
+    )
     export = _add(commands, "export", "write a run's network as a plain state dict", _export)
     export.add_argument("run", metavar="RUN", help=RUN_HELP)
     export.add_argument(
@@ -189,10 +198,15 @@ def _train(arguments: Namespace) -> int:
 
 def _evaluate(arguments: Namespace) -> int:
     run = locate.find_run(arguments.run)
-    prepare_environment(_device_of(run))
+    config = other_data(run, arguments.overrides)
+    per_class = arguments.per_class
+    if per_class not in (None, "-"):
+        per_class = str(typed_path("--per-class")(per_class))
+        locate.check_writable(Path(per_class).parent, "--per-class", per_class)
+    prepare_environment(config.train.device)
     from ghostmask.launcher.evaluate import evaluate
 
-    return evaluate(run, as_json=arguments.json)
+    return evaluate(run, config, as_json=arguments.json, per_class=per_class)
 
 
 def _export(arguments: Namespace) -> int:

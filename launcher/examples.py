@@ -18,7 +18,8 @@ EXAMPLES = {
 exit codes: 0 done, 2 wrong input, 3 loss not finite, 75 interrupted after saving (run it again to go on)""",
     "evaluate": """examples:
   ghostmask evaluate cifar10_resnet32_probmask
-  ghostmask evaluate /scratch/me/first_try --json""",
+  ghostmask evaluate /scratch/me/first_try --json
+  ghostmask evaluate cifar10_resnet32_probmask data.root=/data/cifar10.1 --per-class classes.csv""",
     "export": """examples:
   ghostmask export cifar10_resnet32_probmask                    writes runs/cifar10_resnet32_probmask/export/""",
     "hessian": """examples:

@@ -31,7 +31,7 @@ GHOSTMASK = str(Path(sysconfig.get_path("scripts")) / "ghostmask")
 COMMAND_LINE = {
     "ghostmask": ["-h --help", "--version"],
     "ghostmask train": ["CONFIG", "[key=value ...]", "-h --help", "--restart", "--from", "--new-data", "--ranks"],
-    "ghostmask evaluate": ["RUN", "-h --help", "--ranks", "--json"],
+    "ghostmask evaluate": ["RUN", "[data.KEY=VALUE ...]", "-h --help", "--ranks", "--json", "--per-class"],
     "ghostmask export": ["RUN", "-h --help", "--out"],
     "ghostmask hessian": ["RUN", "-h --help", "--out", "--top", "--batches"],
     "ghostmask find-mask": ["CONFIG", "[key=value ...]", "-h --help", "--out", "--ranks"],
@@ -150,7 +150,7 @@ MORE_WRONG = {
     "hessian x --top 0": "argument --top: '0': give a whole number of at least 1",
     "train cifar10_resnet32_probmask --restrat": "unknown arguments: --restrat (see ghostmask --help)",
     "train": "the following arguments are required: CONFIG, key=value (see ghostmask train --help)",
-    "evaluate a b": "unknown arguments: b",
+    "find-mask a --out b --c": "unknown arguments: --c",
     "trian x": "argument COMMAND: invalid choice: 'trian'",
     "show": "the following arguments are required: TOPIC",
 }
