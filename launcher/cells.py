@@ -105,6 +105,14 @@ def stop_if_failed(failed: Mapping[Path, int]) -> None:
         raise RunStopped(f"{first} ended with exit code {code}{more}; the same command goes on from there", code)
 
 
+def trained(run: PlannedRun) -> float:
+    """Test accuracy in percent of a run, which is trained unless it is there. Raises RunStopped where that fails."""
+    stop_if_failed(train_missing([run]))
+    score = accuracy(run.config)
+    assert score is not None
+    return score
+
+
 def accuracy(config: RunConfig) -> float | None:
     """Test accuracy in percent of a finished run, None for one that is not. Raises InputError for another's folder."""
     summary = Path(config.run) / "export" / "summary.json"

@@ -36,7 +36,7 @@ def _facts(method: type[MaskMethod]) -> str:
         ("paper", method.paper or "its file names none"),
         ("also called", ", ".join(f"{alias} ({settings})" if settings else alias for alias, _, settings in others)),
         ("trained", _phases(method)),
-        ("density", "mask.density" if _has(method, "density") else "not a setting"),
+        ("density", _density(method)),
     ]
     return "\n".join(textwrap.fill(text, WIDTH, initial_indent=f"{what:<13}", subsequent_indent=" " * 13,
                                    break_long_words=False, break_on_hyphens=False)
@@ -48,6 +48,13 @@ def _phases(method: type[MaskMethod]) -> str:
         return "for train.epochs under a mask that is found before (ghostmask find-mask writes it to a file)"
     first = "for train.epochs, in which it finds its mask" if method.searches else "for train.epochs"
     return f"{first}; then fine-tuned for finetune.epochs" if method.finetunes else first
+
+
+def _density(method: type[MaskMethod]) -> str:
+    decides = method.Settings.decided_by
+    return (
+        "mask.density" if _has(method, "density") else f"a result, decided by {decides}" if decides else "not a setting"
+    )
 
 
 def _has(method: type[MaskMethod], field: str) -> bool:

@@ -99,9 +99,10 @@ def _cells(chosen: Sequence[str], densities: Sequence[str], own: Own) -> list[tu
             continue
         reached = [density for other, density in own if other == method and density]
         if not reached:
+            key = settings_of(method).decided_by or "KEY"
             raise InputError(
                 f"--methods {method}: its density is no setting; say what it is to be run with at each density, such "
-                f"as: --with {method}@{densities[0]}:KEY=VALUE (ghostmask show methods {method})"
+                f"as: --with {method}@{densities[0]}:{key}=VALUE (ghostmask find-density finds it)"
             )
         cells += [(density, method) for density in reached]
     return cells
