@@ -35,6 +35,7 @@ from ghostmask.launcher.searches import SEARCH_COMMANDS
 from ghostmask.launcher.source import find_source
 from ghostmask.launcher.tables import TABLE_COMMANDS
 
+SHELLS = ("bash", "zsh", "fish")
 OUT_HELP = "the file to write (default: mask.safetensors in the run folder)"
 
 
@@ -124,6 +125,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_bench(_add(commands, "bench", "time one part of the system against textbook code", _bench))
     for name, (summary, describe) in TABLE_COMMANDS.items():
         describe(_add(commands, name, summary))
+    shell = _add(commands, "completion", "print the script with which a shell completes ghostmask's words", _completion)
+    shell.add_argument("shell", metavar="SHELL", choices=SHELLS, help=f"one of {', '.join(SHELLS)}")
     _add_topics(_add(commands, "show", "print settings, or what can be chosen"))
     return parser
 
@@ -263,6 +266,12 @@ def _bench(arguments: Namespace) -> int:
         arguments.benchmark, device=arguments.device, quick=arguments.quick, file=arguments.json,
         strict=arguments.strict,
     )  # fmt: skip
+
+
+def _completion(arguments: Namespace) -> int:
+    from ghostmask.launcher.completion import completion
+
+    return _print(completion(arguments.shell, build_parser()))
 
 
 def _show_config(arguments: Namespace) -> int:

@@ -86,6 +86,10 @@ exit codes: 0 found, 1 no run came near enough, 2 wrong input""",
   ghostmask methods-table digits_methods --print --csv methods.csv
 
 A run that is finished is not run again; what failed is tried again.""",
+    "completion": """examples:
+  ghostmask completion bash > ~/.local/share/bash-completion/completions/ghostmask
+  ghostmask completion zsh > ~/.zfunc/_ghostmask
+  ghostmask completion fish > ~/.config/fish/completions/ghostmask.fish""",
     "show": """examples:
   ghostmask show configs
   ghostmask show methods

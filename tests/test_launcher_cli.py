@@ -61,6 +61,7 @@ COMMAND_LINE = {
     "ghostmask find-density": [
         "CONFIG", "[key=value ...]", "-h --help", "--target", "--tolerance", "--runs", "--over", "--ranks", "--folder",
     ],
+    "ghostmask completion": ["SHELL", "-h --help"],
     "ghostmask show": ["-h --help"],
     "ghostmask show config": ["[[CONFIG] [key=value] ...]", "-h --help"],
     "ghostmask show methods": ["NAME", "-h --help"],
