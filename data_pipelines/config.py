@@ -66,6 +66,8 @@ class DataConfig:
     """Another seed takes another share."""
     bad_images: str = may_change("stop")
     """Images that cannot be read: stop (when all have been looked at) or skip them."""
+    subset: int = 0
+    """CIFAR: only the first so many training images, for short runs; 0 = all. (They come in no order.)"""
     num_train: int = 1024
     """dataset=synthetic only: training images."""
     num_eval: int = 256
@@ -94,6 +96,7 @@ class DataConfig:
         require_number("data.window_pages", self.window_pages, 1, 1e6)
         require_number("data.max_resolution", self.max_resolution, 16, 65_535)
         require_number("data.jpeg_fraction", self.jpeg_fraction, 0, 1)
+        require_number("data.subset", self.subset, 0, 50_000)
         require_number("data.num_train", self.num_train, 1, 1e8)
         require_number("data.num_eval", self.num_eval, 1, 1e8)
         require_number("data.num_classes", self.num_classes, 2, 25_000)

@@ -56,6 +56,12 @@ def count_train(config: DataConfig) -> int | None:
     return manifest.num_images if manifest else None
 
 
+def check_prepared(config: DataConfig) -> None:
+    """Raises InputError unless the .beton files are there. Imports no torch."""
+    for split in SPLITS:
+        _require_whole(config, _source(config).beton(config.root, split))
+
+
 def check_batch(config: DataConfig, replicas: int) -> None:
     """Raises InputError unless the global batch can be cut into `replicas` parts of equal size. Needs no data."""
     rest = config.batch_size % replicas

@@ -29,6 +29,9 @@ class Score:
     loss: float
     num_images: int
     top5: float | None = None
+    per_class: Tensor | None = None
+    """(classes, 3) int64: of the images of each class those that are right, that are among the five likeliest (0 where
+    there is no top5), and all; None unless it was asked for."""
 
     @property
     def text(self) -> str:
@@ -48,25 +51,29 @@ class EvaluationStopped(Exception):
 @torch.no_grad()
 def score(
     model: nn.Module, batches: Iterable[Batch], world: World, precision: str = "fp32", *, flip: bool = False,
-    asked_to_stop: Callable[[], bool] | None = None,
+    asked_to_stop: Callable[[], bool] | None = None, num_classes: int = 0,
 ) -> Score:  # fmt: skip
     """Collective: `model` in the mode it is in (call .eval() first) over every rank's batches.
 
     Ranks may have different numbers of batches: totals are reduced at the end. flip: score the mean of the logits of
     each image and its mirror image. asked_to_stop: looked at every VOTE_BATCHES batches; all ranks raise
-    EvaluationStopped where it is true on some rank.
+    EvaluationStopped where it is true on some rank. num_classes: count each class by itself; 0 = do not.
     """
     totals = torch.zeros(5, dtype=torch.float64, device=world.device)
+    classes = torch.zeros(num_classes, 3, dtype=torch.int64, device=world.device)
     for number, batch in enumerate(_until(batches, world, asked_to_stop), 1):
         with autocast(world.device, precision):
             logits = model(batch.images).float()
             if flip:
                 logits = (logits + model(batch.images.flip(3)).float()) / 2
         totals += _sums(logits.float(), batch.labels)
+        if num_classes:
+            classes.index_add_(0, batch.labels, _each(logits, batch.labels))
         world.pulse.tick(f"evaluation, batch {number}")
     correct, in_five, ranked, loss, count = world.all_reduce(totals).tolist()
     top5 = in_five / ranked if ranked else None
-    return Score(correct / max(count, 1), loss / max(count, 1), int(count), top5)
+    per_class = world.all_reduce(classes) if num_classes else None
+    return Score(correct / max(count, 1), loss / max(count, 1), int(count), top5, per_class)
 
 
 def hits(logits: Tensor, labels: Tensor) -> Tensor:
@@ -96,6 +103,14 @@ def _until(batches: Iterable[Batch], world: World, asked_to_stop: Callable[[], b
         if stop:
             raise EvaluationStopped
         more = unfinished > 0
+
+
+def _each(logits: Tensor, labels: Tensor) -> Tensor:
+    """(N, 3) int64: of every image, as `hits` counts them, whether it is right and in five, and 1."""
+    right = logits.argmax(1) == labels
+    ranked = logits.shape[1] > TOP
+    in_five = right | (logits.topk(TOP, 1).indices == labels[:, None]).any(1) if ranked else torch.zeros_like(right)
+    return torch.stack([right, in_five, torch.ones_like(right)], 1).long()
 
 
 def _sums(logits: Tensor, labels: Tensor) -> Tensor:

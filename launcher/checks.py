@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from ghostmask.engine.config import require
 from ghostmask.engine.launch import read_launch
 from ghostmask.engine.position import Duration, require_steps
-from ghostmask.engine.registry import resolve
 from ghostmask.engine.sharding.ranks import check_ranks, most_ranks
 from ghostmask.launcher.config import RunConfig
-from ghostmask.masks.registry import METHODS
+from ghostmask.launcher.methods import method_of, methods
+from ghostmask.masks.settings import FromTrained
 from ghostmask.models.names import check_name
-
-if TYPE_CHECKING:
-    from ghostmask.masks.method import MaskMethod
 
 READ_BY_TWEAK = {
     "ghost_skip": {"ghost_skip_fraction"},
@@ -24,14 +20,13 @@ READ_BY_TWEAK = {
 }
 """Tweak of ToST in the main phase -> the other settings of `tost` that it reads."""
 
-BLIND_AT_ZERO = ("snip", "grasp", "synflow", "mlprune")
-"""Finders whose scores are 0 for weights behind which nothing depends on them."""
-
 PHOTOGRAPHS = {
     "max_resolution", "jpeg_fraction", "eval_size", "eval_resize", "interpolation", "exif", "val_fraction", "val_seed",
     "bad_images",
 }  # fmt: skip
 READ_BY_DATASET = {
+    "cifar10": {"subset"},
+    "cifar100": {"subset"},
     "synthetic": {"num_train", "num_eval", "num_classes"},
     "imagefolder": PHOTOGRAPHS | {"val_labels"},
     "imagenet": PHOTOGRAPHS | {"val_labels"},
@@ -51,13 +46,28 @@ def check_config(config: RunConfig, world_size: int) -> None:
     _check_schedule(config)
     _check_recipe(config)
     _check_tost(config)
-    _check_data(config)
+    check_data(config)
 
 
 def check_reader(config: RunConfig, world_size: int) -> None:
     """As check_config, for a command that goes through a run's batches and trains nothing: only its ranks must fit."""
     if config.train.replicas:
         check_ranks(config.train.replicas, config.noises, world_size)
+
+
+def check_data(config: RunConfig) -> None:
+    """Raise InputError for a setting of `data` that its data set, or its loader, would not read."""
+    data = config.data
+    read = READ_BY_DATASET.get(data.dataset, set())
+    for dataset, names in READ_BY_DATASET.items():
+        for name in sorted((config.given("data") & names) - read):
+            raise config.not_read("data", name, f"data.dataset={data.dataset}", f"data.dataset={dataset}")
+    for name in sorted(config.given("data") & {"grow_from", "grow_until"}) if not data.start_size else ():
+        raise config.not_read("data", name, "data.start_size=0", "data.start_size=160")
+    if "window_pages" in config.given("data") and data.order != "quasi_random":
+        raise config.not_read("data", "window_pages", f"data.order={data.order}", "data.order=quasi_random")
+    if "val_seed" in config.given("data") and not data.val_fraction:
+        raise config.not_read("data", "val_seed", "data.val_fraction=0", "data.val_fraction=0.1")
 
 
 def check_steps(config: RunConfig, steps_per_epoch: int) -> None:
@@ -69,7 +79,7 @@ def check_steps(config: RunConfig, steps_per_epoch: int) -> None:
         not tost.ghost_swish or tost.activation == "pswish" or tost.swish_fraction * total <= total - 1,
         "tost.swish_fraction", tost.swish_fraction, f"leaves none of {total} steps to train ReLUs in; give less",
     )  # fmt: skip
-    _method(config.mask.method).check_steps(config.mask, config, steps_per_epoch)
+    method_of(config.mask.method).check_steps(config.mask, config, steps_per_epoch)
 
 
 def check_finder(config: RunConfig) -> None:
@@ -77,15 +87,10 @@ def check_finder(config: RunConfig) -> None:
     from ghostmask.masks.one_shot import OneShot  # imports torch
 
     method = config.mask.method
-    finders = {name: found for name in METHODS if issubclass(found := _method(name), OneShot)}
+    finders = {name: found for name, found in methods().items() if issubclass(found, OneShot)}
     fix = f"finds its mask by training: use ghostmask train; find-mask knows {', '.join(finders)}"
     require(method in finders, "mask.method", method, fix)
     finders[method].check_find(config.mask)
-
-
-def _method(name: str) -> type[MaskMethod]:
-    found: type[MaskMethod] = resolve(METHODS[name])
-    return found
 
 
 def _check_batch(config: RunConfig, world_size: int) -> None:
@@ -108,9 +113,9 @@ def _check_batch(config: RunConfig, world_size: int) -> None:
 
 
 def _check_mask(config: RunConfig) -> None:
-    mask, method = config.mask, _method(config.mask.method)
+    mask, method = config.mask, method_of(config.mask.method)
     if not method.finetunes and config.finetune.epochs > 0:
-        tuned = [name for name in METHODS if _method(name).finetunes]
+        tuned = [name for name, found in methods().items() if found.finetunes]
         for name in sorted(config.given("finetune")):
             fix = f"mask.method={' or '.join(tuned)}, or finetune.epochs=0"
             raise config.not_read("finetune", name, f"mask.method={mask.method}", fix)
@@ -120,7 +125,7 @@ def _check_mask(config: RunConfig) -> None:
 def _check_lengths(config: RunConfig) -> None:
     method, epochs, optim = config.mask.method, config.train.epochs, config.optim
     require(
-        epochs > 0 or not _method(method).searches,
+        epochs > 0 or not method_of(method).searches,
         "train.epochs", epochs, f"mask.method={method} finds its mask while it trains; give 1 or more",
     )  # fmt: skip
     late = [milestone for milestone in optim.milestones if milestone >= epochs]
@@ -158,21 +163,17 @@ def _check_recipe(config: RunConfig) -> None:
         raise config.not_read("distill", name, "distill.path=", "distill.path=RUN")
     if config.distill.model:
         check_name(config.distill.model, "distill.model")
-    searched_last = mask.method == "probmask" and (
-        config.finetune.epochs == 0 or not getattr(mask, "train_weights", True)
-    )
+    method = method_of(mask.method)
+    fix = "give fine-tuning epochs (finetune.epochs, mask.train_weights=true), or 0" if method.finetunes else "give 0"
     require(
-        config.ema.decay == 0 or not searched_last,
-        "ema.decay", config.ema.decay, "averages weights under one mask, and a search trains under a new one at every "
-        "step; give fine-tuning epochs (finetune.epochs, mask.train_weights=true), or 0",
+        config.ema.decay == 0 or method.ends_under_one_mask(mask, config),
+        "ema.decay", config.ema.decay,
+        f"averages weights under one mask, and a search trains under a new one at every step; {fix}",
     )  # fmt: skip
     if config.model.zero_init_last:
-        trained = getattr(mask, "path", "") if mask.method != "file" else ""
-        if trained:
-            raise config.not_read("model", "zero_init_last", f"mask.path={trained}", "a run from the initialisation")
-        blind = (
-            f"mask.method={mask.method}" if mask.method in BLIND_AT_ZERO else "tost.lrsi" if config.tost.lrsi else ""
-        )
+        if isinstance(mask, FromTrained) and mask.path:
+            raise config.not_read("model", "zero_init_last", f"mask.path={mask.path}", "a run from the initialisation")
+        blind = f"mask.method={mask.method}" if method.blind_at_zero else "tost.lrsi" if config.tost.lrsi else ""
         fix = f"{blind} looks at the initialisation, where no gradient passes a batch norm of weight 0; give false"
         require(not blind, "model.zero_init_last", True, fix)
 
@@ -186,17 +187,3 @@ def _check_tost(config: RunConfig) -> None:
         raise config.not_read("tost", "swish_beta_end", f"tost.activation={tost.activation}", "tost.activation=pswish")
     for switch in sorted(given & set(READ_BY_TWEAK)) if config.train.epochs == 0 else ():
         raise config.not_read("tost", switch, "train.epochs=0", "a method with a main phase")
-
-
-def _check_data(config: RunConfig) -> None:
-    data = config.data
-    read = READ_BY_DATASET.get(data.dataset, set())
-    for dataset, names in READ_BY_DATASET.items():
-        for name in sorted((config.given("data") & names) - read):
-            raise config.not_read("data", name, f"data.dataset={data.dataset}", f"data.dataset={dataset}")
-    for name in sorted(config.given("data") & {"grow_from", "grow_until"}) if not data.start_size else ():
-        raise config.not_read("data", name, "data.start_size=0", "data.start_size=160")
-    if "window_pages" in config.given("data") and data.order != "quasi_random":
-        raise config.not_read("data", "window_pages", f"data.order={data.order}", "data.order=quasi_random")
-    if "val_seed" in config.given("data") and not data.val_fraction:
-        raise config.not_read("data", "val_seed", "data.val_fraction=0", "data.val_fraction=0.1")

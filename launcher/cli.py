@@ -29,11 +29,13 @@ from ghostmask.launcher.checks import check_config, check_finder
 from ghostmask.launcher.cluster.commands import CLUSTER_COMMANDS
 from ghostmask.launcher.environment import prepare_environment
 from ghostmask.launcher.examples import EXAMPLES
-from ghostmask.launcher.folder import read_run, resumed
+from ghostmask.launcher.folder import other_data, read_run, resumed
 from ghostmask.launcher.process import open_standard_streams, require_working_directory
 from ghostmask.launcher.searches import SEARCH_COMMANDS
 from ghostmask.launcher.source import find_source
+from ghostmask.launcher.tables import TABLE_COMMANDS
 
+SHELLS = ("bash", "zsh", "fish")
 OUT_HELP = "the file to write (default: mask.safetensors in the run folder)"
 
 
@@ -82,8 +84,17 @@ def build_parser() -> argparse.ArgumentParser:
     add_ranks(train)
     evaluate = _add(commands, "evaluate", "print the accuracy and density of a run's network", _evaluate)
     evaluate.add_argument("run", metavar="RUN", help=RUN_HELP)
+    evaluate.add_argument(
+        "overrides",
+        metavar="data.KEY=VALUE",
+        nargs="*",
+        help="other data of the same classes: data.root=/other",
+    )
     add_ranks(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    evaluate.add_argument(
+        "--per-class", metavar="FILE", help="also write the accuracy of each class to FILE, as CSV; - prints a table"
+    )
     export = _add(commands, "export", "write a run's network as a plain state dict", _export)
     export.add_argument("run", metavar="RUN", help=RUN_HELP)
     export.add_argument(
@@ -112,8 +123,10 @@ def build_parser() -> argparse.ArgumentParser:
     for name, (summary, describe) in (BEFORE_COMMANDS | CLUSTER_COMMANDS | SEARCH_COMMANDS).items():
         describe(_add(commands, name, summary))
     _add_bench(_add(commands, "bench", "time one part of the system against textbook code", _bench))
-    _add_sweep(_add(commands, "sweep", "train several settings over several seeds and print a table", _sweep))
-    _add_tost_table(_add(commands, "tost-table", "train masks without and with ToST and print a table", _tost_table))
+    for name, (summary, describe) in TABLE_COMMANDS.items():
+        describe(_add(commands, name, summary))
+    shell = _add(commands, "completion", "print the script with which a shell completes ghostmask's words", _completion)
+    shell.add_argument("shell", metavar="SHELL", choices=SHELLS, help=f"one of {', '.join(SHELLS)}")
     _add_topics(_add(commands, "show", "print settings, or what can be chosen"))
     return parser
 
@@ -153,32 +166,6 @@ def _add_bench(parser: _Parser) -> None:
     parser.add_argument("--strict", action="store_true", help="exit with 1 where a row does not meet its bar")
 
 
-def _add_sweep(parser: _Parser) -> None:
-    several = f"{CONFIG_HELP}, one or more; then {SETTINGS_HELP}"
-    parser.add_argument("overrides", metavar="CONFIG or key=value", nargs="+", help=several)
-    parser.add_argument(
-        "--vary", metavar="KEY=A,B,...", action="append", default=[], help="values of one setting; again for another"
-    )
-    _add_table(parser, "runs/sweep")
-
-
-def _add_tost_table(parser: _Parser) -> None:
-    add_settings(parser)
-    for name, default in (
-        ("masks", "random,snip,grasp,synflow,magnitude,lth"), ("densities", "0.1,0.05,0.02"), ("tweaks", "all"),
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", metavar="A,B,...", default=default, help=f"default: {default}")
-    parser.add_argument("--print", action="store_true", help="run nothing, print the table of what is there")
-    _add_table(parser, "runs/tost")
-
-
-def _add_table(parser: _Parser, folder: str) -> None:
-    parser.add_argument("--seeds", metavar="N", type=count, default=3, help="seeds 0, 1, ... (default: 3)")
-    parser.add_argument(
-        "--folder", type=typed_path("--folder"), default=Path(folder), help=f"where the runs go (default: {folder})"
-    )
-
-
 def _add_topics(parser: _Parser) -> None:
     topics = parser.add_subparsers(title="topics", metavar="TOPIC", required=True, parser_class=_Parser)
     config = _add(topics, "config", "print every setting of a config (or the defaults) with its meaning", _show_config)
@@ -186,6 +173,9 @@ def _add_topics(parser: _Parser) -> None:
     for name, table in show.TABLES.items():
         topic = _add(topics, name, f"print the {name} by name, with a line on each")
         topic.set_defaults(handler=lambda _, table=table: _print("\n".join(table())))
+        if name == "methods":
+            topic.add_argument("name", metavar="NAME", nargs="?", help="one of them: all that its file says of it")
+            topic.set_defaults(handler=_show_methods)
 
 
 def _start_ranks(ranks: int, argv: Sequence[str]) -> int:
@@ -211,10 +201,15 @@ def _train(arguments: Namespace) -> int:
 
 def _evaluate(arguments: Namespace) -> int:
     run = locate.find_run(arguments.run)
-    prepare_environment(_device_of(run))
+    config = other_data(run, arguments.overrides)
+    per_class = arguments.per_class
+    if per_class not in (None, "-"):
+        per_class = str(typed_path("--per-class")(per_class))
+        locate.check_writable(Path(per_class).parent, "--per-class", per_class)
+    prepare_environment(config.train.device)
     from ghostmask.launcher.evaluate import evaluate
 
-    return evaluate(run, as_json=arguments.json)
+    return evaluate(run, config, as_json=arguments.json, per_class=per_class)
 
 
 def _export(arguments: Namespace) -> int:
@@ -273,22 +268,10 @@ def _bench(arguments: Namespace) -> int:
     )  # fmt: skip
 
 
-def _sweep(arguments: Namespace) -> int:
-    refuse_ranks("sweep")
-    from ghostmask.launcher.sweep import sweep
+def _completion(arguments: Namespace) -> int:
+    from ghostmask.launcher.completion import completion
 
-    return sweep(arguments.overrides, vary=arguments.vary, seeds=arguments.seeds, folder=arguments.folder)
-
-
-def _tost_table(arguments: Namespace) -> int:
-    refuse_ranks("tost-table")
-    from ghostmask.launcher.tost_table import tost_table
-
-    lists = {name: getattr(arguments, name).split(",") for name in ("masks", "densities", "tweaks")}
-    return tost_table(
-        arguments.config, arguments.overrides, **lists,
-        seeds=arguments.seeds, folder=arguments.folder, only_print=arguments.print,
-    )  # fmt: skip
+    return _print(completion(arguments.shell, build_parser()))
 
 
 def _show_config(arguments: Namespace) -> int:
@@ -301,6 +284,14 @@ def _show_config(arguments: Namespace) -> int:
 
         return _print("\n".join([settings.to_yaml(config).rstrip("\n"), *derived(config)]))
     return _print(settings.to_yaml(config))
+
+
+def _show_methods(arguments: Namespace) -> int:
+    if not arguments.name:
+        return _print("\n".join(show.methods()))
+    from ghostmask.launcher.method_page import method_page
+
+    return _print(method_page(arguments.name))
 
 
 def _output(asked: Path | None, usual: Path) -> Path:

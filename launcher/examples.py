@@ -18,7 +18,8 @@ EXAMPLES = {
 exit codes: 0 done, 2 wrong input, 3 loss not finite, 75 interrupted after saving (run it again to go on)""",
     "evaluate": """examples:
   ghostmask evaluate cifar10_resnet32_probmask
-  ghostmask evaluate /scratch/me/first_try --json""",
+  ghostmask evaluate /scratch/me/first_try --json
+  ghostmask evaluate cifar10_resnet32_probmask data.root=/data/cifar10.1 --per-class classes.csv""",
     "export": """examples:
   ghostmask export cifar10_resnet32_probmask                    writes runs/cifar10_resnet32_probmask/export/""",
     "hessian": """examples:
@@ -79,9 +80,20 @@ exit codes: 0 done, 1 with --strict where a bar is not met, 2 wrong input""",
   ghostmask find-density imagenet_resnet50_str --target 0.02 --ranks 4 --over mask.r_decay
 
 exit codes: 0 found, 1 no run came near enough, 2 wrong input""",
+    "methods-table": """examples:
+  ghostmask methods-table digits_methods --jobs 2               every method, 4 densities, 3 seeds
+  ghostmask methods-table digits_methods --methods probmask,lth --densities 0.05 --with lth:mask.round_fraction=0.5
+  ghostmask methods-table digits_methods --print --csv methods.csv
+
+A run that is finished is not run again; what failed is tried again.""",
+    "completion": """examples:
+  ghostmask completion bash > ~/.local/share/bash-completion/completions/ghostmask
+  ghostmask completion zsh > ~/.zfunc/_ghostmask
+  ghostmask completion fish > ~/.config/fish/completions/ghostmask.fish""",
     "show": """examples:
   ghostmask show configs
   ghostmask show methods
+  ghostmask show methods lth                                    what it does, its paper, its settings
   ghostmask show config cifar10_resnet32_probmask mask.density=0.02""",
     "config": """examples:
   ghostmask show config                                         every setting, what it means, its default

@@ -16,9 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from ghostmask.engine.errors import InputError, bad_value, output, tell
+from ghostmask.launcher.cells import planned, trained
 from ghostmask.launcher.checks import check_config
 from ghostmask.launcher.settings import flat, load_config
-from ghostmask.launcher.sweep import planned, trained
 from ghostmask.launcher.table import markdown
 
 WIDEN = 4.0

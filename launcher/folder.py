@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ghostmask.engine.errors import InputError
+from ghostmask.launcher.checks import check_data
 from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.settings import GONE, differences, from_dict, load_config, run_folder
 from ghostmask.launcher.yaml_text import read_yaml_file
@@ -27,6 +28,23 @@ def read_run(folder: Path) -> RunConfig:
             raise older(folder, f"{old} in its config.yaml") from None
         fix = "restore it, or delete it (the checkpoints hold it too), or give another run=NAME"
         raise InputError(f"run = {str(folder)!r}: its configuration cannot be read ({error}); {fix}") from None
+
+
+def other_data(folder: Path, overrides: Sequence[str]) -> RunConfig:
+    """The configuration of the run in `folder`, with other data where `overrides` (data.key=value) name some.
+
+    Raises InputError for settings of anything else, and of data that this data set does not read.
+    """
+    before = read_run(folder)
+    for item in overrides:
+        if not item.startswith(("data.", "train.device=")):
+            fix = "give settings of data, such as data.root=/other, or train.device: the network is what it is"
+            raise InputError(f"{item}: is not read by evaluate; {fix}")
+    if not overrides:
+        return before
+    config = load_config(str(folder / "config.yaml"), overrides)
+    check_data(config)
+    return config
 
 
 def networks(config: RunConfig) -> set[str]:

@@ -22,7 +22,6 @@ from ghostmask.engine.metrics import MetricWriter
 from ghostmask.engine.position import Duration, Phase
 from ghostmask.engine.profile import ProfileSteps
 from ghostmask.engine.progress import Progress
-from ghostmask.engine.registry import resolve
 from ghostmask.engine.reporting import Reporter
 from ghostmask.engine.schedule import LearningRate
 from ghostmask.engine.sharding.ranks import chosen_parts
@@ -30,13 +29,13 @@ from ghostmask.engine.sharding.replicas import Replicas, share
 from ghostmask.engine.trainer import Task, Trainer
 from ghostmask.engine.world import World
 from ghostmask.launcher.config import RunConfig
+from ghostmask.launcher.methods import method_of
 from ghostmask.launcher.open_run import OpenRun
 from ghostmask.launcher.record import versions
 from ghostmask.launcher.settings import to_dict
 from ghostmask.launcher.tweaks import with_tweaks
 from ghostmask.masks.masked import present_masks
 from ghostmask.masks.method import FINETUNE, MaskMethod, Recipe
-from ghostmask.masks.registry import METHODS
 from ghostmask.models.build import build_model, check_part, check_side
 
 
@@ -188,8 +187,7 @@ def build_method(config: RunConfig, world: World, data: DataPipeline) -> MaskMet
     optim = replace(config.optim, lr=config.optim.lr * config.lr_scale)
     finetune = replace(config.finetune, lr=config.finetune.lr * config.lr_scale)
     recipe = Recipe(optim, finetune, config.train.epochs, config.seed, bf16)
-    method: MaskMethod = resolve(METHODS[config.mask.method])(config.mask, net, recipe, world)
-    return method
+    return method_of(config.mask.method)(config.mask, net, recipe, world)
 
 
 def assemble(

@@ -12,10 +12,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from ghostmask.engine.errors import InputError, bad_value, unknown_name
-from ghostmask.engine.registry import resolve
+from ghostmask.engine.errors import InputError, bad_value
 from ghostmask.launcher import locate
 from ghostmask.launcher.config import RunConfig
+from ghostmask.launcher.methods import method_of
 from ghostmask.launcher.values import as_text, convert
 from ghostmask.launcher.yaml_text import Plain, read_yaml, read_yaml_file
 from ghostmask.masks.registry import METHODS
@@ -145,10 +145,7 @@ def _types(cls: type, prefix: str, methods: tuple[tuple[str, str], ...]) -> dict
 
 def settings_of(method: str) -> type[MaskSettings]:
     """The settings that a mask method reads. Raises InputError for an unknown name. Imports the method's file."""
-    if method not in METHODS:
-        raise unknown_name("mask.method", method, METHODS)
-    found: type[MaskSettings] = resolve(METHODS[method]).Settings
-    return found
+    return method_of(method).Settings
 
 
 def _override(values: dict[str, Any], item: str, given: set[str]) -> None:

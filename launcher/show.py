@@ -35,7 +35,7 @@ def datasets() -> list[str]:
 
 def configs() -> list[str]:
     """One line per shipped config: its name and the first comment of its file."""
-    return _aligned((name, _first_comment(path)) for name, path in shipped_configs().items())
+    return _aligned((name, first_comment(path)) for name, path in shipped_configs().items())
 
 
 TABLES: dict[str, Callable[[], list[str]]] = {
@@ -51,6 +51,12 @@ def versions() -> str:
     """The versions of ghostmask and of what a bug report needs, from the libraries' metadata: none is imported."""
     parts = [f"{name} {_version(name)}" for name in ("torch", "deepspeed", "ffcv")]
     return f"ghostmask {__version__} ({', '.join(parts)}, python {platform.python_version()})"
+
+
+def first_comment(path: Path) -> str:
+    """The first comment of a YAML file, "" where there is none."""
+    with path.open(encoding="utf-8") as file:
+        return next((line.lstrip("# ").strip() for line in file if line.startswith("#")), "")
 
 
 def _version(name: str) -> str:
@@ -85,11 +91,6 @@ def _function_doc(entry: str) -> str:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
             return _first_line(ast.get_docstring(node))
     raise AttributeError(f"the registry names {entry}, which does not exist")
-
-
-def _first_comment(path: Path) -> str:
-    with path.open(encoding="utf-8") as file:
-        return next((line.lstrip("# ").strip() for line in file if line.startswith("#")), "")
 
 
 def _first_line(doc: str | None) -> str:

@@ -2,8 +2,8 @@
 
 Every mask is trained from the initialisation of its seed, with tost=none and with each tweak: all (the configuration's
 own tost section) or one of it. random, snip, grasp and synflow find it there; magnitude's and lth's is the result of a
-run of its own without ToST. One rank each, one after the other. A run that is finished is not run again: an interrupted
-table goes on where it was.
+run of its own without ToST. One rank each. A run that is finished is not run again: an interrupted table goes on where
+it was (see launcher.cells).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ghostmask.engine.errors import output, unknown_name
+from ghostmask.launcher.cells import PlannedRun, accuracy, beside_others, planned, stop_if_failed, train_missing
 from ghostmask.launcher.checks import READ_BY_TWEAK
 from ghostmask.launcher.settings import load_config
-from ghostmask.launcher.sweep import PlannedRun, accuracy, planned, trained
 from ghostmask.launcher.table import markdown, spread
 from ghostmask.launcher.values import as_text
 
@@ -32,25 +32,21 @@ Cell = tuple[int, str, str, str]
 
 def tost_table(
     name: str, settings: Sequence[str], *, masks: Sequence[str], densities: Sequence[str], tweaks: Sequence[str],
-    seeds: int, folder: Path, only_print: bool,
+    seeds: int, folder: Path, jobs: int = 1, only_print: bool = False,
 ) -> int:  # fmt: skip
-    """Run what is missing, seed by seed, unless only_print; print the table; returns 0.
+    """Run what is missing, seed by seed, `jobs` at a time, unless only_print; print the table; returns 0.
 
     name: a configuration with ToST on; settings: key=value of every run; tweaks: of TWEAKS; folder: where the runs go.
     """
     for tweak in tweaks:
         if tweak not in TWEAKS:
             raise unknown_name("--tweaks", tweak, TWEAKS)
+    settings = beside_others(settings, jobs)
     cells = list(itertools.product(range(seeds), densities, masks, (WITHOUT, *tweaks)))
     runs = {cell: _run(name, settings, folder, cell) for cell in cells}
-    if not only_print:
-        found = {c: _source(name, settings, folder, *c[:3]) for c in cells if c[2] in TRAINED}
-        for cell in cells:
-            # Each source stands before the runs that read it; there several times, it is trained once.
-            for run in (found.get(cell), runs[cell]):
-                if run is not None:
-                    trained(run)
+    failed = {} if only_print else train_missing(list(runs.values()), jobs)
     output(table({cell: accuracy(run.config) for cell, run in runs.items()}, masks, densities, tweaks, seeds))
+    stop_if_failed(failed)
     return 0
 
 
@@ -77,19 +73,19 @@ def table(
 
 def _run(name: str, settings: Sequence[str], folder: Path, cell: Cell) -> PlannedRun:
     seed, density, mask, tweak = cell
-    if mask in TRAINED:
-        source = _source(name, settings, folder, seed, density, mask).config.run
-        given = ["mask.method=file", "mask.density=1", f"mask.path={source}"]
+    source = _source(name, settings, folder, seed, density, mask) if mask in TRAINED else None
+    if source:
+        given = ["mask.method=file", "mask.density=1", f"mask.path={source.config.run}"]
     else:
         given = [f"mask.method={mask}", f"mask.density={density}"]
     own = [*given, f"seed={seed}", f"run={os.path.join(folder, f'{mask}-{density}-{tweak}-seed{seed}')}"]
     if tweak == "all":
-        return planned(name, [*settings, *own])
+        return planned(name, [*settings, *own], source)
     if tweak == WITHOUT:
-        return planned(name, [*_without_tost(settings), *own])
+        return planned(name, [*_without_tost(settings), *own], source)
     section = load_config(name, settings).tost
     alone = [f"tost.{k}={as_text(getattr(section, k))}" for k in (tweak, *READ_BY_TWEAK.get(tweak, ()))]
-    return planned(name, [*_without_tost(settings), *own, *alone])
+    return planned(name, [*_without_tost(settings), *own, *alone], source)
 
 
 def _source(name: str, settings: Sequence[str], folder: Path, seed: int, density: str, mask: str) -> PlannedRun:

@@ -89,6 +89,15 @@ class MaskMethod(ABC):
     """Whether a fine-tuning phase follows after the mask is found."""
     every_phase_has_a_result: ClassVar[bool] = False
     """Whether each phase, and not the last one only, trains a network that can be exported under its present masks."""
+    blind_at_zero: ClassVar[bool] = False
+    """Whether its scores are 0 for weights behind which nothing depends on them, as a batch norm of weight 0 has it."""
+    prunes_trained: ClassVar[bool] = False
+    """Whether it is meant for a trained network, which is given as mask.path."""
+    paper: ClassVar[str] = ""
+    """Who published it, when, under which title, and where it can be read: for `ghostmask show methods NAME`."""
+    aliases: ClassVar[tuple[str, ...]] = ()
+    """Other names that people look for, each with the setting, after a space, that makes it that: "imp", "supermask
+    mask.train_weights=false"."""
 
     def __init__(self, settings: Any, net: nn.Module, recipe: Recipe, world: World) -> None:
         self.settings, self.net, self.recipe, self.world = settings, net, recipe, world
@@ -101,6 +110,11 @@ class MaskMethod(ABC):
     @classmethod  # noqa: B027
     def check(cls, settings: Any, run: Any) -> None:
         """Raise InputError where the method's settings do not fit the rest of a run (launcher.config.RunConfig)."""
+
+    @classmethod
+    def ends_under_one_mask(cls, settings: Any, run: Any) -> bool:
+        """Whether the run's last phase trains under a mask that stays; else its weights cannot be averaged (ema)."""
+        return True
 
     @classmethod  # noqa: B027
     def check_steps(cls, settings: Any, run: Any, steps_per_epoch: int) -> None:

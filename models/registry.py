@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 MODELS = {
+    "resnet8": "ghostmask.models.cifar_resnet:resnet8",
     "resnet20": "ghostmask.models.cifar_resnet:resnet20",
     "resnet32": "ghostmask.models.cifar_resnet:resnet32",
     "resnet9": "ghostmask.models.resnet9:resnet9",

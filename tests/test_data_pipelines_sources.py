@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +137,17 @@ def cifar100_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("cifar100")
     subprocess.run([sys.executable, str(SHARED / "tools" / "unpack_cifar100.py"), str(root)], check=True)
     return root
+
+
+def test_a_subset_of_cifar_is_its_first_images_in_a_file_of_its_own(cifar100_root: Path) -> None:
+    config = DataConfig(dataset="cifar100", root=str(cifar100_root))
+    whole, part = cifar100(config), cifar100(replace(config, subset=300))
+    images, first = whole.images("train"), part.images("train")
+    assert (len(images), len(first), len(part.images("eval"))) == (50_000, 300, 10_000)
+    assert [first[i][1] for i in range(300)] == [images[i][1] for i in range(300)]
+    assert (first[299][0] == images[299][0]).all()
+    assert part.beton("x", "train") != whole.beton("x", "train")
+    assert part.beton("x", "eval") == whole.beton("x", "eval")
 
 
 def test_cifar100_comes_out_of_ffcv_pixel_by_pixel(cifar100_root: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ GHOSTMASK = str(Path(sysconfig.get_path("scripts")) / "ghostmask")
 COMMAND_LINE = {
     "ghostmask": ["-h --help", "--version"],
     "ghostmask train": ["CONFIG", "[key=value ...]", "-h --help", "--restart", "--from", "--new-data", "--ranks"],
-    "ghostmask evaluate": ["RUN", "-h --help", "--ranks", "--json"],
+    "ghostmask evaluate": ["RUN", "[data.KEY=VALUE ...]", "-h --help", "--ranks", "--json", "--per-class"],
     "ghostmask export": ["RUN", "-h --help", "--out"],
     "ghostmask hessian": ["RUN", "-h --help", "--out", "--top", "--batches"],
     "ghostmask find-mask": ["CONFIG", "[key=value ...]", "-h --help", "--out", "--ranks"],
@@ -49,17 +49,22 @@ COMMAND_LINE = {
     "ghostmask logs": ["RUN", "-h --help", "--rank", "--follow"],
     "ghostmask table": ["[RUN ...]", "-h --help", "--csv"],
     "ghostmask bench": ["BENCHMARK", "-h --help", "--json", "--device", "--quick", "--strict"],
-    "ghostmask sweep": ["[CONFIG or key=value ...]", "-h --help", "--vary", "--seeds", "--folder"],
+    "ghostmask sweep": ["[CONFIG or key=value ...]", "-h --help", "--vary", "--seeds", "--folder", "--jobs"],
     "ghostmask tost-table": [
         "CONFIG", "[key=value ...]", "-h --help", "--masks", "--densities", "--tweaks", "--print", "--seeds",
-        "--folder",
+        "--folder", "--jobs",
+    ],
+    "ghostmask methods-table": [
+        "CONFIG", "[key=value ...]", "-h --help", "--densities", "--methods", "--with", "--device", "--csv", "--print",
+        "--seeds", "--folder", "--jobs",
     ],
     "ghostmask find-density": [
         "CONFIG", "[key=value ...]", "-h --help", "--target", "--tolerance", "--runs", "--over", "--ranks", "--folder",
     ],
+    "ghostmask completion": ["SHELL", "-h --help"],
     "ghostmask show": ["-h --help"],
     "ghostmask show config": ["[[CONFIG] [key=value] ...]", "-h --help"],
-    "ghostmask show methods": ["-h --help"],
+    "ghostmask show methods": ["NAME", "-h --help"],
     "ghostmask show models": ["-h --help"],
     "ghostmask show datasets": ["-h --help"],
     "ghostmask show configs": ["-h --help"],
@@ -146,7 +151,7 @@ MORE_WRONG = {
     "hessian x --top 0": "argument --top: '0': give a whole number of at least 1",
     "train cifar10_resnet32_probmask --restrat": "unknown arguments: --restrat (see ghostmask --help)",
     "train": "the following arguments are required: CONFIG, key=value (see ghostmask train --help)",
-    "evaluate a b": "unknown arguments: b",
+    "find-mask a --out b --c": "unknown arguments: --c",
     "trian x": "argument COMMAND: invalid choice: 'trian'",
     "show": "the following arguments are required: TOPIC",
 }

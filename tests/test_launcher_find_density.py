@@ -12,11 +12,11 @@ import pytest
 
 from ghostmask.engine.errors import InputError, RunStopped
 from ghostmask.launcher import find_density as module
+from ghostmask.launcher.cells import PlannedRun, accuracy
 from ghostmask.launcher.checks import check_steps
 from ghostmask.launcher.cli import run_command
 from ghostmask.launcher.find_density import NOT_FOUND, proposed
 from ghostmask.launcher.settings import load_config, to_dict
-from ghostmask.launcher.sweep import PlannedRun, accuracy
 
 
 @dataclass

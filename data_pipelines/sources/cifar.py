@@ -33,7 +33,10 @@ def _cifar(config: DataConfig, name: str, folder: str, num_classes: int, *moment
     root = Path(config.root)
 
     def images(split: str) -> Images:
-        return as_images(_read_or_download(name, root, folder, split == "train"))
+        dataset = _read_or_download(name, root, folder, split == "train")
+        if split == "train" and config.subset:
+            dataset.data, dataset.targets = dataset.data[: config.subset], dataset.targets[: config.subset]
+        return as_images(dataset)
 
     def fingerprint() -> str | None:
         files = [p for p in (root / folder).glob("*") if p.is_file()]
@@ -42,9 +45,10 @@ def _cifar(config: DataConfig, name: str, folder: str, num_classes: int, *moment
     def class_names() -> list[str]:
         return list(_read_or_download(name, root, folder, train=False).classes)
 
+    stem = f"{config.dataset}-first{config.subset}" if config.subset else config.dataset
     return Source(
-        config.dataset, num_classes, fixed_size(config, 32), mean, std, PAD_CROP_FLIP, images, fingerprint,
-        class_names=class_names,
+        stem, num_classes, fixed_size(config, 32), mean, std, PAD_CROP_FLIP, images, fingerprint,
+        class_names=class_names, eval_name=config.dataset,
     )  # fmt: skip
 
 

@@ -12,6 +12,9 @@ from ghostmask.masks.method import MaskMethod
 class Dense(MaskMethod):
     """Trains every weight for train.epochs."""
 
+    paper = "none: the network as it is"
+    aliases = ("none", "baseline", "full")
+
     @classmethod
     def check(cls, settings: Any, run: Any) -> None:
         for name in sorted(run.given("mask") & {"dense_layers", "only"}):

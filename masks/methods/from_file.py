@@ -30,6 +30,8 @@ class FromFile(OneShot):
     """The mask of a mask file, of a checkpoint's zeros or of a dict of tensors; the density is the file's."""
 
     Settings = Settings
+    paper = "none: the mask is the user's"
+    aliases = ("mask", "path", "load", "given", "fixed")
     read: dict[str, Tensor]
 
     def prepare(self) -> None:

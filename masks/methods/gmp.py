@@ -31,6 +31,11 @@ class GradualMagnitude(MaskMethod):
 
     Settings = Settings
     searches = True
+    paper = (
+        'Zhu & Gupta 2017, "To prune, or not to prune: exploring the efficacy of pruning for model compression", '
+        "https://arxiv.org/abs/1710.01878"
+    )
+    aliases = ("gradual", "gradual_magnitude", "agp", "cubic")
 
     @classmethod
     def check_steps(cls, settings: Any, run: Any, steps_per_epoch: int) -> None:

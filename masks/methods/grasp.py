@@ -38,6 +38,12 @@ class Grasp(Scored):
     """
 
     Settings = Settings
+    blind_at_zero = True
+    paper = (
+        'Wang et al. 2020, "Picking Winning Tickets Before Training by Preserving Gradient Flow", '
+        "https://arxiv.org/abs/2002.07376"
+    )
+    aliases = ("gradient_flow",)
 
     def scores(self, data: DataPipeline, part: Slice) -> Tensor:
         """Collective: w (H g) of this rank's slice, (n,), of the loss summed over the images: the largest -w (H g) are

@@ -63,6 +63,11 @@ class LotteryTicket(MaskMethod):
 
     Settings = Settings
     searches = True
+    paper = (
+        'Frankle & Carbin 2019, "The Lottery Ticket Hypothesis", https://arxiv.org/abs/1803.03635; rewinding: '
+        'Frankle et al. 2020, "Linear Mode Connectivity and the Lottery Ticket Hypothesis", https://arxiv.org/abs/1912.05671'
+    )
+    aliases = ("imp", "iterative", "lottery", "lottery_ticket", "ticket", "rewind")
     every_phase_has_a_result = True
     points: Mapping[str, Tensor] = MappingProxyType({})
     """Group name -> this rank's slice of the weights that rounds are rewound to, once there are any."""

@@ -28,6 +28,11 @@ class Magnitude(Scored):
 
     Settings = Settings
     finetunes = True
+    paper = (
+        'Han et al. 2015, "Learning both Weights and Connections for Efficient Neural Networks", '
+        "https://arxiv.org/abs/1506.02626"
+    )
+    aliases = ("pbw", "prune", "pruning", "oneshot", "topk", "l1")
 
     @classmethod
     def check(cls, settings: Any, run: Any) -> None:

@@ -33,6 +33,13 @@ class MlPrune(Scored):
     """
 
     Settings = Settings
+    blind_at_zero = True
+    prunes_trained = True
+    paper = (
+        'Zeng & Urtasun 2019, "MLPrune: Multi-Layer Pruning for Automated Neural Network Compression", '
+        "https://openreview.net/forum?id=r1g5b2RcKm"
+    )
+    aliases = ("mlp", "kfac", "hessian", "obd", "obs", "woodfisher", "wanda", "sparsegpt")
 
     def scores(self, data: DataPipeline, part: Slice) -> Tensor:
         s = self.settings

@@ -88,6 +88,11 @@ class ProbMask(MaskMethod):
     Settings = Settings
     searches = True
     finetunes = True
+    paper = (
+        'Zhou et al. 2021, "Effective Sparsification of Neural Networks with Global Sparsity Constraint", '
+        "https://arxiv.org/abs/2105.01571"
+    )
+    aliases = ("supermask mask.train_weights=false", "probabilistic", "bernoulli mask.final=sample")
 
     @classmethod
     def check(cls, settings: Any, run: Any) -> None:
@@ -101,6 +106,10 @@ class ProbMask(MaskMethod):
         if run.finetune.epochs > 0:
             for name in sorted(run.given("finetune")):
                 raise run.not_read("finetune", name, chosen, f"{fix}, or finetune.epochs=0")
+
+    @classmethod
+    def ends_under_one_mask(cls, settings: Any, run: Any) -> bool:
+        return bool(run.finetune.epochs > 0 and settings.train_weights)
 
     def phases(self) -> tuple[tuple[str, int], ...]:
         epochs = self.recipe.finetune.epochs if self.settings.train_weights else 0

@@ -28,6 +28,11 @@ class Random(OneShot):
     """Exactly round(density n) weights, each equally likely within its layer; mask.allocation shares them out."""
 
     Settings = Settings
+    paper = (
+        'ER: Mocanu et al. 2018, "Scalable training of artificial neural networks with adaptive sparse connectivity", '
+        'https://arxiv.org/abs/1707.04780; ERK: Evci et al. 2020, "Rigging the Lottery", https://arxiv.org/abs/1911.11134'
+    )
+    aliases = ("erk", "er mask.allocation=er", "uniform mask.allocation=uniform", "static")
 
     def find(self, data: DataPipeline) -> dict[str, Tensor]:
         config = self.settings

@@ -31,6 +31,12 @@ class Snip(Scored):
     """
 
     Settings = Settings
+    blind_at_zero = True
+    paper = (
+        'Lee et al. 2019, "SNIP: Single-shot Network Pruning based on Connection Sensitivity", '
+        "https://arxiv.org/abs/1810.02340"
+    )
+    aliases = ("connection_sensitivity", "sensitivity")
 
     def scores(self, data: DataPipeline, part: Slice) -> Tensor:
         s = self.settings

@@ -33,6 +33,12 @@ class SynFlow(OneShot):
     """
 
     Settings = Settings
+    blind_at_zero = True
+    paper = (
+        'Tanaka et al. 2020, "Pruning neural networks without any data by iteratively conserving synaptic flow", '
+        "https://arxiv.org/abs/2006.05467"
+    )
+    aliases = ("synaptic_flow", "data_free")
 
     def find(self, data: DataPipeline) -> dict[str, Tensor]:
         steps, part = self.settings.iterations, Slice.even(self.weights, self.world)
