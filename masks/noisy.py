@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,9 +29,6 @@ from ghostmask.masks.masked import FixedMask, Masked
 from ghostmask.masks.method import FINETUNE, MaskMethod, Setup
 from ghostmask.masks.schedules import LARGEST_NOISE_RATE, LEAST_NOISE_RATE, TRAVEL, noise_rate
 from ghostmask.masks.settings import Noisy, number
-
-if TYPE_CHECKING:
-    from ghostmask.engine.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -195,8 +192,3 @@ class NoisySearch(MaskMethod):
 
     def enter(self, phase: Phase) -> Setup:
         return replace(super().enter(phase), passes=1 if phase.name == FINETUNE else self.settings.samples)
-
-    def leave(self, trainer: Trainer) -> None:
-        super().leave(trainer)
-        if trainer.phase.name == "search":
-            self.settle(self.found, trainer.reporter.progress.message)

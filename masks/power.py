@@ -8,7 +8,7 @@ weights by |theta| ranks them by |v|, which is what it is given (|v|^a of small 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -70,6 +70,13 @@ class Powered(Reparametrization):
 class PoweredMask(Powered, Masked):
     """Around a form with a mask."""
 
+    form: Masked
+
+    def decides(self, updates: int) -> bool:
+        return self.form.decides(updates)
+
+    def due(self, part: Slice) -> Sequence[int] | None:
+        return self.form.due(part)
+
     def mask(self, state: State, part: Slice) -> Tensor:
-        assert isinstance(self.form, Masked)
         return self.form.mask(state, part)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,10 +20,6 @@ from ghostmask.engine.sharding.spans import Spans
 from ghostmask.masks.masked import Masked
 from ghostmask.masks.method import MaskMethod
 from ghostmask.masks.settings import MaskSettings, number
-
-if TYPE_CHECKING:
-    from ghostmask.engine.trainer import Trainer
-
 
 UNSEEN = -80.0
 """sigmoid(r) is less than any weight of a network, and so is its slope, below this."""
@@ -72,10 +68,6 @@ class SoftThresholds(MaskMethod):
         return SoftThreshold(
             self.rule(), Sgd(optim.momentum, decay or optim.weight_decay, optim.nesterov), self.settings.r_init
         )
-
-    def leave(self, trainer: Trainer) -> None:
-        super().leave(trainer)
-        self.settle(self.found, trainer.reporter.progress.message)
 
 
 class SoftThreshold(Masked):
