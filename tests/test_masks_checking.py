@@ -18,16 +18,18 @@ from torch import Tensor
 from ghostmask.engine.data import DataPipeline
 from ghostmask.engine.position import Phase
 from ghostmask.engine.sharding.reparametrization import Draw, Reparametrization, State
+from ghostmask.engine.sharding.rules import Sgd
 from ghostmask.engine.sharding.slices import Layout, Slice
 from ghostmask.engine.spawn import run_distributed
 from ghostmask.engine.world import World, single
 from ghostmask.launcher.config import RunConfig
 from ghostmask.masks.checking import MaskWatch, fingerprints
-from ghostmask.masks.masked import FixedMask, Masked
+from ghostmask.masks.masked import Masked
 from ghostmask.masks.method import MaskMethod
 from ghostmask.masks.methods.gmp import GradualMagnitude, Shrinking
 from ghostmask.masks.methods.probmask import ProbMask
 from ghostmask.masks.one_shot import OneShot
+from ghostmask.masks.power import powered
 from ghostmask.masks.registry import METHODS
 from ghostmask.masks.relaxed import RelaxedMask
 from ghostmask.masks.scoring.topk import Budget, largest
@@ -281,6 +283,10 @@ def test_a_run_tells_of_lost_layers_once_per_change(tmp_path: Path) -> None:
     assert sum("mask: density 0.0001" in line for line in lines) == 1
 
 
-def test_a_mask_that_is_fixed_is_held_to_its_own_number() -> None:
-    form = FixedMask(GradualMagnitude.Settings, None, [5])  # type: ignore[arg-type]
-    assert form.due(Slice(Layout(SHAPES, 1), single())) == [5]
+def test_a_mask_around_another_form_is_held_to_what_that_one_must_keep() -> None:
+    part = Slice(Layout(SHAPES, 1), single())
+    form = powered(Shrinking(Sgd(), Budget(0.5), 0, 8, 2), 2.0)
+    assert isinstance(form, Masked)
+    form.schedule(8)
+    assert form.due(part) == [35]
+    assert [n for n in range(1, 10) if form.decides(n)] == [2, 4, 6, 8]

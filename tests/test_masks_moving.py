@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
 import torch
 from gated import batches, loss_of
+from memory_run import CONFIG, configured
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
@@ -19,11 +22,14 @@ from ghostmask.engine.sharding.optimizer import ShardedOptimizer
 from ghostmask.engine.sharding.placement import ParameterGroup
 from ghostmask.engine.sharding.reparametrization import Plain
 from ghostmask.engine.sharding.rules import Sgd
+from ghostmask.engine.sharding.slices import Layout, Slice
+from ghostmask.engine.spawn import run_distributed
+from ghostmask.engine.world import World, single
 from ghostmask.masks.kernels.noise import hashed, uniforms
 from ghostmask.masks.masked import PRUNABLE, ChangingMask
-from ghostmask.masks.methods.acdc import Alternating, changes, fits
+from ghostmask.masks.methods.acdc import AcDc, Alternating, changes, fits
 from ghostmask.masks.methods.acdc import Settings as AcDcSettings
-from ghostmask.masks.methods.rigl import ByGradient
+from ghostmask.masks.methods.rigl import ByGradient, RigL
 from ghostmask.masks.methods.set import ByChance
 from ghostmask.masks.prunable import prunable_weights
 from ghostmask.masks.regrowing import Exchanges
@@ -255,3 +261,49 @@ def test_acdc_has_the_papers_epochs_by_default_and_its_cifar_ones_by_fractions()
     assert not fits(AcDcSettings(), 9)
     with pytest.raises(InputError, match=r"mask\.first_fraction = 0\.8: give less than mask\.last_dense_fraction"):
         AcDcSettings(first_fraction=0.8)
+
+
+def test_a_schedule_that_rounds_to_nothing_is_refused_with_the_shortest_length() -> None:
+    run = configured(CONFIG, mask={"method": "rigl", "update_every": 100, "end_fraction": 0.75})
+    with pytest.raises(
+        InputError, match=re.escape("mask.update_every = 100: no weight moves before update 9, where")
+    ) as e:
+        RigL.check_steps(run.mask, run, 4)  # 3 epochs of 4 steps
+    assert str(e.value).endswith("give at most 8, or train.epochs=34")
+    for epochs, refused in ((33, True), (34, False)):
+        longer = configured(run, train={"epochs": epochs})
+        with pytest.raises(InputError) if refused else nullcontext():
+            RigL.check_steps(longer.mask, longer, 4)
+    run = configured(CONFIG, mask={"method": "acdc", "first_fraction": 0.1, "phase_fraction": 0.05})
+    with pytest.raises(
+        InputError, match=r"train\.epochs = 3: some of AC/DC's phases \(mask\.phase_fraction = 0\.05\)"
+    ) as e:
+        AcDc.check_steps(run.mask, run, 4)
+    enough = int(str(e.value).partition("give at least ")[2].partition(",")[0])
+    assert not fits(run.mask, 4 * (enough - 1))
+    AcDc.check_steps(run.mask, configured(run, train={"epochs": enough}), 4)
+
+
+def tied_exchange(world: World, seed: int) -> tuple[Tensor, Tensor]:
+    """(the mask before, after) an exchange where all weights and all gradients are equal."""
+    shapes = {"a": torch.Size([40, 5]), "b": torch.Size([300])}
+    part = Slice(Layout(shapes, world.size, 150 if world.size > 1 else 0), world)
+    masks = {n: torch.arange(shape.numel()).view(shape) % 2 == 0 for n, shape in shapes.items()}
+    form = ByGradient(Sgd(MOMENTUM), masks, [100, 150], Exchanges(1, 100, 1.0), seed)
+    ones = torch.ones(part.numel)
+    state = form.start(ones.clone(), part) | {"weight.momentum": torch.zeros(part.numel)}
+    before = state["mask"].clone()
+    form.replacement(state, {"weight": ones}, part, 50)
+    whole = [part.gathered(mask) for mask in (before, state["mask"])]
+    return tuple(torch.cat([m.reshape(-1) for m in w.values()]) for w in whole)  # type: ignore[return-value]
+
+
+def test_ties_are_broken_by_a_seeded_hash_of_the_index_in_every_layer_alike_on_any_ranks() -> None:
+    before, after = tied_exchange(single(), 1)
+    for rank in run_distributed(tied_exchange, 3, 1):
+        assert torch.equal(rank[1], after)
+    assert [int(after[:200].sum()), int(after[200:].sum())] == [100, 150]
+    lost = (before & ~after).nonzero().squeeze(1)
+    assert 40 < len(lost) <= 50 + 75
+    assert 50 < float(lost[lost < 200].double().mean()) < 150, "not the first or the last ones"
+    assert not torch.equal(after, tied_exchange(single(), 2)[1])
