@@ -16,6 +16,7 @@ from ghostmask.engine.atomic import replacing
 from ghostmask.engine.checkpoint.state_file import read_state_dict
 from ghostmask.launcher.config import RunConfig
 from ghostmask.masks.prunable import prunable_weights
+from ghostmask.masks.report import removed_units
 from ghostmask.models.flops import count_flops
 
 MODEL_FILE = "model.safetensors"
@@ -77,13 +78,20 @@ def summarise(net: nn.Module, masks: Mapping[str, Tensor], image_shape: tuple[in
 
     prunable: weights under a mask (without masks: all weights of convolutions and linear layers); kept: ones of the
     masks; density: kept / prunable; flops: of one image of image_shape, see `count_flops`; layers: name, shape, kept,
-    density of each masked weight, in module order. Raises ValueError for a mask that fits no weight.
+    density of each masked weight and how many of its output channels keep none, in module order. Raises ValueError for
+    a mask that fits no weight.
     """
     _check(net, masks)
     weights = {name: w for name, w in prunable_weights(net).items() if name in masks or not masks}
     kept = {name: int(masks[name].sum()) if masks else w.numel() for name, w in weights.items()}
     layers = [
-        {"name": name, "shape": list(w.shape), "kept": kept[name], "density": kept[name] / w.numel()}
+        {
+            "name": name,
+            "shape": list(w.shape),
+            "kept": kept[name],
+            "density": kept[name] / w.numel(),
+            "channels_removed": removed_units(masks[name]) if masks else 0,
+        }
         for name, w in weights.items()
     ]
     num_prunable, num_kept = sum(w.numel() for w in weights.values()), sum(kept.values())

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,6 +38,7 @@ from ghostmask.launcher.tweaks import with_tweaks
 from ghostmask.masks.masked import present_masks
 from ghostmask.masks.method import FINETUNE, MaskMethod, Recipe
 from ghostmask.models.build import build_model, check_part, check_side
+from ghostmask.models.flops import uses_of
 
 
 @dataclass
@@ -186,7 +188,8 @@ def build_method(config: RunConfig, world: World, data: DataPipeline) -> MaskMet
     bf16 = config.train.precision == "bf16" and config.train.zero_stage > 0
     optim = replace(config.optim, lr=config.optim.lr * config.lr_scale)
     finetune = replace(config.finetune, lr=config.finetune.lr * config.lr_scale)
-    recipe = Recipe(optim, finetune, config.train.epochs, config.seed, bf16)
+    uses = partial(uses_of, net, data.image_shape)
+    recipe = Recipe(optim, finetune, config.train.epochs, config.seed, bf16, data.image_shape, uses)
     return method_of(config.mask.method)(config.mask, net, recipe, world)
 
 

@@ -143,5 +143,6 @@ def evaluate_masked(run: Run) -> Score:
     """Collective: score of the plain network with its pruned weights set to zero (they stay so)."""
     for name, mask in run.masks().items():
         run.net.get_parameter(name).masked_fill_(~mask, 0.0)
+    run.method.silence()
     run.net.eval()
     return score(run.net, run.data.evaluate(), run.world, run.config.train.precision, flip=run.config.train.eval_flip)

@@ -36,12 +36,14 @@ from ghostmask.engine.sharding.rules import Sgd
 from ghostmask.engine.sharding.slices import Slice
 from ghostmask.engine.world import World, single
 from ghostmask.masks.checking import MaskWatch
+from ghostmask.masks.granularity import Uses, units_of
 from ghostmask.masks.masked import PRUNABLE, Masked, present_masks
 from ghostmask.masks.power import powered
 from ghostmask.masks.prunable import prunable_weights
 from ghostmask.masks.report import DensityReport, mask_lines
 from ghostmask.masks.scoring.topk import Budget
 from ghostmask.masks.settings import MaskSettings
+from ghostmask.masks.units.channels import Channels
 
 if TYPE_CHECKING:
     from ghostmask.engine.trainer import Trainer
@@ -66,13 +68,16 @@ class Setup:
 @dataclass(frozen=True)
 class Recipe:
     """How weights are trained: the main phase's optimizer, fine-tuning, the main phase's epochs, the run's seed; bf16:
-    whether the network computes with bfloat16 weights."""
+    whether the network computes with bfloat16 weights; image_shape: (channels, height, width) of what it sees; uses: by
+    weight name, how often one image uses each weight."""
 
     optim: OptimConfig
     finetune: FinetuneConfig
     epochs: int
     seed: int
     bf16: bool = False
+    image_shape: tuple[int, int, int] | None = None
+    uses: Uses = dict
 
 
 class MaskMethod(ABC):
@@ -102,6 +107,8 @@ class MaskMethod(ABC):
     def __init__(self, settings: Any, net: nn.Module, recipe: Recipe, world: World) -> None:
         self.settings, self.net, self.recipe, self.world = settings, net, recipe, world
         self.weights: dict[str, nn.Parameter] = prunable_weights(net, settings.dense_layers, settings.only)
+        self.units = units_of(settings, net, self.weights, recipe.image_shape, recipe.uses)
+        """What the method prunes as one: see `budget`."""
         self.found: dict[str, Tensor] = {}
         """The result: weight name -> bool tensor of its shape, equal on every rank; empty for a dense network."""
         self.watch = MaskWatch(settings, world)
@@ -148,8 +155,7 @@ class MaskMethod(ABC):
         density = getattr(self.settings, "density", None)
         if density is None:
             return None
-        budget = Budget(density, getattr(self.settings, "constraint", "global"))
-        return budget.counts([w.numel() for w in self.weights.values()])
+        return self.budget().counts([w.numel() for w in self.weights.values()])
 
     def groups(self, form: Reparametrization, lr: float) -> list[ParameterGroup]:
         """Every parameter of the network: the prunable weights made by `form`, the others under SGD."""
@@ -163,6 +169,12 @@ class MaskMethod(ABC):
     def rule(self) -> Sgd:
         """How dense weights move."""
         return sgd_of(self.recipe.optim)
+
+    def budget(self, density: float | None = None) -> Budget:
+        """What the settings of a ranking method allow, at mask.density unless another density is asked for."""
+        s = self.settings
+        constraint, least = getattr(s, "constraint", "global"), getattr(s, "min_per_layer", 0)
+        return Budget(density or s.density, constraint, least, self.recipe.seed, self.units)
 
     def prepare(self) -> None:  # noqa: B027  (a method that starts from the initialisation needs nothing)
         """A new run: bring `net` to the state the method starts from."""
@@ -190,6 +202,11 @@ class MaskMethod(ABC):
             self.settle(masks, trainer.reporter.progress.message, group.reparametrization.due(part))
         self.found = masks
 
+    def silence(self) -> None:
+        """What removed channels leave in the plain network under its masks, batch norms and biases, becomes 0."""
+        if isinstance(self.units, Channels) and self.found:
+            self.units.silence(self.net, self.found)
+
     def settle(self, masks: dict[str, Tensor], say: Callable[[str], None], due: Sequence[int] | None = None) -> None:
         """Collective: from now on these are the masks; say what they are, unless it was said before.
 
@@ -199,7 +216,7 @@ class MaskMethod(ABC):
         whole = Slice.even(masks, single(next(iter(masks.values())).device))
         self.watch.check(whole, whole.cut(masks), due, say)
         self.found = masks
-        lines = mask_lines(masks)
+        lines = mask_lines(masks, getattr(self.settings, "granularity", "weight"))
         for line in lines if lines != self._said else ():
             say(line)
         self._said = lines

@@ -15,7 +15,7 @@ from ghostmask.engine.sharding.slices import Slice
 from ghostmask.masks.mask_file import load_trained
 from ghostmask.masks.masked import FixedMask
 from ghostmask.masks.method import MaskMethod
-from ghostmask.masks.scoring.topk import Budget, largest
+from ghostmask.masks.scoring.topk import largest
 
 
 class OneShot(MaskMethod):
@@ -43,11 +43,6 @@ class OneShot(MaskMethod):
 
     def reparametrization(self, phase: Phase) -> Reparametrization:
         return FixedMask(self.rule(), self.found or None, self.counts())
-
-    def budget(self, density: float | None = None) -> Budget:
-        """What the settings allow, at mask.density unless another density is asked for."""
-        s = self.settings
-        return Budget(density or s.density, s.constraint, s.min_per_layer, self.recipe.seed)
 
 
 class Scored(OneShot):

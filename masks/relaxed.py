@@ -19,10 +19,12 @@ from ghostmask.engine.sharding.rules import Adam, UpdateRule
 from ghostmask.engine.sharding.slices import Run, Slice
 from ghostmask.masks.kernels.noise import noise_key, uniforms
 from ghostmask.masks.kernels.projection import project_
+from ghostmask.masks.kernels.projection_costs import project_costs_
 from ghostmask.masks.kernels.relaxed_mask import EPS, gradients_, masked_
 from ghostmask.masks.masked import Masked
 from ghostmask.masks.schedules import cubic_density, linear_temperature
-from ghostmask.masks.scoring.topk import Budget, largest
+from ghostmask.masks.scoring.topk import Budget, Units, largest
+from ghostmask.masks.units.blocks import Kernels
 
 START = 1.0
 """The probability that every weight starts with."""
@@ -31,7 +33,8 @@ START = 1.0
 @dataclass(frozen=True)
 class Search:
     """The schedules of a search, in epochs: temperature to temperature_end in the last one, density from 1 at `start`
-    to `density` at `end`; steps_per_epoch: updates per epoch; seed: of ties and of the final sample."""
+    to `density` at `end`; steps_per_epoch: updates per epoch; seed: of ties and of the final sample; units: what is
+    pruned as one, and what it costs (masks.granularity)."""
 
     density: float
     constraint: str
@@ -41,6 +44,11 @@ class Search:
     epochs: int
     steps_per_epoch: int
     seed: int
+    units: Units | None = None
+
+    def budget(self, density: float) -> Budget:
+        """What a mask may keep at this density."""
+        return Budget(density, self.constraint, seed=self.seed, units=self.units)
 
     def temperature(self, updates: int) -> float:
         """tau of update number `updates`, from 0; epochs count from 1, as in algorithm 1."""
@@ -106,6 +114,9 @@ class RelaxedMask(Masked):
 
     def constrain(self, state: State, part: Slice, updates: int) -> None:
         """s <- proj_C(s), eq. 6, over the network or over each layer."""
+        if isinstance(self.search.units, Kernels):
+            self.threshold = self._constrain_cost(state, part, self.search.units)
+            return
         s, numels = state["probability"], [part.total]
         runs = [[(own, run.first) for run, own in part.views(s)]]
         if self.search.constraint == "layerwise":
@@ -116,6 +127,16 @@ class RelaxedMask(Masked):
                 runs[x.layer].append((s[x.start : x.start + x.numel], begins[x.layer] + x.offset))
         self.threshold = project_(runs, [self.density * n for n in numels], numels, part.world).mean()
 
+    def _constrain_cost(self, state: State, part: Slice, units: Kernels) -> Tensor:
+        """Onto {sum over weights of cost x s <= density x the cost of all}."""
+        each = units.costs(part)
+        begins = [sum(part.layout.numels[:layer]) for layer in range(len(each))]
+        priced: dict[int, list[tuple[Tensor, int]]] = {cost: [] for cost, _ in each}
+        for x in part.segments:
+            own = state["probability"][x.start : x.start + x.numel]
+            priced[each[x.layer][0]].append((own, begins[x.layer] + x.offset))
+        return project_costs_(priced, self.density * sum(cost * number for cost, number in each), part.world)
+
     def mask(self, state: State, part: Slice) -> Tensor:
         """(n,) bool: the round(density n) most probable weights, at the present density, or what was fixed."""
         return largest(part, state["probability"], self._budget()) if self.fixed is None else self.fixed
@@ -123,8 +144,12 @@ class RelaxedMask(Masked):
     def due(self, part: Slice) -> Sequence[int] | None:
         return self._budget().counts(part.layout.numels) if self.fixed is None else None
 
+    def spread(self, state: State, part: Slice) -> Tensor:
+        """(n,) the probability that each weight of this slice is kept."""
+        return state["probability"]
+
     def _budget(self) -> Budget:
-        return Budget(self.density, self.search.constraint, seed=self.search.seed)
+        return self.search.budget(self.density)
 
     def sampled(self, state: State, part: Slice, candidate: int) -> Tensor:
         """(n,) bool: m ~ Bernoulli(s), a function of (seed, candidate, index)."""

@@ -91,7 +91,7 @@ class ProbabilityReport(Hook):
     def kept(self, trainer: Trainer) -> tuple[Tensor, Slice]:
         """(n,) the probabilities of this rank's slice, and the slice."""
         _, state, part = trainer.sharded.optimizer.group(PRUNABLE)
-        return state["probability"], part
+        return self.form.spread(state, part), part
 
     def on_step_start(self, trainer: Trainer) -> None:
         following = trainer.position.step + 1
@@ -132,8 +132,10 @@ class ProbabilityReport(Hook):
         return {f"probability/{name}": counts for name, counts in layer_histograms(*self.kept(trainer)).items()}
 
     def _decided(self, trainer: Trainer) -> Tensor:
-        s, part = self.kept(trainer)
-        return part.sum((s < DECIDED) | (s > 1 - DECIDED)) / part.total
+        _, state, part = trainer.sharded.optimizer.group(PRUNABLE)
+        s = state["probability"]
+        decided = (s < DECIDED) | (s > 1 - DECIDED)
+        return decided.double().mean() if "probability" in self.form.whole else part.sum(decided) / part.total
 
 
 def suggested_rate(lr: float, steps: int) -> float:
@@ -155,7 +157,18 @@ def layer_histograms(values: Tensor, part: Slice) -> dict[str, Counts]:
     }
 
 
-def mask_lines(masks: Mapping[str, Tensor]) -> list[str]:
+def mask_lines(masks: Mapping[str, Tensor], granularity: str = "weight") -> list[str]:
     """What to tell about new masks, beside what is wrong with them (see `checking`)."""
     kept, total = sum(int(m.sum()) for m in masks.values()), sum(m.numel() for m in masks.values())
-    return [f"mask: density {kept / total:.6g}, {kept:,} of {total:,} weights in {len(masks)} layers"]
+    lines = [f"mask: density {kept / total:.6g}, {kept:,} of {total:,} weights in {len(masks)} layers"]
+    if granularity in ("channel", "kernel"):
+        dims = 1 if granularity == "channel" else 2
+        removed = sum(removed_units(m, dims) for m in masks.values())
+        units = sum(m.shape[:dims].numel() for m in masks.values())
+        lines.append(f"mask: {removed:,} of {units:,} {granularity}s removed")
+    return lines
+
+
+def removed_units(mask: Tensor, dims: int = 1) -> int:
+    """How many output channels (dims = 1) or kernels (dims = 2) of a layer keep no weight."""
+    return int((~mask.flatten(dims).any(dims) if mask.dim() > dims else ~mask).sum())

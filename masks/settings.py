@@ -15,6 +15,10 @@ from ghostmask.engine.errors import bad_value, unknown_name
 
 LONGEST_SEARCHED = 100_000
 """Epochs or steps beyond which no length is proposed any more."""
+UNITS = ("weight", "kernel", "channel")
+"""Granularities besides N:M."""
+LARGEST_BLOCK = 64
+"""Of N:M."""
 
 
 def number(default: float, low: float, high: float = LARGEST, *, above: bool = False) -> Any:
@@ -63,7 +67,26 @@ class WithDensity(MaskSettings):
     """A method that is told how many weights to keep."""
 
     density: float = number(0.1, 0, 1, above=True)
-    """Fraction of all prunable weights that is kept, in (0, 1]; 1 - sparsity."""
+    """Fraction of all prunable weights that is kept, in (0, 1]; 1 - sparsity. Of their multiplications with
+    mask.budget=flops."""
+
+
+def granularity() -> Any:
+    """The field of mask.granularity: weight, kernel, channel, or N:M with 1 <= N < M <= 64, such as 2:4."""
+
+    def check(name: str, value: str) -> None:
+        if n_of_m(value) is None and value not in UNITS:
+            raise unknown_name(name, value, (*UNITS, "2:4", "1:4"))
+
+    return field(default="weight", metadata={"check": check})
+
+
+def n_of_m(text: str) -> tuple[int, int] | None:
+    """(N, M) of "N:M"; None for anything else."""
+    first, colon, second = text.partition(":")
+    if not (colon and first.isdecimal() and second.isdecimal() and 1 <= int(first) < int(second) <= LARGEST_BLOCK):
+        return None
+    return int(first), int(second)
 
 
 @dataclass(frozen=True)
@@ -72,6 +95,35 @@ class Ranked(WithDensity):
 
     constraint: str = choice("global", "layerwise")
     """global (one budget for the network) or layerwise (the same density in every layer)."""
+    granularity: str = granularity()
+    """What is kept or removed as one: weight, kernel (of a convolution, between one input and one output channel),
+    channel (an output channel with its batch norm, the next layers' inputs, and the channels that are added to it), or
+    N:M such as 2:4 (of M neighbouring input channels the N largest stay, in every block; that decides the density)."""
+    budget: str = choice("weights", "flops")
+    """What mask.density is a fraction of: the weights, or the multiplications (a weight counts as often as an image
+    uses it)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.budget == "flops" and self.constraint == "layerwise" and self.granularity != "channel":
+            raise bad_value("mask.budget", "flops", "inside a layer every weight counts alike: use constraint=global")
+        if block := n_of_m(self.granularity):
+            self._check_block(block[0] / block[1])
+
+    def _check_block(self, density: float) -> None:
+        """Blocks say how much stays, and where: take their density, and refuse what else would."""
+        chosen = f"is not read with mask.granularity={self.granularity}"
+        known = {f.name: f.default for f in fields(self)}
+        for name in ("constraint", "budget", "min_per_layer"):
+            value = getattr(self, name, known.get(name))
+            require(
+                value == known.get(name), f"mask.{name}", value, f"{chosen}, which holds in every block; leave it out"
+            )
+        require(
+            self.density in (known["density"], density),
+            "mask.density", self.density, f"{chosen}, which keeps {density:g} of a block; leave it out or give that",
+        )  # fmt: skip
+        object.__setattr__(self, "density", density)
 
 
 @dataclass(frozen=True)
@@ -79,7 +131,7 @@ class Protecting(Ranked):
     """A ranking method that can save layers from losing all their weights."""
 
     min_per_layer: int = number(0, 0)
-    """With constraint=global, weights that every layer keeps at least."""
+    """With constraint=global, weights (or kernels, or channels: mask.granularity) that every layer keeps at least."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -75,7 +75,7 @@ class StraightThrough(FixedMask):
     def schedule(self, updates: int) -> None:
         self.density = self.density_at(updates)
 
-    def due(self, part: Slice) -> Sequence[int]:
+    def due(self, part: Slice) -> Sequence[int] | None:
         return replace(self.budget, density=self.density).counts(part.layout.numels)
 
     def constrain(self, state: State, part: Slice, updates: int) -> None:
@@ -158,11 +158,6 @@ class CutEveryStep(MaskMethod):
         if hasattr(settings, "window"):
             epochs, name = run.train.epochs, "train.epochs"
             settings.require_fall(name, epochs, lambda n: settings.falls(n * steps_per_epoch))
-
-    def budget(self, density: float | None = None) -> Budget:
-        """What stays at the end."""
-        s = self.settings
-        return Budget(density or s.density, s.constraint, s.min_per_layer, self.recipe.seed)
 
     def window(self, phase: Phase) -> tuple[int, int]:
         """The updates after which the density begins to fall and is reached."""

@@ -26,15 +26,16 @@ def count_flops(net: nn.Module, image_shape: tuple[int, int, int], kept: Mapping
     if unknown:
         raise ValueError(f"kept names no weight of a layer: {sorted(unknown)}")
     dense = sparse = 0
-    for name, positions in _count_positions(net, image_shape).items():
+    for name, positions in uses_of(net, image_shape).items():
         size = parameters[name].numel()
         dense += 2 * positions * size
         sparse += 2 * positions * (kept or {}).get(name, size)
     return dense, sparse
 
 
-def _count_positions(net: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, int]:
-    """How often one image uses every weight of each layer: output pixels of a convolution, rows of a linear layer."""
+def uses_of(net: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, int]:
+    """How often one image uses every weight of a layer, by its name: output pixels of a convolution, rows of a linear
+    layer. As count_flops: on the meta device, `net` is left as it was."""
     positions: dict[str, int] = {}
 
     def count(name: str, times: int) -> None:

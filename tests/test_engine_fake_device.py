@@ -9,6 +9,7 @@ groups, norm, update rules, projection, the next parameters, evaluation's and a 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -29,6 +30,10 @@ from ghostmask.engine.sharding.slices import Layout, Run, Slice
 from ghostmask.engine.world import World
 from ghostmask.masks.masked import FixedMask
 from ghostmask.masks.relaxed import RelaxedMask, Search
+from ghostmask.masks.relaxed_channels import RelaxedChannels
+from ghostmask.masks.units.blocks import Kernels
+from ghostmask.masks.units.channels import Channels
+from ghostmask.masks.units.coupling import coupling
 
 CUDA = torch.device("cuda", 0)
 
@@ -76,19 +81,49 @@ def with_fused_kernels(library: Library) -> None:
         library.impl(name, check, "Meta")
 
 
+def network() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(288, 10))
+
+
+def units_of_network(method: str) -> Any:
+    """What the method prunes as one; made before tensors are fake."""
+    names = ["0.weight", "3.weight"]
+    if method == "probmask flops":
+        return Kernels(dict.fromkeys(names, 1), {"0.weight": 36, "3.weight": 1})
+    if method != "probmask channel":
+        return None
+    net = network()
+    weights = {n: net.get_parameter(n) for n in names}
+    made = Channels(coupling(net, weights, (3, 8, 8)), {n: w.shape for n, w in weights.items()}, None)
+    made.expected(torch.ones(made.count))
+    return made
+
+
+def form_of(method: str, units: Any) -> RelaxedMask | FixedMask:
+    search = Search(0.1, "global", 0.03, 0, 1, 3, 1, 0, units)
+    if isinstance(units, Channels):
+        (known,) = units._known.values()  # its fake twin, as there are no real tensors from here on
+        fake = {f.name: getattr(known, f.name) for f in fields(known) if f.name != "columns"}
+        fake = {n: torch.zeros(t.shape, dtype=t.dtype, device=CUDA) for n, t in fake.items()}
+        columns = {n: torch.zeros(t.shape, dtype=t.dtype, device=CUDA) for n, t in known.columns.items()}
+        units._known[CUDA] = replace(known, columns=columns, **fake)
+        return RelaxedChannels(search, Sgd(), 0.1, units)
+    return RelaxedMask(search, Sgd(), 0.1) if "probmask" in method else FixedMask(Sgd())
+
+
 def step_on_a_fake_gpu(world: World, method: str, bf16: bool, spoil: str) -> str:
     """Three steps and an evaluation on rank 0 of fake ranks; what was raised, or ""."""
     compiled.load_kernels = lambda module: None  # type: ignore[assignment]  # Triton needs a driver
     with_fused_kernels(library := Library("aten", "IMPL"))
     world = World(world.rank, world.size, CUDA, world.group)
+    units = units_of_network(method)
     try:
         with FakeTensorMode():
             with CUDA:
-                net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(288, 10))
+                net = network()
             weights = {n: p for n, p in net.named_parameters() if p.ndim > 1}
             others = {n: p for n, p in net.named_parameters() if p.ndim == 1}
-            search = Search(0.1, "global", 0.03, 0, 1, 3, 1, 0)
-            form = RelaxedMask(search, Sgd(), 0.1) if method == "probmask" else FixedMask(Sgd())
+            form = form_of(method, units)
             if spoil == "device":
                 form.gradients = lambda g, state, part, draw: {"weight": g + torch.ones(g.shape)}  # type: ignore
             if spoil == "sync":
@@ -105,7 +140,7 @@ def step_on_a_fake_gpu(world: World, method: str, bf16: bool, spoil: str) -> str
                         placement.reducer.add(number, position, gradient, sending=True)
                 placement.reducer.end_backward(sending=True)
                 optimizer.step()
-            if method != "probmask":  # the most probable mask is decided on the host, once per evaluation
+            if "probmask" not in method:  # the most probable mask is decided on the host, once per evaluation
                 optimizer.eval()
                 optimizer.train()
             assert {t.dtype for s in optimizer.states for n, t in s.items() if n != "mask"} == {torch.float32}
@@ -117,7 +152,7 @@ def step_on_a_fake_gpu(world: World, method: str, bf16: bool, spoil: str) -> str
     return ""
 
 
-@pytest.mark.parametrize("method", ["probmask", "fixed"])
+@pytest.mark.parametrize("method", ["probmask", "probmask flops", "probmask channel", "fixed"])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_step_on_the_gpu_stays_there(method: str, bf16: bool) -> None:
     assert on_fake_ranks(step_on_a_fake_gpu, 8, method, bf16, "") == ""

@@ -107,7 +107,13 @@ def test_the_summary_counts_what_the_masks_keep(tmp_path: Path) -> None:
     assert (summary["kept"], summary["prunable"]) == (kept, 307_296 - 1_280)
     assert summary["density"] == kept / (307_296 - 1_280)
     assert summary["layers"] == [
-        {"name": n, "shape": list(m.shape), "kept": int(m.sum()), "density": int(m.sum()) / m.numel()}
+        {
+            "name": n,
+            "shape": list(m.shape),
+            "kept": int(m.sum()),
+            "density": int(m.sum()) / m.numel(),
+            "channels_removed": sum(not bool(row.any()) for row in m),
+        }
         for n, m in masks.items()
     ]
     positions = {"conv1": 64, "layer1": 64, "layer2": 16, "layer3": 4}

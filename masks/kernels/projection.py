@@ -213,17 +213,20 @@ class Brackets:
     lower edge of the last round's bins.
     """
 
-    def __init__(self, budgets: Sequence[float], device: torch.device) -> None:
+    def __init__(self, budgets: Sequence[float], device: torch.device, *, weighted: bool = False) -> None:
+        """weighted: whether each breakpoint counts as often as a number, such as its cost, says; tables and slope are
+        float64 then."""
         self.budget = torch.tensor(budgets, dtype=torch.float64).to(device, non_blocking=True)
         self.base, self.slope = torch.zeros(2, len(budgets), dtype=torch.int64, device=device)
+        self.slope = self.slope.double() if weighted else self.slope
         self.value, self.lowest = torch.zeros(2, len(budgets), dtype=torch.float64, device=device)
 
     def narrow(self, tables: Tensor, shift: int) -> None:
         """Go down, in place, to the bin of the next round that holds the threshold: the lowest one if f(0) is below.
 
-        tables: int64 (budgets, 2, bins + 1), of all ranks; see `Breakpoints.table`.
+        tables: int64 (budgets, 2, bins + 1), of all ranks; see `Breakpoints.table`. float64 where these are weighted.
         """
-        kernels = kernels_on(tables.device, __name__)
+        kernels = None if tables.is_floating_point() else kernels_on(tables.device, __name__)
         if kernels:
             kernels.narrow(tables, shift, self.budget, self.base, self.slope, self.value, self.lowest)
             return

@@ -69,8 +69,7 @@ class AcDc(MaskMethod):
 
     def reparametrization(self, phase: Phase) -> Reparametrization:
         s = self.settings
-        budget = Budget(s.density, s.constraint, s.min_per_layer, self.recipe.seed)
-        return Alternating(self.rule(), budget, changes(s, phase.epochs * phase.steps_per_epoch))
+        return Alternating(self.rule(), self.budget(), changes(s, phase.epochs * phase.steps_per_epoch))
 
 
 class Alternating(ChangingMask):
@@ -96,7 +95,7 @@ class Alternating(ChangingMask):
         elif updates in self.phases:
             state["mask"].fill_(True)
 
-    def due(self, part: Slice) -> Sequence[int]:
+    def due(self, part: Slice) -> Sequence[int] | None:
         return self.budget.counts(part.layout.numels) if self.compressed else [part.total]
 
 

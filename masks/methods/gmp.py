@@ -42,9 +42,9 @@ class GradualMagnitude(MaskMethod):
         settings.require_fall("train.epochs", run.train.epochs, lambda epochs: settings.falls(epochs * steps_per_epoch))
 
     def reparametrization(self, phase: Phase) -> Reparametrization:
-        s, total = self.settings, phase.epochs * phase.steps_per_epoch
-        budget, (first, last) = Budget(s.density, s.constraint, seed=self.recipe.seed), s.window(round, total)
-        return Shrinking(self.rule(), budget, first, last, s.update_every)
+        s = self.settings
+        first, last = s.window(round, phase.epochs * phase.steps_per_epoch)
+        return Shrinking(self.rule(), self.budget(), first, last, s.update_every)
 
 
 class Shrinking(FixedMask):
@@ -73,5 +73,5 @@ class Shrinking(FixedMask):
             budget = replace(self.budget, density=self.density)
             state["mask"].copy_(largest(part, state["weight"].abs(), budget, wait=False))
 
-    def due(self, part: Slice) -> Sequence[int]:
+    def due(self, part: Slice) -> Sequence[int] | None:
         return replace(self.budget, density=self.density).counts(part.layout.numels)

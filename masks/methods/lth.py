@@ -99,7 +99,7 @@ class LotteryTicket(MaskMethod):
     def _budget(self, phase: Phase, later: int = 0) -> Budget:
         """What the mask of a round, or of one so many rounds later, is held to."""
         density = self.densities()[int(phase.name.removeprefix("round")) + later]
-        return Budget(density, self.settings.constraint, self.settings.min_per_layer, self.recipe.seed)
+        return self.budget(density)
 
     def _sizes(self) -> list[int]:
         return [w.numel() for w in self.weights.values()]
@@ -130,8 +130,7 @@ class LotteryTicket(MaskMethod):
             return
         _, state, part = optimizer.group(PRUNABLE)
         budget = self._budget(trainer.phase, 1)
-        among_kept = torch.where(state["mask"], state["weight"].abs(), -1.0)  # nothing pruned returns
-        masks = part.gathered(largest(part, among_kept, budget))
+        masks = part.gathered(largest(part, state["weight"].abs(), budget, among=state["mask"]))
         self.settle(masks, trainer.reporter.progress.message, budget.counts(self._sizes()))
 
 

@@ -23,9 +23,11 @@ from ghostmask.masks.kernels import KERNELS
 from ghostmask.masks.masked import PRUNABLE, FixedMask
 from ghostmask.masks.method import FINETUNE, MaskMethod, Setup
 from ghostmask.masks.relaxed import RelaxedMask, Search
+from ghostmask.masks.relaxed_channels import RelaxedChannels
 from ghostmask.masks.report import ProbabilityReport
 from ghostmask.masks.schedules import DECIDING, LARGEST_RATE, PAPER_RATE, probability_rate
 from ghostmask.masks.settings import Noisy, Ranked, Scheduled, choice, number
+from ghostmask.masks.units.channels import Channels
 
 if TYPE_CHECKING:
     from ghostmask.engine.trainer import Trainer
@@ -64,6 +66,15 @@ class Settings(Ranked, Scheduled, Noisy):
         require(
             self.candidates == 10 or self.final == "best_of",
             "mask.candidates", self.candidates, f"is not read with mask.final={self.final}; leave it out",
+        )  # fmt: skip
+        require(
+            self.granularity in ("weight", "channel"),
+            "mask.granularity", self.granularity, "probabilities are those of weights or of channels, whose sum the "
+            "budget holds; use one of these, or a method that ranks, such as gmp or magnitude",
+        )  # fmt: skip
+        require(
+            self.granularity == "weight" or self.constraint == "global",
+            "mask.constraint", self.constraint, "channels cost what the layers around them keep: use global",
         )  # fmt: skip
 
     def rate(self, steps: int) -> float:
@@ -122,9 +133,12 @@ class ProbMask(MaskMethod):
         start, end = s.window(int, phase.epochs)
         search = Search(
             s.density, s.constraint, s.temperature_end, start, end, phase.epochs, phase.steps_per_epoch,
-            self.recipe.seed,
+            self.recipe.seed, self.units,
         )  # fmt: skip
-        return RelaxedMask(search, self.rule() if s.train_weights else None, self.rate(phase) / self.recipe.optim.lr)
+        rule, rate = self.rule() if s.train_weights else None, self.rate(phase) / self.recipe.optim.lr
+        if isinstance(self.units, Channels):
+            return RelaxedChannels(search, rule, rate, self.units)
+        return RelaxedMask(search, rule, rate)
 
     def rate(self, phase: Phase) -> float:
         """Peak rate of the probabilities in a search."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,19 +24,33 @@ class Budget:
 
     density: in (0, 1], round(density n) weights; constraint: "global" (of the whole network) or "layerwise" (of each
     layer); min_per_layer: with "global", that many of each layer's largest (all of a smaller layer) stay before the
-    others compete; seed: decides between equal scores, by a hash of the weight's index.
+    others compete; seed: decides between equal scores, by a hash of the weight's index. units: what stays or goes as
+    one, and what it costs, where that is not each weight by itself (mask.granularity, mask.budget).
     """
 
     density: float
     constraint: str = "global"
     min_per_layer: int = 0
     seed: int = 0
+    units: Units | None = None
 
-    def counts(self, sizes: Sequence[int]) -> list[int]:
-        """How many of layers of these sizes stay: (one number) in all, or of each layer where it has its own budget."""
+    def counts(self, sizes: Sequence[int]) -> list[int] | None:
+        """How many of layers of these sizes stay: (one number) in all, or of each layer where it has its own budget;
+        None with units, of which as many stay as there is room for."""
+        if self.units is not None:
+            return None
         if self.constraint == "layerwise":
             return [kept_count(self.density, size) for size in sizes]
         return [kept_count(self.density, sum(sizes))]
+
+
+class Units(Protocol):
+    """What stays or goes as one: see masks.granularity."""
+
+    def largest(self, part: Slice, scores: Tensor, budget: Budget, among: Tensor | None = None) -> Tensor:
+        """Collective: as the function of that name; as many units as the budget has room for, in the order of their
+        scores."""
+        ...
 
 
 def largest(part: Slice, scores: Tensor, budget: Budget, among: Tensor | None = None, *, wait: bool = True) -> Tensor:
@@ -47,6 +62,8 @@ def largest(part: Slice, scores: Tensor, budget: Budget, among: Tensor | None = 
     cut in the same few all-reduces (see `radix`), with the same result for every number of ranks. Raises InputError
     where min_per_layer is more than the budget, RunStopped where a score is nan.
     """
+    if budget.units is not None:
+        return budget.units.largest(part, scores, budget, among)
     scores = scores.detach() if scores.dtype in INTEGERS else scores.detach().float()
     sizes, kept = part.layout.numels, kept_count(budget.density, part.total)
     keys = score_keys(scores.contiguous(), among, part.world, wait=wait)

@@ -1,0 +1,155 @@
+"""Which kernels stay, or which weights if each costs what an image uses of it; and which weights of every N:M block?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ghostmask.engine.errors import EXIT_NON_FINITE, RunStopped, bad_value
+from ghostmask.engine.sharding.neighbours import with_neighbours
+from ghostmask.engine.sharding.slices import Slice
+from ghostmask.masks.scoring.topk import Budget, hashed, kept_count
+from ghostmask.masks.units.prefix import Ranking, before, ends
+from ghostmask.masks.units.shares import layer_shares
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Units of neighbouring weights, in the order of their mean score (kernels: in shares of their layer's): as many as
+    the budget has room for.
+
+    lengths: by weight name a unit's weights, 1 or those of a kernel (between one input and one output channel); uses:
+    how often an image uses each, None = once. A unit costs both multiplied. What stays costs at most round(density x
+    cost of all), and with the next unit it would cost more.
+    """
+
+    lengths: Mapping[str, int]
+    uses: Mapping[str, int] | None
+
+    def largest(self, part: Slice, scores: Tensor, budget: Budget, among: Tensor | None = None) -> Tensor:
+        """Collective: see `masks.scoring.topk.largest`."""
+        if max(self.lengths.values()) > 1:
+            scores = layer_shares(part, scores, among)
+        if among is not None:
+            scores = torch.where(among, scores, -torch.inf)
+        ranking, owned, sizes = self._ranking(part, scores, budget.seed)
+        wholes = [cost * number for cost, number in self.costs(part)]
+        if budget.constraint == "layerwise":
+            kept = self._within(ranking, owned, [kept_count(budget.density, whole) for whole in wholes], part)
+        else:
+            allowed = kept_count(budget.density, sum(wholes))
+            kept = self._protected(ranking, owned, budget, allowed, part)
+            spent = part.world.all_reduce(torch.where(kept & owned, ranking.costs, 0).sum())
+            rest = Ranking(
+                torch.where(kept, -torch.inf, ranking.scores), ranking.places, torch.where(kept, 0, ranking.costs),
+                torch.zeros_like(ranking.rows), ranking.seed,
+            )  # fmt: skip
+            kept = kept | self._within(rest, owned, [allowed - int(spent)], part)
+        mask = kept.repeat_interleave(sizes, output_size=part.numel)
+        return mask if among is None else mask & among
+
+    def _protected(self, ranking: Ranking, owned: Tensor, budget: Budget, allowed: int, part: Slice) -> Tensor:
+        """The min_per_layer first units of each layer. Raises InputError where they cost more than is allowed."""
+        if not budget.min_per_layer:
+            return torch.zeros_like(ranking.rows, dtype=torch.bool)
+        counts = [min(budget.min_per_layer, number) for _, number in self.costs(part)]
+        needed = sum(cost * count for (cost, _), count in zip(self.costs(part), counts, strict=True))
+        if needed > allowed:
+            fix = f"they cost {needed}, mask.density = {budget.density:g} allows {allowed}; lower it or raise that"
+            raise bad_value("mask.min_per_layer", budget.min_per_layer, fix)
+        once = Ranking(ranking.scores, ranking.places, torch.ones_like(ranking.costs), ranking.rows, ranking.seed)
+        return self._within(once, owned, counts, part)
+
+    def _within(self, ranking: Ranking, owned: Tensor, budgets: list[int], part: Slice) -> Tensor:
+        allowed = torch.tensor(budgets, device=ranking.costs.device)
+        return before(ranking, ends(ranking[owned], allowed, part.world))
+
+    def costs(self, part: Slice) -> list[tuple[int, int]]:
+        """Of each layer: what a unit costs, and how many there are."""
+        lengths = [self.lengths[name] for name in part.names]
+        uses = [1 if self.uses is None else self.uses.get(name, 0) for name in part.names]
+        numbers = [n // length for n, length in zip(part.layout.numels, lengths, strict=True)]
+        return [(length * use, n) for length, use, n in zip(lengths, uses, numbers, strict=True)]
+
+    def _ranking(self, part: Slice, scores: Tensor, seed: int) -> tuple[Ranking, Tensor, Tensor]:
+        """Collective: (m,) each of the units that this slice has any weight of: as a ranking by layers, whether their
+        first weight is here, and how many are."""
+        costs, found = [cost for cost, _ in self.costs(part)], []
+        reach = max(self.lengths.values()) - 1
+        for run, wide, low in with_neighbours(part, scores, reach):
+            for s in (s for s in part.segments if run.start <= s.start < run.start + run.numel):
+                length = self.lengths[s.name]
+                begin = run.first + s.start - run.start - s.offset  # the layer's index in the group
+                first, end = s.offset // length, -(-(s.offset + s.numel) // length)
+                units = torch.arange(first, end, device=scores.device)
+                at = begin + first * length - low
+                means = _means(wide[at : at + (end - first) * length].view(-1, length))
+                inside = ((units + 1) * length).clamp(max=s.offset + s.numel) - (units * length).clamp(min=s.offset)
+                row = torch.full_like(units, s.layer)
+                own = units * length >= s.offset
+                found.append((means, begin + units * length, torch.full_like(units, costs[s.layer]), row, own, inside))
+        if not found:
+            nothing = torch.zeros(0, dtype=torch.int64, device=scores.device)
+            found.append((scores[:0], nothing, nothing, nothing, nothing.bool(), nothing))
+        means, places, each, rows, owned, sizes = (torch.cat(column) for column in zip(*found, strict=True))
+        return Ranking(means, places, each, rows, seed), owned, sizes
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """N:M: of every M neighbouring input channels, at each place of the kernel, the N largest scores stay.
+
+    The last block of a row may have fewer than M: then as many of it stay, at most N. A layer with one input channel
+    per output (depthwise) so stays dense. At a density above N / M, where a schedule begins, it is ceil(density M): M.
+    """
+
+    kept: int
+    of: int
+
+    def largest(self, part: Slice, scores: Tensor, budget: Budget, among: Tensor | None = None) -> Tensor:
+        """Collective: see `masks.scoring.topk.largest`. constraint and min_per_layer mean nothing here."""
+        bad = part.world.all_reduce(scores.isnan().sum())
+        if int(bad):
+            raise RunStopped(f"{int(bad)} of {part.total} scores are nan", EXIT_NON_FINITE)
+        if among is not None:
+            scores = torch.where(among, scores, -torch.inf)
+        number = max(self.kept, math.ceil(budget.density * self.of - 1e-9))
+        reach = (self.of - 1) * max(shape[2:].numel() for shape in part.layout.shapes.values())
+        mask = torch.zeros_like(scores, dtype=torch.bool)
+        for run, wide, low in with_neighbours(part, scores, reach):
+            for s in (s for s in part.segments if run.start <= s.start < run.start + run.numel):
+                inputs, places = part.layout.shapes[s.name][1], part.layout.shapes[s.name][2:].numel()
+                element = torch.arange(s.offset, s.offset + s.numel, device=scores.device)
+                channel = element // places % inputs
+                first = run.first + s.start - run.start + torch.arange(s.numel, device=scores.device)
+                ranks = self._ranks(wide, low, first, channel, inputs, places, budget.seed)
+                mask[s.start : s.start + s.numel] = ranks < number
+        return mask if among is None else mask & among
+
+    def _ranks(
+        self, wide: Tensor, low: int, index: Tensor, channel: Tensor, inputs: int, places: int, seed: int
+    ) -> Tensor:
+        """(m,) int64: how many of its block come before each weight; index: in the group, channel: its input's."""
+        place = channel % self.of
+        size = (inputs - (channel - place)).clamp(max=self.of)
+        own, own_hash, ranks = wide[index - low], hashed(index, seed), torch.zeros_like(index)
+        for other in range(self.of):
+            there = torch.where(other < size, index + (other - place) * places, index)
+            score = wide[there - low]
+            ahead = (score > own) | ((score == own) & (hashed(there, seed) > own_hash))
+            ranks += ahead
+        return ranks
+
+
+def _means(values: Tensor) -> Tensor:
+    """(m,) in the type of the values, (m, length): of each row, added up in one order, in float64."""
+    if values.shape[1] == 1:
+        return values[:, 0]
+    total = values[:, 0].double()
+    for column in values.unbind(1)[1:]:
+        total = total + column.double()
+    return (total / values.shape[1]).to(values.dtype)
