@@ -29,6 +29,7 @@ from ghostmask.launcher.checks import check_config, check_finder
 from ghostmask.launcher.cluster.commands import CLUSTER_COMMANDS
 from ghostmask.launcher.environment import prepare_environment
 from ghostmask.launcher.examples import EXAMPLES
+from ghostmask.launcher.exporting.commands import EXPORT_COMMANDS
 from ghostmask.launcher.folder import read_run, resumed
 from ghostmask.launcher.process import open_standard_streams, require_working_directory
 from ghostmask.launcher.searches import SEARCH_COMMANDS
@@ -84,11 +85,6 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("run", metavar="RUN", help=RUN_HELP)
     add_ranks(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    export = _add(commands, "export", "write a run's network as a plain state dict", _export)
-    export.add_argument("run", metavar="RUN", help=RUN_HELP)
-    export.add_argument(
-        "--out", metavar="FOLDER", type=typed_path("--out"), help="where to write it (default: RUN/export)"
-    )
     hessian = _add(commands, "hessian", "print the Hessian's largest eigenvalues at a run's checkpoints", _hessian)
     hessian.add_argument("run", metavar="RUN", help=RUN_HELP)
     hessian.add_argument(
@@ -109,7 +105,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_ranks(find)
     prepare = _add(commands, "prepare", "download a config's dataset and write its .beton files", _prepare)
     add_settings(prepare)
-    for name, (summary, describe) in (BEFORE_COMMANDS | CLUSTER_COMMANDS | SEARCH_COMMANDS).items():
+    several = BEFORE_COMMANDS | EXPORT_COMMANDS | CLUSTER_COMMANDS | SEARCH_COMMANDS
+    for name, (summary, describe) in several.items():
         describe(_add(commands, name, summary))
     _add_bench(_add(commands, "bench", "time one part of the system against textbook code", _bench))
     _add_sweep(_add(commands, "sweep", "train several settings over several seeds and print a table", _sweep))
@@ -217,18 +214,9 @@ def _evaluate(arguments: Namespace) -> int:
     return evaluate(run, as_json=arguments.json)
 
 
-def _export(arguments: Namespace) -> int:
-    run = locate.find_run(arguments.run)
-    out = _output(arguments.out, run / "export")
-    prepare_environment(_device_of(run))
-    from ghostmask.launcher.export_run import export_run
-
-    return export_run(run, out)
-
-
 def _hessian(arguments: Namespace) -> int:
     run = locate.find_run(arguments.run)
-    out = _output(arguments.out, run / "hessian")
+    out = locate.output_folder(arguments.out, run / "hessian")
     prepare_environment(_device_of(run))
     from ghostmask.launcher.hessian import hessian
 
@@ -301,13 +289,6 @@ def _show_config(arguments: Namespace) -> int:
 
         return _print("\n".join([settings.to_yaml(config).rstrip("\n"), *derived(config)]))
     return _print(settings.to_yaml(config))
-
-
-def _output(asked: Path | None, usual: Path) -> Path:
-    """Where a command that reads a run writes what it finds: a run's folder may be read-only."""
-    out = asked or usual
-    locate.check_writable(out, "--out", str(out))
-    return out
 
 
 def _device_of(run: Path) -> str:

@@ -20,7 +20,11 @@ exit codes: 0 done, 2 wrong input, 3 loss not finite, 75 interrupted after savin
   ghostmask evaluate cifar10_resnet32_probmask
   ghostmask evaluate /scratch/me/first_try --json""",
     "export": """examples:
-  ghostmask export cifar10_resnet32_probmask                    writes runs/cifar10_resnet32_probmask/export/""",
+  ghostmask export cifar10_resnet32_probmask                    writes runs/cifar10_resnet32_probmask/export/
+  ghostmask export cifar10_resnet32_probmask --format packed --values fp16 --coding entropy
+  ghostmask export cifar10_resnet32_probmask --format onnx      writes its export/onnx/
+
+formats: safetensors, packed, small, onnx, coreml, 2:4; docs/export.md""",
     "hessian": """examples:
   ghostmask hessian cifar10_resnet32_probmask                   writes runs/cifar10_resnet32_probmask/hessian/
   ghostmask hessian /scratch/me/first_try --top 1 --batches 16

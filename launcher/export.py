@@ -98,7 +98,7 @@ def use(config: RunConfig) -> dict[str, Any]:
 
 
 def network_facts(net: nn.Module, config: RunConfig, num_classes: int, shape: tuple[int, int, int]) -> dict[str, Any]:
-    """What a summary says of the network itself: name, num_classes, image_shape (of an evaluation image), parameters."""
+    """Of the network itself: name, num_classes, image_shape (of an evaluation image), parameters (how many)."""
     count = sum(parameter.numel() for parameter in net.parameters())
     return {"name": config.model.name, "num_classes": num_classes, "image_shape": list(shape), "parameters": count}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 import uuid
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from typing import Any
 from ghostmask.engine.atomic import read_small, replacing
 from ghostmask.engine.checkpoint.files import META, Damaged, check_digests, checkpoints, read_manifest
 from ghostmask.engine.errors import InputError
+from ghostmask.launcher.exporting.registry import FORMATS
 
 FILE = "run.json"
 PACKAGES = ("ghostmask", "torch", "torchvision", "deepspeed", "ffcv", "numpy")
@@ -22,7 +24,8 @@ WRITTEN = {
     "tensorboard": ("events.out.tfevents.*",),
     "hang": ("stacks-rank-*.txt", "*_trace_*"),
     "profile": ("*.pt.trace.json*",),
-    "export": ("model.safetensors", "summary.json", ".*.writing"),
+    **{f"export/{name.replace(':', '_')}": ("model.*", "README.md", "*.py", ".*.writing") for name in FORMATS},
+    "export": ("model.safetensors", "summary.json", "README.md", "network.py", ".*.writing"),
     "hessian": ("metrics.jsonl", "tensorboard/events.out.tfevents.*", "tensorboard"),
     ".": ("metrics.jsonl", "config.yaml", FILE, ".*.writing"),
 }
@@ -118,7 +121,10 @@ def sealed_meta(folder: Path) -> dict[str, Any] | None:
 
 
 def _remove(path: Path) -> None:
-    """A file, or a checkpoint's folder with the files in it."""
+    """A file, a checkpoint's folder with the files in it, or one of Core ML's folders."""
+    if path.suffix == ".mlpackage" and not path.is_symlink():
+        shutil.rmtree(path)
+        return
     if path.is_dir() and not path.is_symlink():
         for inner in path.iterdir():
             if inner.is_dir() and not inner.is_symlink():

@@ -1,4 +1,4 @@
-"""What is every format made of: the folder that an export wrote, read again, and what a format says of its own files."""
+"""What is every format made of: an export, read again; and what does a format say of its own files?"""
 
 from __future__ import annotations
 

@@ -25,6 +25,8 @@ SAME = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.MaxPool2d, nn.AdaptiveAvgPool2
 PADDED = (nn.AvgPool2d,)
 """Zeros around the image may count."""
 MONOTONE_CALLS: dict[Any, Any] = {torch.relu: torch.relu, functional.relu: torch.relu, "relu": torch.relu}
+SAME_CALLS = (functional.dropout, functional.adaptive_avg_pool2d, "contiguous")
+FLATTENING_CALLS = ("flatten", torch.flatten, "view", "reshape")
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 
 
@@ -32,32 +34,35 @@ def role(node: fx.Node, modules: dict[str, nn.Module]) -> str:
     """What a node does to channels: "mix" (a convolution or linear layer: new ones), "each" (every channel by itself),
     "add" (channel by channel of several), or "opaque" (anything else, of which nothing is known)."""
     if node.op == "call_module":
-        layer = modules[str(node.target)]
-        if isinstance(layer, nn.Conv2d):
-            plain = layer.padding_mode == "zeros"
-            depthwise = layer.groups == layer.in_channels == layer.out_channels > 1
-            return "each" if depthwise and plain else "mix" if layer.groups == 1 and plain else "opaque"
-        if isinstance(layer, nn.Linear):
-            return "mix" if len(_shape(node.args[0])) == 2 else "opaque"
-        each = (*MONOTONE, *OTHER_ACTIVATIONS, *SAME, *PADDED, nn.BatchNorm2d, nn.BatchNorm1d)
-        return "each" if isinstance(layer, each) else "opaque"
-    if node.op not in ("call_function", "call_method") or not node.args:
+        return _role_of_layer(modules[str(node.target)], node)
+    inputs = node.all_input_nodes
+    if node.op not in ("call_function", "call_method") or not inputs:
         return "opaque"
-    inputs = [a for a in node.args if isinstance(a, fx.Node)]
-    same = all(_shape(a)[:2] == _shape(node)[:2] for a in inputs)
     if node.target in ADDITIONS and len(inputs) == 2 == len(node.args) and not node.kwargs:
         return "add" if _shape(inputs[0]) == _shape(inputs[1]) else "opaque"
-    if node.target is blurred or node.target in MONOTONE_CALLS:
-        return "each"
-    if node.target in (functional.dropout, "contiguous"):
-        return "each"
-    if node.target in ("mean", torch.mean, functional.adaptive_avg_pool2d) and same and len(_shape(inputs[0])) == 4:
-        dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-        pooled = node.target is functional.adaptive_avg_pool2d
-        return "each" if pooled or (isinstance(dims, list | tuple) and {d % 4 for d in dims} == {2, 3}) else "opaque"
-    if node.target in ("flatten", torch.flatten, "view", "reshape") and same and len(_shape(node)) == 2:
-        return "each"
-    return "opaque"
+    same = len(inputs) == 1 and _shape(inputs[0])[:2] == _shape(node)[:2]
+    each = node.target is blurred or node.target in MONOTONE_CALLS or node.target in SAME_CALLS
+    flat = node.target in FLATTENING_CALLS and len(_shape(node)) == 2
+    return "each" if same and (each or flat or _is_mean(node)) else "opaque"
+
+
+def _role_of_layer(layer: nn.Module, node: fx.Node) -> str:
+    if isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros":
+        depthwise = layer.groups == layer.in_channels == layer.out_channels > 1
+        return "each" if depthwise else "mix" if layer.groups == 1 else "opaque"
+    if isinstance(layer, nn.Linear):
+        return "mix" if len(_shape(node.args[0])) == 2 else "opaque"
+    each = (*MONOTONE, *OTHER_ACTIVATIONS, *SAME, *PADDED, nn.BatchNorm2d, nn.BatchNorm1d)
+    flat = isinstance(layer, nn.Flatten) and _shape(node) == _shape(node.args[0])[:2]
+    return "each" if isinstance(layer, each) or flat else "opaque"
+
+
+def _is_mean(node: fx.Node) -> bool:
+    """Whether a call takes the mean of each channel's whole image."""
+    if node.target not in ("mean", torch.mean) or len(_shape(node.args[0])) != 4:
+        return False
+    dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    return isinstance(dims, list | tuple) and {d % 4 for d in dims if isinstance(d, int)} == {2, 3}
 
 
 def intervals(graph: fx.GraphModule) -> dict[fx.Node, Interval]:
@@ -101,32 +106,28 @@ def mixing_weights(layer: nn.Module) -> tuple[Tensor, Tensor]:
 
 def _through(node: fx.Node, modules: dict[str, nn.Module], low: Tensor, high: Tensor) -> Interval:
     if node.op != "call_module":
-        if node.target in MONOTONE_CALLS:
-            return MONOTONE_CALLS[node.target](low), MONOTONE_CALLS[node.target](high)
-        return (low.clamp(max=0), high.clamp(min=0)) if node.target is blurred else (low, high)
+        function = MONOTONE_CALLS.get(node.target, lambda end: end)
+        return (low.clamp(max=0), high.clamp(min=0)) if node.target is blurred else (function(low), function(high))
     layer = modules[str(node.target)]
     if isinstance(layer, MONOTONE):
-        function = type(layer)() if isinstance(layer, nn.ReLU) else layer
-        return function(low.clone()), function(high.clone())
+        return layer(low.clone()), layer(high.clone())  # which may write in place
     if isinstance(layer, OTHER_ACTIVATIONS):
-        value = layer(low.clone())
-        constant = low == high
+        value, constant = layer(low.clone()), low == high
         return torch.where(constant, value, -torch.inf), torch.where(constant, value, torch.inf)
     if is_padded(layer) and not isinstance(layer, nn.MaxPool2d):  # whose padding is minus infinity
         low, high = low.clamp(max=0), high.clamp(min=0)
     if isinstance(layer, nn.Conv2d | nn.Linear):
-        weight, bias = mixing_weights(layer)
-        up, down = weight.clamp(min=0).sum(2), weight.clamp(max=0).sum(2)
-        if isinstance(layer, nn.Conv2d) and layer.groups > 1:
-            up, down = up[:, 0], down[:, 0]
-            return _times(up, low) + _times(down, high) + bias, _times(up, high) + _times(down, low) + bias
-        return (
-            (_times(up, low) + _times(down, high)).sum(1) + bias,
-            (_times(up, high) + _times(down, low)).sum(1) + bias,
-        )
-    if isinstance(layer, nn.BatchNorm2d | nn.BatchNorm1d):
-        return _normalised(layer, low, high)
-    return low, high
+        return _mixed(layer, low, high)
+    return _normalised(layer, low, high) if isinstance(layer, nn.BatchNorm2d | nn.BatchNorm1d) else (low, high)
+
+
+def _mixed(layer: nn.Conv2d | nn.Linear, low: Tensor, high: Tensor) -> Interval:
+    weight, bias = mixing_weights(layer)
+    up, down = weight.clamp(min=0).sum(2), weight.clamp(max=0).sum(2)
+    if isinstance(layer, nn.Conv2d) and layer.groups > 1:  # depthwise: (C, 1)
+        low, high = low[:, None], high[:, None]
+    least, most = _times(up, low) + _times(down, high), _times(up, high) + _times(down, low)
+    return least.sum(1) + bias, most.sum(1) + bias
 
 
 def _normalised(layer: nn.BatchNorm2d | nn.BatchNorm1d, low: Tensor, high: Tensor) -> Interval:

@@ -48,7 +48,7 @@ def _note_shapes(graph: fx.GraphModule, image_shape: Sequence[int]) -> None:
     """meta["shape"] of every node, by a pass of two images."""
     parameter = next(graph.parameters())
     with torch.no_grad():
-        ShapeProp(graph).propagate(torch.zeros(2, *image_shape, dtype=parameter.dtype))  # type: ignore[no-untyped-call]
+        ShapeProp(graph).propagate(torch.zeros(2, *image_shape, dtype=parameter.dtype))
     for node in graph.graph.nodes:
         meta = node.meta.get("tensor_meta")
         node.meta["shape"] = tuple(meta.shape) if hasattr(meta, "shape") else ()
@@ -162,5 +162,4 @@ def _with_bias(layer: nn.Module) -> Tensor:
     if layer.bias is None:
         weight = layer.get_parameter("weight")
         layer.bias = nn.Parameter(torch.zeros(len(weight), dtype=weight.dtype), requires_grad=False)
-    bias: Tensor = layer.bias
-    return bias
+    return layer.get_parameter("bias")
