@@ -29,7 +29,7 @@ from ghostmask.launcher.checks import check_config, check_finder
 from ghostmask.launcher.cluster.commands import CLUSTER_COMMANDS
 from ghostmask.launcher.environment import prepare_environment
 from ghostmask.launcher.examples import EXAMPLES
-from ghostmask.launcher.exporting.commands import EXPORT_COMMANDS
+from ghostmask.launcher.exporting.commands import EXPORT_COMMANDS, run_or_export
 from ghostmask.launcher.folder import read_run, resumed
 from ghostmask.launcher.process import open_standard_streams, require_working_directory
 from ghostmask.launcher.searches import SEARCH_COMMANDS
@@ -144,6 +144,7 @@ def _add(commands: Any, name: str, summary: str, handler: Callable[[Namespace], 
 def _add_bench(parser: _Parser) -> None:
     names = list(BENCHMARKS)
     parser.add_argument("benchmark", metavar="BENCHMARK", choices=names, help=f"one of {', '.join(names)}")
+    parser.add_argument("run", metavar="RUN", nargs="?", help=f"of export: {RUN_HELP}")
     parser.add_argument("--json", metavar="FILE", type=typed_path("--json"), help="also write the rows to FILE")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="as train.device")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs: no numbers to quote")
@@ -252,12 +253,15 @@ def _bench(arguments: Namespace) -> int:
     refuse_ranks("bench")
     if arguments.strict and arguments.quick:
         raise InputError("--strict: the numbers of --quick mean nothing; leave one of them out")
+    if (arguments.benchmark == "export") != (arguments.run is not None):
+        raise InputError("RUN: `ghostmask bench export RUN` measures a run's network; the other benchmarks take none")
+    run = run_or_export(arguments.run) if arguments.run else None
     prepare_environment(arguments.device)
     from ghostmask.launcher.bench import bench
 
     return bench(
         arguments.benchmark, device=arguments.device, quick=arguments.quick, file=arguments.json,
-        strict=arguments.strict,
+        strict=arguments.strict, run=run,
     )  # fmt: skip
 
 

@@ -70,6 +70,7 @@ A site's defaults: ~/.config/ghostmask/cluster.yaml, or the file that $GHOSTMASK
   ghostmask bench mask                                          the mask operator against textbook code
   ghostmask bench step --json step.json
   ghostmask bench projection --device cuda --strict
+  ghostmask bench export cifar10_resnet32_probmask              sizes and latencies of its network's formats
 
 exit codes: 0 done, 1 with --strict where a bar is not met, 2 wrong input""",
     "sweep": """examples:

@@ -141,7 +141,7 @@ def test_a_network_that_no_graph_holds_is_exported_with_a_card_that_names_what_b
     net = build_model(ModelConfig(name), 4, DIGITS, 0).eval()
     export(tmp_path, net, name, DIGITS)
     assert f"build_model(ModelConfig('{name}'" in (tmp_path / "README.md").read_text()
-    with pytest.raises(InputError, match="cannot be written as a graph by torch.fx"):
+    with pytest.raises(InputError, match=r"cannot be written as a graph by torch\.fx"):
         run_command(["export", str(tmp_path), "--format", "small"])
     assert not (tmp_path / "small").exists()
     assert run_command(["export", str(tmp_path), "--format", "packed"]) == 0

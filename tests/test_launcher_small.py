@@ -135,8 +135,8 @@ def photographs(shared_folder: Path, count: int) -> Tensor:
 
 
 def test_all_forms_give_the_same_on_photographs(shared_folder: Path, tmp_path: Path) -> None:
-    images, shape = photographs(shared_folder, 4), (3, 224, 224)
-    net = few_weights(network("resnet18", 10, shape, 1.0), 0.02)
+    images, shape = photographs(shared_folder, 2), (3, 224, 224)
+    net = few_weights(network("resnet18", 10, shape, 1.0), 0.003)
     with torch.no_grad():
         for module in net.modules():  # statistics of these images, so that layers neither die nor explode
             if isinstance(module, nn.BatchNorm2d):
@@ -159,4 +159,5 @@ def test_all_forms_give_the_same_on_photographs(shared_folder: Path, tmp_path: P
         results["onnx"] = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
     for name, logits in results.items():
         assert float((logits - expected).abs().max()) < 1e-5 * float(expected.abs().max()), name
-    assert parameters(shrink(net, shape).graph) < 0.9 * parameters(net)
+    assert "dead channels" in (tmp_path / "small" / "README.md").read_text()
+    assert parameters(shrink(net, shape).graph) < parameters(net)

@@ -30,7 +30,7 @@ def write(exported: Exported, folder: Path, options: Options) -> Written:
     images = torch.zeros(1, *exported.image_shape)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        script = torch.jit.trace(deployed(exported), images)  # type: ignore[no-untyped-call]
+        script = torch.jit.trace(deployed(exported), images, check_trace=False)  # type: ignore[no-untyped-call]
         model = tools.convert(
             script, inputs=[tools.TensorType(name="images", shape=tuple(images.shape))],
             outputs=[tools.TensorType(name="logits")], convert_to="mlprogram",

@@ -75,7 +75,7 @@ def write(exported: Exported, folder: Path, options: Options) -> Written:
         program = torch.export.export(small.graph, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
         torch.export.save(program, file)
     with replacing(folder / SCRIPT) as writing, torch.no_grad():
-        torch.jit.trace(small.graph, images).save(str(writing))  # type: ignore[no-untyped-call]
+        torch.jit.trace(small.graph, images, check_trace=False).save(str(writing))  # type: ignore[no-untyped-call]
     return Written([MODEL_FILE, network_file.FILE, PROGRAM, SCRIPT], LOAD, _notes(exported, small))
 
 
