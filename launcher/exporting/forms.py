@@ -1,4 +1,4 @@
-"""What does `ghostmask bench export RUN` measure: every format of the run's network, and the dense network beside it."""
+"""What does `ghostmask bench export RUN` measure: the network of a run in each format, and the dense one beside it?"""
 
 from __future__ import annotations
 
