@@ -14,17 +14,18 @@ from typing import Any
 from ghostmask.engine.atomic import read_small, replacing
 from ghostmask.engine.checkpoint.files import META, Damaged, check_digests, checkpoints, read_manifest
 from ghostmask.engine.errors import InputError
-from ghostmask.launcher.exporting.registry import FORMATS
 
 FILE = "run.json"
 PACKAGES = ("ghostmask", "torch", "torchvision", "deepspeed", "ffcv", "numpy")
 
+EXPORTED = ("packed", "small", "onnx", "coreml", "2_4")
+"""Folders of `ghostmask export --format`."""
 WRITTEN = {
     "checkpoints": ("step-*", "latest", ".latest-new", ".writing-*", ".deleting-*"),
     "tensorboard": ("events.out.tfevents.*",),
     "hang": ("stacks-rank-*.txt", "*_trace_*"),
     "profile": ("*.pt.trace.json*",),
-    **{f"export/{name.replace(':', '_')}": ("model.*", "README.md", "*.py", ".*.writing") for name in FORMATS},
+    **{f"export/{name}": ("model.*", "README.md", "*.py", ".*.writing") for name in EXPORTED},
     "export": ("model.safetensors", "summary.json", "README.md", "network.py", ".*.writing"),
     "hessian": ("metrics.jsonl", "tensorboard/events.out.tfevents.*", "tensorboard"),
     ".": ("metrics.jsonl", "config.yaml", FILE, ".*.writing"),

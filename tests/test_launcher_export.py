@@ -99,7 +99,7 @@ def test_the_summary_counts_what_the_masks_keep(tmp_path: Path) -> None:
     summary = _write(tmp_path, net, masks, accuracy=0.875)
     assert json.loads((tmp_path / "summary.json").read_text()) == json.loads(json.dumps(summary))
     assert list(summary) == [
-        *("accuracy", "density", "kept", "prunable", "flops_dense", "flops_sparse", "layers", "config")
+        *("accuracy", "density", "kept", "prunable", "flops_dense", "flops_sparse", "layers", "file", "config")
     ]
     kept = sum(int(mask.sum()) for mask in masks.values())
     assert summary["accuracy"] == 0.875

@@ -22,10 +22,12 @@ from torchvision.transforms import v2
 from ghostmask.engine.errors import InputError
 from ghostmask.launcher.cli import run_command
 from ghostmask.launcher.exporting import coreml_file, two_four
+from ghostmask.launcher.exporting.commands import folder_name
 from ghostmask.launcher.exporting.convert import write_format
 from ghostmask.launcher.exporting.exported import Options, read_exported
 from ghostmask.launcher.exporting.load_two_four import load_two_four, use_two_four
 from ghostmask.launcher.exporting.registry import FORMATS
+from ghostmask.launcher.record import EXPORTED
 from ghostmask.models.build import build_model
 from ghostmask.models.config import ModelConfig
 
@@ -192,6 +194,10 @@ def test_every_key_of_the_summary_is_explained(tmp_path: Path) -> None:
     keys = {*summary, *summary["preprocessing"], *summary["network"], *summary["run"], *summary["file"]}
     keys |= set(summary["layers"][0])
     assert [key for key in keys if f"`{key}`" not in document] == []
+
+
+def test_restart_knows_the_folders_of_all_formats() -> None:
+    assert {folder_name(name) for name in FORMATS} == set(EXPORTED)
 
 
 def test_the_file_s_digest_and_size_stand_in_the_summary(tmp_path: Path) -> None:
