@@ -145,14 +145,14 @@ def _session(file: Path, images: Tensor, threads: int) -> Work:
 def _on_cuda(exports: Exports, images: Tensor, bench: Bench) -> dict[str, Work]:
     """In half precision and channels_last; never run on a GPU so far (docs/performance.md)."""
     forms, work = exports.forms, dict[str, Work]()
-    images = images.to(bench.device, torch.float16)
+    images = images.to(bench.device, torch.float16, memory_format=torch.channels_last)
     for name in (DENSE, "small", "2:4"):
         if name not in forms:
             continue
         net: Any = load(forms[name])
-        if name != "2:4":  # whose lines move it by themselves
-            net = net.to(bench.device, torch.float16)
-        work[name] = _call(net, images, channels_last=True)
+        if name != "2:4":  # whose lines move it by themselves, and whose weights know no other order
+            net = net.to(bench.device, torch.float16, memory_format=torch.channels_last)
+        work[name] = _call(net, images)
         if not bench.quick:
-            work[f"{name}, compiled"] = _call(torch.compile(net, dynamic=False), images, channels_last=True)
+            work[f"{name}, compiled"] = _call(torch.compile(net, dynamic=False), images)
     return work

@@ -53,6 +53,8 @@ def _role_of_layer(layer: nn.Module, node: fx.Node) -> str:
     if isinstance(layer, nn.Linear):
         return "mix" if len(_shape(node.args[0])) == 2 else "opaque"
     each = (*MONOTONE, *OTHER_ACTIVATIONS, *SAME, *PADDED, nn.BatchNorm2d, nn.BatchNorm1d)
+    if isinstance(layer, nn.AvgPool2d) and layer.divisor_override is not None:  # no mean
+        return "opaque"
     flat = isinstance(layer, nn.Flatten) and _shape(node) == _shape(node.args[0])[:2]
     return "each" if isinstance(layer, each) or flat else "opaque"
 

@@ -22,6 +22,7 @@ def remove_dead_channels(graph: fx.GraphModule, image_shape: Sequence[int]) -> d
     around the image. Channels that are added together, or pass through the same layer, are kept or removed together.
     A layer keeps one channel at least; inputs and outputs, and what lies beside an operation that is not known, stay.
     """
+    _untie(graph)
     modules = dict(graph.named_modules())
     before = {n: _outputs(m) for n, m in modules.items() if isinstance(m, nn.Conv2d | nn.Linear)}
     _note_shapes(graph, image_shape)
@@ -34,10 +35,16 @@ def remove_dead_channels(graph: fx.GraphModule, image_shape: Sequence[int]) -> d
             removed = _shrink(nodes, graph, modules, bounds) or removed
         if not removed:
             break
-        _note_shapes(graph, image_shape)
     graph.recompile()
     after = {n: _outputs(modules[n]) for n in before}
     return {n: (before[n], after[n]) for n in before if after[n] != before[n]}
+
+
+def _untie(graph: fx.GraphModule) -> None:
+    """Give each layer its own weights: what is done to one that shares them must not be done to the other."""
+    for module in graph.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
 
 
 def _outputs(layer: nn.Module) -> int:
@@ -57,8 +64,9 @@ def _note_shapes(graph: fx.GraphModule, image_shape: Sequence[int]) -> None:
 @torch.no_grad()
 def _fix_constants(graph: fx.GraphModule, modules: dict[str, nn.Module], bounds: dict[fx.Node, Interval]) -> None:
     """A constant output of a layer becomes its bias, and its weights 0, so that what it read may go."""
+    uses = _uses(graph, modules)
     for node in graph.graph.nodes:
-        if node not in bounds or role(node, modules) != "mix":
+        if node not in bounds or role(node, modules) != "mix" or uses[str(node.target)] > 1:
             continue
         layer, (low, high) = modules[str(node.target)], bounds[node]
         constant = (low == high) & torch.isfinite(low)
@@ -78,10 +86,7 @@ def _groups(graph: fx.GraphModule, modules: dict[str, nn.Module]) -> list[list[f
             node = parent[node]
         return node
 
-    uses: dict[str, int] = {}
-    for node in graph.graph.nodes:
-        if node.op == "call_module" and list(modules[str(node.target)].parameters()):
-            uses[str(node.target)] = uses.get(str(node.target), 0) + 1
+    uses = _uses(graph, modules)
     for node in graph.graph.nodes:
         kind = role(node, modules)
         inputs = node.all_input_nodes
@@ -97,6 +102,15 @@ def _groups(graph: fx.GraphModule, modules: dict[str, nn.Module]) -> list[list[f
         if find(node) not in roots:
             found.setdefault(find(node), []).append(node)
     return list(found.values())
+
+
+def _uses(graph: fx.GraphModule, modules: dict[str, nn.Module]) -> dict[str, int]:
+    """How often each layer with weights is called."""
+    uses: dict[str, int] = {}
+    for node in graph.graph.nodes:
+        if node.op == "call_module" and modules[str(node.target)].state_dict():
+            uses[str(node.target)] = uses.get(str(node.target), 0) + 1
+    return uses
 
 
 @torch.no_grad()
@@ -128,6 +142,8 @@ def _shrink(
             bias += added.to(bias.dtype)
         _slice(layer, "weight", keep, 1)
     for node in nodes:
+        batch, _, *rest = node.meta["shape"]
+        node.meta["shape"] = (batch, int(keep.sum()), *rest)
         if node.op == "call_module":
             _slice_outputs(modules[str(node.target)], keep)
     return True
