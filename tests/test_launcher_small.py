@@ -74,7 +74,7 @@ class Padded(nn.Module):
         return (self.conv2(x) + self.conv3(x)).mean((2, 3))
 
 
-def test_a_constant_beside_padding_stays_unless_it_is_zero() -> None:
+def test_of_constants_beside_padding_one_stays_for_all() -> None:
     torch.manual_seed(0)
     net = Padded().eval()
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_a_constant_beside_padding_stays_unless_it_is_zero() -> None:
         net.conv2.weight[:, 1] = 0  # channel 1 is a constant that only the 1x1 convolution reads
         net.conv2.weight[:, 3], net.conv3.weight[:, 3] = 0, 0  # and 3 is read by nobody
     small = shrink(net, (3, 8, 8))
-    assert small.removed["conv1"] == (8, 5), "channels 1, 2 (cut off by ReLU) and 3"
+    assert small.removed["conv1"] == (8, 3), "of channels 0 to 5 the largest constant; 2 is cut off by ReLU"
     assert difference(net, small, (3, 8, 8)) < 1e-5
 
 

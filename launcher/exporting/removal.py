@@ -18,9 +18,10 @@ def remove_dead_channels(graph: fx.GraphModule, image_shape: Sequence[int]) -> d
     """Take the dead channels out of a graph, in place; returns (outputs before, after) of each layer that has fewer.
 
     Dead are channels that nothing reads through a weight that is not 0, and constant ones (`intervals`): what a
-    constant adds to the layers that read it goes into their biases, which is exact unless they see it beside zeros
-    around the image. Channels that are added together, or pass through the same layer, are kept or removed together.
-    A layer keeps one channel at least; inputs and outputs, and what lies beside an operation that is not known, stay.
+    constant adds to the layers that read it goes into their biases or, where they see it beside zeros around the image,
+    into the weights of one constant channel that stays. Channels that are added together, or pass through the same
+    layer, are kept or removed together. A layer keeps one channel at least; inputs and outputs, and what lies beside an
+    operation that is not known, stay.
     """
     _untie(graph)
     modules = dict(graph.named_modules())
@@ -69,7 +70,7 @@ def _fix_constants(graph: fx.GraphModule, modules: dict[str, nn.Module], bounds:
         if node not in bounds or role(node, modules) != "mix" or uses[str(node.target)] > 1:
             continue
         layer, (low, high) = modules[str(node.target)], bounds[node]
-        constant = (low == high) & torch.isfinite(low)
+        constant = _constant(low, high)
         if bool(constant.any()):
             weight = layer.get_parameter("weight")
             weight[constant] = 0
@@ -118,28 +119,23 @@ def _shrink(
     nodes: list[fx.Node], graph: fx.GraphModule, modules: dict[str, nn.Module], bounds: dict[fx.Node, Interval]
 ) -> bool:
     """Take the removable channels of one group out of all layers; whether there were any."""
-    readers = [(node, user) for node in nodes for user in node.users if role(user, modules) == "mix"]
-    removable = torch.ones_like(bounds[nodes[0]][0], dtype=torch.bool)
-    for node, reader in readers:
-        layer = modules[str(reader.target)]
-        low, high = bounds[node]
-        unread = (mixing_weights(layer)[0] == 0).all(2).all(0)
-        constant = (low == high) & torch.isfinite(low)
-        removable &= unread | (constant & (low == 0) if is_padded(layer) else constant)
-    if bool(removable.all()):
-        removable[0] = False
+    readers = [(bounds[node], modules[str(user.target)]) for node in nodes for user in node.users
+               if role(user, modules) == "mix"]  # fmt: skip
+    removable, carrier = _removable(readers, len(bounds[nodes[0]][0]))
     if not bool(removable.any()):
         return False
     keep = ~removable
-    for node, reader in readers:
-        layer = modules[str(reader.target)]
-        low, high = bounds[node]
-        value = torch.where(removable & (low == high), low, 0.0)  # 0, too, for what is not read
+    for (low, high), layer in readers:
         weight, _ = mixing_weights(layer)
-        added = (weight.sum(2) * value).sum(1)
-        if bool((added != 0).any()):
+        value = torch.where(removable & _constant(low, high), low, 0.0)  # 0, too, for what is not read
+        if is_padded(layer):
+            if carrier >= 0:
+                moved = torch.einsum("oik,i->ok", weight, value / low[carrier])
+                column = layer.get_parameter("weight")[:, carrier]
+                column += moved.reshape(column.shape).to(column.dtype)
+        elif bool(value.any()):
             bias = _with_bias(layer)
-            bias += added.to(bias.dtype)
+            bias += (weight.sum(2) @ value).to(bias.dtype)
         _slice(layer, "weight", keep, 1)
     for node in nodes:
         batch, _, *rest = node.meta["shape"]
@@ -147,6 +143,35 @@ def _shrink(
         if node.op == "call_module":
             _slice_outputs(modules[str(node.target)], keep)
     return True
+
+
+def _removable(readers: list[tuple[Interval, nn.Module]], channels: int) -> tuple[Tensor, int]:
+    """Which channels may go, and the one that carries the constants which padded convolutions read, or -1.
+
+    Of several such constants one is enough: what the others add, at the image's border too, is what it adds times the
+    ratio of the two, which its weights take.
+    """
+    whole, plain, carriers = (torch.ones(channels, dtype=torch.bool) for _ in range(3))
+    size = torch.full((channels,), torch.inf, dtype=torch.float64)
+    for (low, high), layer in readers:
+        unread, constant = (mixing_weights(layer)[0] == 0).all(2).all(0), _constant(low, high)
+        whole &= unread | constant
+        plain &= unread | (constant & (low == 0) if is_padded(layer) else constant)
+        if is_padded(layer):
+            carriers &= constant & (low != 0)
+            size = torch.minimum(size, torch.where(constant, low.abs(), 0.0))
+    carriers &= whole & ~plain
+    if bool(carriers.any()):
+        carrier = int(torch.where(carriers, size, -1.0).argmax())
+        whole[carrier] = False
+        return whole, carrier
+    if bool(plain.all()):
+        plain[0] = False
+    return plain, -1
+
+
+def _constant(low: Tensor, high: Tensor) -> Tensor:
+    return (low == high) & torch.isfinite(low)
 
 
 def _slice_outputs(layer: nn.Module, keep: Tensor) -> None:
