@@ -11,6 +11,7 @@ BENCHMARKS = {
     "memory": "ghostmask.benchmarks.memory:rows",
     "communication": "ghostmask.benchmarks.communication:rows",
     "finders": "ghostmask.benchmarks.finders:rows",
+    "export": "ghostmask.benchmarks.export:rows",
     "scale": "ghostmask.benchmarks.scale:rows",
 }
 """name -> "module:function", imported when it is used; function(Bench) -> list[Row]."""

@@ -14,11 +14,15 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter, sleep
+from typing import TYPE_CHECKING
 
 import torch
 
 from ghostmask.benchmarks.row import Row
 from ghostmask.engine.world import World
+
+if TYPE_CHECKING:
+    from ghostmask.benchmarks.export import Exports
 
 Work = Callable[[], object]
 COPY_ELEMENTS = 1 << 26
@@ -28,10 +32,12 @@ PAUSE_CYCLES = 100_000_000
 
 @dataclass(frozen=True)
 class Bench:
-    """What a benchmark is run with: quick = sizes that take seconds, for tests; its numbers mean nothing."""
+    """What a benchmark is run with: quick = sizes that take seconds, for tests; its numbers mean nothing. exports: what
+    `ghostmask bench export RUN` looks at."""
 
     world: World
     quick: bool
+    exports: Exports | None = None
 
     @property
     def device(self) -> torch.device:

@@ -29,6 +29,7 @@ from ghostmask.launcher.checks import check_config, check_finder
 from ghostmask.launcher.cluster.commands import CLUSTER_COMMANDS
 from ghostmask.launcher.environment import prepare_environment
 from ghostmask.launcher.examples import EXAMPLES
+from ghostmask.launcher.exporting.commands import EXPORT_COMMANDS, run_or_export
 from ghostmask.launcher.folder import other_data, read_run, resumed
 from ghostmask.launcher.process import open_standard_streams, require_working_directory
 from ghostmask.launcher.searches import SEARCH_COMMANDS
@@ -95,11 +96,6 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--per-class", metavar="FILE", help="also write the accuracy of each class to FILE, as CSV; - prints a table"
     )
-    export = _add(commands, "export", "write a run's network as a plain state dict", _export)
-    export.add_argument("run", metavar="RUN", help=RUN_HELP)
-    export.add_argument(
-        "--out", metavar="FOLDER", type=typed_path("--out"), help="where to write it (default: RUN/export)"
-    )
     hessian = _add(commands, "hessian", "print the Hessian's largest eigenvalues at a run's checkpoints", _hessian)
     hessian.add_argument("run", metavar="RUN", help=RUN_HELP)
     hessian.add_argument(
@@ -120,7 +116,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_ranks(find)
     prepare = _add(commands, "prepare", "download a config's dataset and write its .beton files", _prepare)
     add_settings(prepare)
-    for name, (summary, describe) in (BEFORE_COMMANDS | CLUSTER_COMMANDS | SEARCH_COMMANDS).items():
+    several = BEFORE_COMMANDS | EXPORT_COMMANDS | CLUSTER_COMMANDS | SEARCH_COMMANDS
+    for name, (summary, describe) in several.items():
         describe(_add(commands, name, summary))
     _add_bench(_add(commands, "bench", "time one part of the system against textbook code", _bench))
     for name, (summary, describe) in TABLE_COMMANDS.items():
@@ -160,6 +157,7 @@ def _add(commands: Any, name: str, summary: str, handler: Callable[[Namespace], 
 def _add_bench(parser: _Parser) -> None:
     names = list(BENCHMARKS)
     parser.add_argument("benchmark", metavar="BENCHMARK", choices=names, help=f"one of {', '.join(names)}")
+    parser.add_argument("run", metavar="RUN", nargs="?", help=f"of export: {RUN_HELP}")
     parser.add_argument("--json", metavar="FILE", type=typed_path("--json"), help="also write the rows to FILE")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="as train.device")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs: no numbers to quote")
@@ -212,18 +210,9 @@ def _evaluate(arguments: Namespace) -> int:
     return evaluate(run, config, as_json=arguments.json, per_class=per_class)
 
 
-def _export(arguments: Namespace) -> int:
-    run = locate.find_run(arguments.run)
-    out = _output(arguments.out, run / "export")
-    prepare_environment(_device_of(run))
-    from ghostmask.launcher.export_run import export_run
-
-    return export_run(run, out)
-
-
 def _hessian(arguments: Namespace) -> int:
     run = locate.find_run(arguments.run)
-    out = _output(arguments.out, run / "hessian")
+    out = locate.output_folder(arguments.out, run / "hessian")
     prepare_environment(_device_of(run))
     from ghostmask.launcher.hessian import hessian
 
@@ -259,12 +248,15 @@ def _bench(arguments: Namespace) -> int:
     refuse_ranks("bench")
     if arguments.strict and arguments.quick:
         raise InputError("--strict: the numbers of --quick mean nothing; leave one of them out")
+    if (arguments.benchmark == "export") != (arguments.run is not None):
+        raise InputError("RUN: `ghostmask bench export RUN` measures a run's network; the other benchmarks take none")
+    run = run_or_export(arguments.run) if arguments.run else None
     prepare_environment(arguments.device)
     from ghostmask.launcher.bench import bench
 
     return bench(
         arguments.benchmark, device=arguments.device, quick=arguments.quick, file=arguments.json,
-        strict=arguments.strict,
+        strict=arguments.strict, run=run,
     )  # fmt: skip
 
 
@@ -292,13 +284,6 @@ def _show_methods(arguments: Namespace) -> int:
     from ghostmask.launcher.method_page import method_page
 
     return _print(method_page(arguments.name))
-
-
-def _output(asked: Path | None, usual: Path) -> Path:
-    """Where a command that reads a run writes what it finds: a run's folder may be read-only."""
-    out = asked or usual
-    locate.check_writable(out, "--out", str(out))
-    return out
 
 
 def _device_of(run: Path) -> str:

@@ -21,7 +21,11 @@ exit codes: 0 done, 2 wrong input, 3 loss not finite, 75 interrupted after savin
   ghostmask evaluate /scratch/me/first_try --json
   ghostmask evaluate cifar10_resnet32_probmask data.root=/data/cifar10.1 --per-class classes.csv""",
     "export": """examples:
-  ghostmask export cifar10_resnet32_probmask                    writes runs/cifar10_resnet32_probmask/export/""",
+  ghostmask export cifar10_resnet32_probmask                    writes runs/cifar10_resnet32_probmask/export/
+  ghostmask export cifar10_resnet32_probmask --format packed --values fp16 --coding entropy
+  ghostmask export cifar10_resnet32_probmask --format onnx      writes its export/onnx/
+
+formats: safetensors, packed, small, onnx, coreml, 2:4; docs/export.md""",
     "hessian": """examples:
   ghostmask hessian cifar10_resnet32_probmask                   writes runs/cifar10_resnet32_probmask/hessian/
   ghostmask hessian /scratch/me/first_try --top 1 --batches 16
@@ -67,6 +71,7 @@ A site's defaults: ~/.config/ghostmask/cluster.yaml, or the file that $GHOSTMASK
   ghostmask bench mask                                          the mask operator against textbook code
   ghostmask bench step --json step.json
   ghostmask bench projection --device cuda --strict
+  ghostmask bench export cifar10_resnet32_probmask              sizes and latencies of its network's formats
 
 exit codes: 0 done, 1 with --strict where a bar is not met, 2 wrong input""",
     "sweep": """examples:

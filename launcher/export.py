@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,13 @@ from torch import Tensor, nn
 from ghostmask.data_pipelines.open import preprocessing
 from ghostmask.engine.atomic import replacing
 from ghostmask.engine.checkpoint.state_file import read_state_dict
+from ghostmask.engine.errors import InputError
 from ghostmask.launcher.config import RunConfig
+from ghostmask.launcher.exporting import card, network_file
 from ghostmask.masks.prunable import prunable_weights
 from ghostmask.masks.report import removed_units
+from ghostmask.models.build import build_model
+from ghostmask.models.config import ModelConfig
 from ghostmask.models.flops import count_flops
 
 MODEL_FILE = "model.safetensors"
@@ -33,6 +39,7 @@ def write_export(
     config: dict[str, Any],
     top5: float | None = None,
     usage: dict[str, Any] | None = None,
+    facts: dict[str, Any] | None = None,
     mark: str = "",
 ) -> dict[str, Any]:
     """Write folder/model.safetensors and folder/summary.json, and return the summary; `net` stays as it is.
@@ -40,19 +47,42 @@ def write_export(
     net: the mask-free network. masks: bool tensors by weight name, as `prunable_weights` names them; empty for a dense
     network. accuracy: evaluation accuracy in [0, 1], None where there was no evaluation; top5: as
     Score's. config: the resolved configuration, JSON-able. usage: what is done to an image before the network sees it
-    (see `use`), written as "preprocessing". mark: see engine.atomic.replacing. Call it on one rank. Each file
-    appears whole or not at all, the summary last. Raises ValueError for a mask that fits no weight.
+    (see `use`), written as "preprocessing". facts: "network", "run", "data" and "versions" (docs/export.md), without
+    which there is no model card. mark: see engine.atomic.replacing. Call it on one rank. Each file appears whole or not
+    at all, the summary last. Raises ValueError for a mask that fits no weight.
     """
     known = {} if usage is None else {"preprocessing": usage}
-    summary = {**accuracies(accuracy, top5), **known, **summarise(net, masks, image_shape), "config": config}
+    # Not save_file: it makes the file unreadable for everybody else (mode 0600), whatever the umask is.
+    content = save(masked_state(net, masks))
+    file = {"name": MODEL_FILE, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    summary = {
+        **accuracies(accuracy, top5), **known, **summarise(net, masks, image_shape), **(facts or {}), "file": file,
+        "config": config,
+    }  # fmt: skip
     text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+    texts = _beside(summary) if facts else {}
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / MODEL_FILE, mark) as writing:
-        # Not save_file: it makes the file unreadable for everybody else (mode 0600), whatever the umask is.
-        writing.write_bytes(save(masked_state(net, masks)))
-    with replacing(folder / SUMMARY_FILE, mark) as writing:
-        writing.write_text(text, encoding="utf-8")
+        writing.write_bytes(content)
+    for name, words in {**texts, SUMMARY_FILE: text}.items():
+        with replacing(folder / name, mark) as writing:
+            writing.write_text(words, encoding="utf-8")
     return summary
+
+
+def _beside(summary: dict[str, Any]) -> dict[str, str]:
+    """The model card and, for a network that is not torchvision's, a file that builds it, by name."""
+    texts: dict[str, str] = {}
+    network = summary["network"]
+    if not card.torchvision_builds(summary["config"]):
+        title = f"The network {network['name']}, as ghostmask trained it."
+        classes, shape = network["num_classes"], network["image_shape"]
+        with suppress(InputError):  # the card says then what else builds it
+            net = build_model(ModelConfig(**summary["config"]["model"]), classes, (shape[0], shape[1], shape[2]), 0)
+            texts[network_file.FILE] = network_file.network_source(net, title, shape, classes)
+    load = card.plain_load(summary, bool(texts))
+    texts[card.FILE] = card.card(summary, load, [MODEL_FILE, SUMMARY_FILE, *texts])
+    return texts
 
 
 def use(config: RunConfig) -> dict[str, Any]:
@@ -66,6 +96,12 @@ def use(config: RunConfig) -> dict[str, Any]:
         "mirrored": config.train.eval_flip,
         "blurpool": config.model.blurpool,
     }
+
+
+def network_facts(net: nn.Module, config: RunConfig, num_classes: int, shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Of the network itself: name, num_classes, image_shape (of an evaluation image), parameters (how many)."""
+    count = sum(parameter.numel() for parameter in net.parameters())
+    return {"name": config.model.name, "num_classes": num_classes, "image_shape": list(shape), "parameters": count}
 
 
 def accuracies(accuracy: float | None, top5: float | None) -> dict[str, float | None]:

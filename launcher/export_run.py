@@ -55,4 +55,4 @@ def _export(
         if world.is_main and saved.step < last:
             where = f"phase {saved.meta['phase']}, step {saved.step}"
             built.reporter.progress.message(f"the run is not finished: {where} of {last}")
-        finish(built, out, run, mark=f".{os.getpid()}")
+        finish(built, out, run, mark=f".{os.getpid()}", step=saved.step)

@@ -108,6 +108,13 @@ def check_writable(folder: Path, field: str, value: str) -> None:
         raise bad_value(field, value, f"nothing can be written to {there} ({error.strerror}); give another") from None
 
 
+def output_folder(asked: Path | None, usual: Path) -> Path:
+    """Where a command that reads a run writes what it finds: a run's folder may be read-only."""
+    out = asked or usual
+    check_writable(out, "--out", str(out))
+    return out
+
+
 def find_run(text: str) -> Path:
     """The folder of an existing run from its name (runs/NAME) or its path; it holds a config.yaml.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 import uuid
 from dataclasses import asdict, dataclass
@@ -17,12 +18,15 @@ from ghostmask.engine.errors import InputError
 FILE = "run.json"
 PACKAGES = ("ghostmask", "torch", "torchvision", "deepspeed", "ffcv", "numpy")
 
+EXPORTED = ("packed", "small", "onnx", "coreml", "2_4")
+"""Folders of `ghostmask export --format`."""
 WRITTEN = {
     "checkpoints": ("step-*", "latest", ".latest-new", ".writing-*", ".deleting-*"),
     "tensorboard": ("events.out.tfevents.*",),
     "hang": ("stacks-rank-*.txt", "*_trace_*"),
     "profile": ("*.pt.trace.json*",),
-    "export": ("model.safetensors", "summary.json", ".*.writing"),
+    **{f"export/{name}": ("model.*", "README.md", "*.py", ".*.writing") for name in EXPORTED},
+    "export": ("model.safetensors", "summary.json", "README.md", "network.py", ".*.writing"),
     "hessian": ("metrics.jsonl", "tensorboard/events.out.tfevents.*", "tensorboard"),
     ".": ("metrics.jsonl", "config.yaml", FILE, ".*.writing"),
 }
@@ -118,7 +122,10 @@ def sealed_meta(folder: Path) -> dict[str, Any] | None:
 
 
 def _remove(path: Path) -> None:
-    """A file, or a checkpoint's folder with the files in it."""
+    """A file, a checkpoint's folder with the files in it, or one of Core ML's folders."""
+    if path.suffix == ".mlpackage" and not path.is_symlink():
+        shutil.rmtree(path)
+        return
     if path.is_dir() and not path.is_symlink():
         for inner in path.iterdir():
             if inner.is_dir() and not inner.is_symlink():

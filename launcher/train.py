@@ -17,10 +17,11 @@ from ghostmask.engine.launch import read_launch
 from ghostmask.engine.world import connect
 from ghostmask.launcher.checks import check_config, check_steps
 from ghostmask.launcher.config import RunConfig
-from ghostmask.launcher.export import use, write_export
+from ghostmask.launcher.export import network_facts, use, write_export
 from ghostmask.launcher.folder import resumed
 from ghostmask.launcher.open_run import OpenRun, open_owned
 from ghostmask.launcher.recipe import recipe_hooks
+from ghostmask.launcher.record import versions
 from ghostmask.launcher.run import Run, Shares, assemble, build_method, open_data, settle
 from ghostmask.launcher.settings import run_folder, to_dict
 from ghostmask.launcher.source import Source
@@ -97,10 +98,11 @@ def rates_text(config: RunConfig) -> str:
     )
 
 
-def finish(run: Run, out: Path, folder: Path, mark: str = "") -> None:
+def finish(run: Run, out: Path, folder: Path, mark: str = "", step: int | None = None) -> None:
     """Collective: evaluate the masked network, export it to `out` and print the closing table of the run in `folder`.
 
-    mark: of the files while they are written (see engine.atomic). Raises RunStopped where the disk takes no export.
+    mark: of the files while they are written (see engine.atomic); step: where the run is (None: at its end). Raises
+    RunStopped where the disk takes no export.
     """
     masks = run.masks()
     result = evaluate_masked(run)
@@ -109,6 +111,7 @@ def finish(run: Run, out: Path, folder: Path, mark: str = "") -> None:
         "accuracy": result.accuracy, "top5": result.top5, "image_shape": run.data.image_shape,
         "config": to_dict(run.config),
         "usage": use(run.config),
+        "facts": _facts(run, step),
     }  # fmt: skip
 
     def export() -> None:
@@ -117,6 +120,18 @@ def finish(run: Run, out: Path, folder: Path, mark: str = "") -> None:
         tell(closing_table(summary, folder, out, run.reporter.mean_images_per_s), sys.stdout)
 
     on_main(run.world, export)
+
+
+def _facts(run: Run, step: int | None) -> dict[str, Any]:
+    """What else a reader of summary.json needs: the network, how far the run is, the images and the software."""
+    data, steps = run.data, run.phases[-1].end_step
+    side = run.config.data.eval_size or data.image_shape[1]
+    return {
+        "network": network_facts(run.net, run.config, data.num_classes, (data.image_shape[0], side, side)),
+        "run": {"name": run.config.run, "step": steps if step is None else step, "steps": steps},
+        "data": dict(data.identity),
+        "versions": versions(),
+    }
 
 
 def _persistently(write: Any, out: Path) -> Any:

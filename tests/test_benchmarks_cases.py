@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from sparse_exports import DIGITS, export, network
 
 from ghostmask.benchmarks import textbook
 from ghostmask.benchmarks.registry import BENCHMARKS
 from ghostmask.benchmarks.row import Row, faster, more_per_second, share, table
 from ghostmask.benchmarks.timing import peak_extra_bytes
+from ghostmask.engine.errors import InputError
 from ghostmask.engine.world import single
 from ghostmask.launcher.cli import run_command
 from ghostmask.masks.kernels.projection import project_
@@ -36,6 +38,7 @@ CASES = {
         "loader_imagenet", "loader_imagenet_jpeg", "loader_cifar", "loader_cifar_resident", "loader_decode",
         "loader_decode_torchvision", "loader_decode_large", "loader_decode_fast",
     },
+    "export": {"export_size", "export_read", "export_1_thread", "export_all_cores"},
     "checkpoint": {"checkpoint_stall", "checkpoint_first_stall", "checkpoint_share", "checkpoint_bandwidth"},
     "memory": {"memory"},
     "communication": {"communication"},
@@ -91,10 +94,10 @@ def test_the_projection_needs_at_most_four_collectives(gpu_script: Path) -> None
     assert 1 <= row["value"] <= 4
 
 
-def run_here(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def run_here(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> list[dict[str, Any]]:
     monkeypatch.chdir(folder)
     threads = torch.get_num_threads()
-    assert run_command(["bench", name, "--quick", "--device", "cpu", "--json", "rows.json"]) == 0
+    assert run_command(["bench", name, *more, "--quick", "--device", "cpu", "--json", "rows.json"]) == 0
     torch.set_num_threads(threads)
     rows = rows_of(folder / "rows.json")
     assert {row["case"] for row in rows} == {"machine", *CASES[name]}
@@ -136,6 +139,21 @@ def test_the_finders_are_timed_beside_the_memory_they_may_take(tmp_path: Path, m
     assert all(row["value"] > 0 for row in rows if not row["case"].endswith("_memory"))
     notes = {row["case"]: row["note"] for row in rows}
     assert "2 images at once; the default for ImageNet, 1,000, takes" in notes["finder_grasp"]
+
+
+def test_all_forms_of_an_export_are_timed_beside_the_dense_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(tmp_path / "run", network("digits_resnet", 10, DIGITS, 0.05), "digits_resnet", DIGITS)
+    rows = run_here("export", tmp_path, monkeypatch, str(tmp_path / "run"))
+    sizes = {row["note"].split(";")[0]: row["ratio"] for row in rows if row["case"] == "export_size"}
+    assert sizes["dense"] == 1
+    assert sizes["packed, fp16, entropy"] < sizes["packed, fp16, plain"] < 0.12 < sizes["small"] < 1
+    for case in ("export_1_thread", "export_all_cores"):
+        timed = {row["note"].split(";")[0] for row in rows if row["case"] == case}
+        assert {"dense", "safetensors", "small", "small, channels_last", "small, TorchScript"} <= timed
+    with pytest.raises(InputError, match="RUN: `ghostmask bench export RUN` measures a run's network"):
+        run_command(["bench", "export"])
 
 
 def test_ratios_read_like_the_bars() -> None:

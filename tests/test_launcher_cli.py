@@ -32,7 +32,7 @@ COMMAND_LINE = {
     "ghostmask": ["-h --help", "--version"],
     "ghostmask train": ["CONFIG", "[key=value ...]", "-h --help", "--restart", "--from", "--new-data", "--ranks"],
     "ghostmask evaluate": ["RUN", "[data.KEY=VALUE ...]", "-h --help", "--ranks", "--json", "--per-class"],
-    "ghostmask export": ["RUN", "-h --help", "--out"],
+    "ghostmask export": ["RUN", "-h --help", "--format", "--values", "--coding", "--out"],
     "ghostmask hessian": ["RUN", "-h --help", "--out", "--top", "--batches"],
     "ghostmask find-mask": ["CONFIG", "[key=value ...]", "-h --help", "--out", "--ranks"],
     "ghostmask prepare": ["CONFIG", "[key=value ...]", "-h --help"],
@@ -48,7 +48,7 @@ COMMAND_LINE = {
     "ghostmask cancel": ["[RUN ...]", "-h --help"],
     "ghostmask logs": ["RUN", "-h --help", "--rank", "--follow"],
     "ghostmask table": ["[RUN ...]", "-h --help", "--csv"],
-    "ghostmask bench": ["BENCHMARK", "-h --help", "--json", "--device", "--quick", "--strict"],
+    "ghostmask bench": ["BENCHMARK", "RUN", "-h --help", "--json", "--device", "--quick", "--strict"],
     "ghostmask sweep": ["[CONFIG or key=value ...]", "-h --help", "--vary", "--seeds", "--folder", "--jobs"],
     "ghostmask tost-table": [
         "CONFIG", "[key=value ...]", "-h --help", "--masks", "--densities", "--tweaks", "--print", "--seeds",

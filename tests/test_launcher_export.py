@@ -99,7 +99,7 @@ def test_the_summary_counts_what_the_masks_keep(tmp_path: Path) -> None:
     summary = _write(tmp_path, net, masks, accuracy=0.875)
     assert json.loads((tmp_path / "summary.json").read_text()) == json.loads(json.dumps(summary))
     assert list(summary) == [
-        *("accuracy", "density", "kept", "prunable", "flops_dense", "flops_sparse", "layers", "config")
+        *("accuracy", "density", "kept", "prunable", "flops_dense", "flops_sparse", "layers", "file", "config")
     ]
     kept = sum(int(mask.sum()) for mask in masks.values())
     assert summary["accuracy"] == 0.875
@@ -174,6 +174,20 @@ def test_an_export_is_read_back(tmp_path: Path) -> None:
     net = _net()
     _write(tmp_path, net, _masks(net))
     assert _net().load_state_dict(load_export(tmp_path / "model.safetensors"), strict=True)
+
+
+@pytest.mark.parametrize("begin", [b"\x80", b"PK"])
+def test_a_safetensors_file_whose_length_begins_as_a_pickle_or_an_archive_does_is_read(
+    tmp_path: Path, begin: bytes
+) -> None:
+    path, state = tmp_path / "net.safetensors", {"w": torch.arange(6.0)}
+    length = int.from_bytes(begin.ljust(2, b"\x02"), "little")
+    save_file(state, path)
+    content = path.read_bytes()
+    header = content[8 : 8 + int.from_bytes(content[:8], "little")]
+    path.write_bytes(length.to_bytes(8, "little") + header.ljust(length) + content[8 + len(header) :])
+    assert path.read_bytes().startswith(begin)
+    assert torch.equal(load_export(path)["w"], state["w"])
 
 
 class Executes:

@@ -98,10 +98,11 @@ def _require_file(path: Path, field: str) -> None:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Eight bytes of length, then JSON; torch.save writes a zip archive or, of old, a pickle."""
+    """Eight bytes of length, then JSON. In torch.save's archives and pickles these bytes are a number beyond any file's
+    size; a length may begin as they do ("PK", 0x80)."""
     with open(path, "rb") as file:
         begin = file.read(9)
-    return begin[8:] == b"{" and not begin.startswith((b"PK", b"\x80"))
+    return begin[8:] == b"{" and int.from_bytes(begin[:8], "little") <= path.stat().st_size
 
 
 def _unpickle(path: Path) -> Any:

@@ -1,0 +1,74 @@
+"""What is every format made of: an export, read again; and what does a format say of its own files?"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ghostmask.engine.atomic import read_small
+from ghostmask.engine.errors import InputError
+from ghostmask.launcher.export import MODEL_FILE, SUMMARY_FILE, load_export
+from ghostmask.masks.mask_file import fill
+from ghostmask.models.build import build_model
+from ghostmask.models.config import ModelConfig
+
+FIELD = "RUN"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A network as it was exported. net: on the CPU, in eval mode, pruned weights at 0; summary: of summary.json;
+    image_shape: (channels, height, width) of its evaluation images; folder: where it was read."""
+
+    net: nn.Module
+    summary: dict[str, Any]
+    image_shape: tuple[int, int, int]
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Options:
+    """Of format packed. values: in which type weights are kept; coding: whether the file is entropy-coded."""
+
+    values: str = "float32"
+    coding: str = "plain"
+
+
+@dataclass(frozen=True)
+class Written:
+    """files: names in the folder, the network's own file first; load: lines of Python that define `net`, a function
+    of a batch of images, in that folder and without ghostmask; notes: sentences on what was done."""
+
+    files: list[str]
+    load: str
+    notes: list[str]
+
+
+def read_exported(folder: Path) -> Exported:
+    """The network of the model.safetensors and summary.json in `folder`. Raises InputError where they are not whole,
+    or are of a version that said too little of the network."""
+    again = f"write it again: ghostmask {'export'} RUN"
+    try:
+        summary = json.loads(read_small(folder / SUMMARY_FILE))
+        about, model = summary["network"], ModelConfig(**summary["config"]["model"])
+        shape = tuple(about["image_shape"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"there is no {error.args[0]!r}" if isinstance(error, KeyError) else str(error)
+        raise InputError(f"{FIELD} = {str(folder)!r}: its {SUMMARY_FILE} cannot be used ({reason}); {again}") from None
+    net = build_model(model, about["num_classes"], shape, 0)
+    fill(net, load_export(folder / MODEL_FILE, FIELD), FIELD, str(folder / MODEL_FILE))
+    return Exported(net.eval(), summary, shape, folder)
+
+
+def require_library(format_name: str, module: str, extra: str = "export") -> Any:
+    """The module, imported. Raises InputError with the command that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        fix = f"pip install 'ghostmask[{extra}]' (in a checkout: pip install -e '.[{extra}]')"
+        raise InputError(f"--format = {format_name!r}: needs {module} ({error}); install it: {fix}") from None
