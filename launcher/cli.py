@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,13 +28,15 @@ from ghostmask.launcher.arguments import (
 from ghostmask.launcher.before import BEFORE_COMMANDS
 from ghostmask.launcher.checks import check_config, check_finder
 from ghostmask.launcher.cluster.commands import CLUSTER_COMMANDS
-from ghostmask.launcher.environment import prepare_environment
+from ghostmask.launcher.environment import prepare_environment, say_loading
 from ghostmask.launcher.examples import EXAMPLES
 from ghostmask.launcher.folder import read_run, resumed
 from ghostmask.launcher.process import open_standard_streams, require_working_directory
 from ghostmask.launcher.searches import SEARCH_COMMANDS
 from ghostmask.launcher.source import find_source
 
+LOADING = ("train", "evaluate", "export", "hessian", "find-mask", "doctor", "bench")
+"""Commands that load what takes seconds."""
 OUT_HELP = "the file to write (default: mask.safetensors in the run folder)"
 
 
@@ -55,6 +58,8 @@ def run_command(argv: Sequence[str]) -> int:
     if rest:
         arguments.overrides = [*arguments.overrides, *rest]
     handler: Callable[[Namespace], int] = arguments.handler
+    if argv[0] in LOADING and sys.stderr.isatty():
+        say_loading()
     if getattr(arguments, "ranks", 1) > 1:
         return _start_ranks(arguments.ranks, argv)
     return handler(arguments)
@@ -79,6 +84,8 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--new-data", action="store_true", help="go on although the data are others than the run was trained on"
     )
+    dry = "train nothing: print what the run would be, and what time, memory and disk it would take"
+    train.add_argument("--dry-run", action="store_true", help=dry)
     add_ranks(train)
     evaluate = _add(commands, "evaluate", "print the accuracy and density of a run's network", _evaluate)
     evaluate.add_argument("run", metavar="RUN", help=RUN_HELP)
@@ -204,6 +211,10 @@ def _train(arguments: Namespace) -> int:
     locate.check_writable(settings.run_folder(config), "run", config.run)
     prepare_environment(config.train.device)
     check_networks(config)
+    if arguments.dry_run:
+        from ghostmask.launcher.dry_run import dry_run
+
+        return dry_run(resumed(config, restart=arguments.restart))
     from ghostmask.launcher.train import train
 
     return train(config, restart=arguments.restart, source=source, new_data=arguments.new_data)

@@ -64,11 +64,15 @@ class Run:
         """Collective: go through the phases from `saved` on (None: from the start); without `train`, only settle the
         masks as if training ended at `saved`, or leave them as they are where every phase has a result."""
         if saved is None:
+            self.world.pulse.enter("what the mask method starts from")
             self.method.prepare()
         names = [p.name for p in self.phases]
         for phase in self.phases[names.index(saved.meta["phase"]) if saved else 0 :]:
             here = saved is not None and saved.meta["phase"] == phase.name
             if not here:
+                self.world.pulse.enter(
+                    f"before phase {phase.name}: {self.config.mask.method} looks at network and data"
+                )
                 self.method.begin(phase, self.data, self.reporter.progress.message)
             trainer = self.trainer(phase, saved.step if saved is not None and here else phase.first_step)
             if saved is not None and here:
@@ -81,6 +85,7 @@ class Run:
                 self.method.found = present_masks(trainer.sharded.optimizer)
                 trainer.close()
                 return
+            self.world.pulse.enter(f"end of phase {phase.name}: its result")
             self.method.leave(trainer)
             trainer.close()
 
@@ -172,12 +177,14 @@ def open_data(config: RunConfig, world: World, parts: Parts | None = None) -> Da
 
     parts: of the training batches; None where only evaluation images are read.
     """
+    world.pulse.enter(f"opening the data in {config.data.root}")
     torch.set_num_threads(usable_threads(config.train.threads))
     return open_dataset(config.data, config.seed, world, parts or Parts())
 
 
 def build_method(config: RunConfig, world: World, data: DataPipeline) -> MaskMethod:
     """The network, from its seed, on this rank's device, and the mask method around it. Raises InputError."""
+    world.pulse.enter(f"building the network {config.model.name}")
     net = build_model(config.model, data.num_classes, data.image_shape, config.seed)
     for field in ("eval_size", "start_size"):
         if (side := getattr(config.data, field)) not in (0, data.image_shape[1]):

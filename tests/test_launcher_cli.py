@@ -30,7 +30,8 @@ GHOSTMASK = str(Path(sysconfig.get_path("scripts")) / "ghostmask")
 
 COMMAND_LINE = {
     "ghostmask": ["-h --help", "--version"],
-    "ghostmask train": ["CONFIG", "[key=value ...]", "-h --help", "--restart", "--from", "--new-data", "--ranks"],
+    "ghostmask train": ["CONFIG", "[key=value ...]", "-h --help", "--restart", "--from", "--new-data", "--dry-run",
+                       "--ranks"],
     "ghostmask evaluate": ["RUN", "-h --help", "--ranks", "--json"],
     "ghostmask export": ["RUN", "-h --help", "--out"],
     "ghostmask hessian": ["RUN", "-h --help", "--out", "--top", "--batches"],
