@@ -23,8 +23,9 @@ WRITTEN = {
     "hang": ("stacks-rank-*.txt", "*_trace_*"),
     "profile": ("*.pt.trace.json*",),
     "export": ("model.safetensors", "summary.json", ".*.writing"),
-    "hessian": ("metrics.jsonl", "tensorboard/events.out.tfevents.*", "tensorboard"),
-    ".": ("metrics.jsonl", "config.yaml", FILE, ".*.writing"),
+    "hessian": ("metrics.jsonl", "events.out.tfevents.*", "tensorboard/events.out.tfevents.*", "tensorboard"),
+    "report": ("report.html", ".*.writing"),
+    ".": ("metrics.jsonl", "events.out.tfevents.*", "config.yaml", FILE, ".*.writing"),
 }
 """Folder -> what a run writes into it, and so what --restart removes; the folder too, where nothing else is in it."""
 

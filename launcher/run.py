@@ -32,8 +32,9 @@ from ghostmask.engine.world import World
 from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.open_run import OpenRun
 from ghostmask.launcher.record import versions
-from ghostmask.launcher.settings import to_dict
+from ghostmask.launcher.settings import flat, to_dict, to_yaml
 from ghostmask.launcher.tweaks import with_tweaks
+from ghostmask.launcher.values import as_text
 from ghostmask.masks.masked import present_masks
 from ghostmask.masks.method import FINETUNE, MaskMethod, Recipe
 from ghostmask.masks.registry import METHODS
@@ -206,6 +207,8 @@ def assemble(
     """The run in `folder`, whose writers go on after the checkpoint there; nothing is trained yet. recipe: see Run."""
     step = opened.saved.step if opened.saved else None
     writer = MetricWriter(folder, method.world, step, opened.holds)
+    plain = {name: v if isinstance(v, bool | int | float) else as_text(v) for name, v in flat(config).items()}
+    writer.settings(plain, to_yaml(config))
     hooks = (ProfileSteps(folder / "profile"),) if config.train.profile else ()
     return replace(_run(config, data, method, opened.store, shares, writer, hooks), opened=opened, recipe=recipe)
 
