@@ -31,6 +31,7 @@ from ghostmask.launcher.cluster.commands import CLUSTER_COMMANDS
 from ghostmask.launcher.environment import prepare_environment, say_loading
 from ghostmask.launcher.examples import EXAMPLES
 from ghostmask.launcher.folder import read_run, resumed
+from ghostmask.launcher.looking.commands import LOOKING_COMMANDS
 from ghostmask.launcher.process import open_standard_streams, require_working_directory
 from ghostmask.launcher.searches import SEARCH_COMMANDS
 from ghostmask.launcher.source import find_source
@@ -116,7 +117,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_ranks(find)
     prepare = _add(commands, "prepare", "download a config's dataset and write its .beton files", _prepare)
     add_settings(prepare)
-    for name, (summary, describe) in (BEFORE_COMMANDS | CLUSTER_COMMANDS | SEARCH_COMMANDS).items():
+    added = BEFORE_COMMANDS | CLUSTER_COMMANDS | SEARCH_COMMANDS | LOOKING_COMMANDS
+    for name, (summary, describe) in added.items():
         describe(_add(commands, name, summary))
     _add_bench(_add(commands, "bench", "time one part of the system against textbook code", _bench))
     _add_sweep(_add(commands, "sweep", "train several settings over several seeds and print a table", _sweep))

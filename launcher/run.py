@@ -30,6 +30,7 @@ from ghostmask.engine.sharding.replicas import Replicas, share
 from ghostmask.engine.trainer import Task, Trainer
 from ghostmask.engine.world import World
 from ghostmask.launcher.config import RunConfig
+from ghostmask.launcher.looking.at_the_end import SaysDiagnosis
 from ghostmask.launcher.open_run import OpenRun
 from ghostmask.launcher.record import versions
 from ghostmask.launcher.settings import flat, to_dict, to_yaml
@@ -209,7 +210,7 @@ def assemble(
     writer = MetricWriter(folder, method.world, step, opened.holds)
     plain = {name: v if isinstance(v, bool | int | float) else as_text(v) for name, v in flat(config).items()}
     writer.settings(plain, to_yaml(config))
-    hooks = (ProfileSteps(folder / "profile"),) if config.train.profile else ()
+    hooks = (*((ProfileSteps(folder / "profile"),) if config.train.profile else ()), SaysDiagnosis(folder))
     return replace(_run(config, data, method, opened.store, shares, writer, hooks), opened=opened, recipe=recipe)
 
 

@@ -49,6 +49,10 @@ COMMAND_LINE = {
     "ghostmask cancel": ["[RUN ...]", "-h --help"],
     "ghostmask logs": ["RUN", "-h --help", "--rank", "--follow"],
     "ghostmask table": ["[RUN ...]", "-h --help", "--csv"],
+    "ghostmask runs": ["[RUN ...]", "-h --help", "--json"],
+    "ghostmask compare": ["[RUN ...]", "-h --help", "--out"],
+    "ghostmask watch": ["RUN", "-h --help", "--once"],
+    "ghostmask report": ["RUN", "-h --help", "--out"],
     "ghostmask bench": ["BENCHMARK", "-h --help", "--json", "--device", "--quick", "--strict"],
     "ghostmask sweep": ["[CONFIG or key=value ...]", "-h --help", "--vary", "--seeds", "--folder"],
     "ghostmask tost-table": [

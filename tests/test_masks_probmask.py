@@ -32,8 +32,8 @@ from ghostmask.masks.masked import PRUNABLE
 from ghostmask.masks.method import Recipe
 from ghostmask.masks.methods.probmask import ProbMask
 from ghostmask.masks.relaxed import RelaxedMask
-from ghostmask.masks.report import layer_histograms, suggested_rate
-from ghostmask.masks.schedules import probability_rate
+from ghostmask.masks.report import layer_histograms
+from ghostmask.masks.schedules import probability_rate, suggested_rate
 from ghostmask.masks.scoring.topk import kept_count
 from ghostmask.models.build import build_model
 
@@ -216,7 +216,7 @@ def test_a_search_that_ends_with_few_decided_probabilities_says_so_with_a_rate(
     assert decided < 0.8
     text = (
         rf"warning: only {decided:.0%} of the probabilities are within 0\.01 of 0 or 1 after 16 steps; "
-        rf"mask\.lr = 0\.03 is too small for so few: try mask\.lr={suggested_rate(0.03, 16):.2g}\n"
+        rf"mask\.lr = 0\.03 is too small for so few: try mask\.lr={suggested_rate(0.03, 16):.2g}, or more "
     )
     assert len(re.findall(text, result["said"])) == 1
     assert "warning" not in other["said"]
