@@ -21,7 +21,7 @@ from ghostmask.engine.errors import InputError
 from ghostmask.launcher.cli import run_command
 from ghostmask.launcher.looking.events import read_events
 from ghostmask.launcher.looking.read import files, thinned
-from ghostmask.launcher.looking.watch import spark, watch
+from ghostmask.launcher.looking.watch import Signs, spark, watch
 
 START = [sys.executable, "-m", "ghostmask"]
 
@@ -140,6 +140,30 @@ def test_watch_shows_a_terminal_what_it_draws(tmp_path: Path) -> None:
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.decode())
     for word in ("finished", "step 300/300", "training loss", "▁", "only 50% of the probabilities"):
         assert word in text, text
+
+
+def test_a_run_elsewhere_is_over_when_it_gives_no_sign_any_more(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", finished=False)
+    signs = Signs(run, silent_s=0.2)
+    for beat in range(5):
+        os.utime(run / "metrics.jsonl", (beat, beat))
+        assert not signs.are_over("unknown")
+        time.sleep(0.1)
+    time.sleep(0.2)
+    assert signs.are_over("unknown")
+    assert not signs.are_over("queued")
+    assert Signs(run).are_over("failed")
+
+
+def test_looking_at_runs_waits_for_no_torch(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    code = (
+        "import sys; from ghostmask.launcher.cli import run_command; "
+        f"run_command(['watch', {str(run)!r}, '--once']); run_command(['runs', {str(run)!r}]); "
+        "assert not {'torch', 'ffcv', 'deepspeed'} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_curve_in_a_line_of_text_rises_with_its_values() -> None:

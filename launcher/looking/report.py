@@ -19,7 +19,8 @@ from ghostmask.launcher.looking.runs import age, progress, written
 from ghostmask.launcher.looking.wanted import require
 from ghostmask.launcher.values import as_text
 
-TEMPLATE = Path(__file__).with_name("report.html.j2")
+TEMPLATE = "report.html.j2"
+"""Beside this file."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def page(seen: Seen) -> str:
 
     starts, histograms = read_events(seen.folder)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    template = environment.from_string(Path(__file__).with_name(TEMPLATE).read_text(encoding="utf-8"))
     return template.render(
         name=seen.name, folder=seen.folder, result=result_rows(seen), warnings=[*seen.doubts, *diagnosis(seen)],
         settings=[(key, as_text(value)) for key, value in seen.settings.items()],

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 LOOK_S = 2.0
 """Between two looks at the run's files."""
+SILENT_S = 120.0
+"""A run elsewhere that changes no file for so long, not its lease either, is taken for ended."""
 BLOCKS = "▁▂▃▄▅▆▇█"
 CURVES = (
     ("train/loss", "training loss", "{:.4g}"), ("eval/accuracy", "test accuracy", "{:.2%}"),
@@ -37,17 +40,38 @@ def watch(folder: Path, *, every_s: float = LOOK_S, once: bool = False) -> int:
     """
     if sys.stdout.isatty():
         return _live(folder, every_s, once)
-    shown = ""
+    shown, signs = "", Signs(folder)
     while True:
         seen = look(folder)
         if (line := plain(seen)) != shown:
             shown = line
             output(line)
-        if once or seen.stands.state in OVER:
+        if once or signs.are_over(seen.stands.state):
             for text in [*seen.doubts, *diagnosis(seen)]:
                 output(f"{seen.name}: {text}")
             return 0
         time.sleep(every_s)
+
+
+class Signs:
+    """What a run changes as long as it lives, wherever that is: its owner renews the lease, its metrics grow."""
+
+    def __init__(self, folder: Path, silent_s: float = SILENT_S) -> None:
+        self.folder, self.silent_s = folder, silent_s
+        self._seen, self._since = self._look(), time.monotonic()
+
+    def are_over(self, state: str) -> bool:
+        """Whether a run that stands so has ended, as far as one can know."""
+        if (now := self._look()) != self._seen:
+            self._seen, self._since = now, time.monotonic()
+        return state in OVER or (state == "unknown" and time.monotonic() - self._since > self.silent_s)
+
+    def _look(self) -> list[tuple[int, int]]:
+        found = []
+        for path in (*sorted((self.folder / ".lease").glob("*")), self.folder / "metrics.jsonl"):
+            with suppress(OSError):
+                found.append((path.stat().st_mtime_ns, path.stat().st_size))
+        return found
 
 
 def plain(seen: Seen) -> str:
@@ -106,12 +130,12 @@ def _live(folder: Path, every_s: float, once: bool) -> int:
     from rich.console import Console
     from rich.live import Live
 
-    console = Console()
+    console, signs = Console(), Signs(folder)
     with Live(console=console, auto_refresh=False) as live:
         while True:
             seen = look(folder)
             live.update(screen(seen, console.width), refresh=True)
-            if once or seen.stands.state in OVER:
+            if once or signs.are_over(seen.stands.state):
                 return 0
             time.sleep(every_s)
 
