@@ -59,8 +59,10 @@ class SaysCheckpoints(Hook):
 
 def _batch(run: Run) -> str:
     config = run.config
-    samples = int(getattr(config.mask, "samples", 1))
-    noise = f", {samples} noise samples each (mask.samples), {config.noises} noise groups" if samples > 1 else ""
+    samples = int(getattr(config.mask, "samples", 0))
+    noise = (
+        f", {samples} noise samples each (mask.samples), {config.noises} noise groups (mask.noises)" if samples else ""
+    )
     return f"{config.data.batch_size} images in {config.train.replicas} parts (train.replicas){noise}"
 
 

@@ -59,10 +59,10 @@ def run_command(argv: Sequence[str]) -> int:
     if rest:
         arguments.overrides = [*arguments.overrides, *rest]
     handler: Callable[[Namespace], int] = arguments.handler
-    if argv[0] in LOADING and sys.stderr.isatty():
-        say_loading()
     if getattr(arguments, "ranks", 1) > 1:
         return _start_ranks(arguments.ranks, argv)
+    if argv[0] in LOADING and sys.stderr.isatty():
+        say_loading()
     return handler(arguments)
 
 

@@ -37,6 +37,7 @@ def compare(folders: Sequence[Path], picture: Path) -> int:
         for doubt in run.doubts:
             output(f"{run.name}: {doubt}")
     drawn = [Panel(title, {run.name: run.curve(key) for run in seen}) for key, title in CURVES]
+    picture.parent.mkdir(parents=True, exist_ok=True)
     with replacing(picture) as writing:
         writing.write_bytes(panels([p for p in drawn if any(p.curves.values())], picture.suffix[1:]))
     output(f"\n{picture}")

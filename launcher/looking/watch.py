@@ -42,6 +42,7 @@ def watch(folder: Path, *, every_s: float = LOOK_S, once: bool = False) -> int:
         return _live(folder, every_s, once)
     shown, signs = "", Signs(folder)
     while True:
+        start = time.monotonic()
         seen = look(folder)
         if (line := plain(seen)) != shown:
             shown = line
@@ -50,7 +51,7 @@ def watch(folder: Path, *, every_s: float = LOOK_S, once: bool = False) -> int:
             for text in [*seen.doubts, *diagnosis(seen)]:
                 output(f"{seen.name}: {text}")
             return 0
-        time.sleep(every_s)
+        _pause(every_s, time.monotonic() - start)
 
 
 class Signs:
@@ -133,11 +134,17 @@ def _live(folder: Path, every_s: float, once: bool) -> int:
     console, signs = Console(), Signs(folder)
     with Live(console=console, auto_refresh=False) as live:
         while True:
+            start = time.monotonic()
             seen = look(folder)
             live.update(screen(seen, console.width), refresh=True)
             if once or signs.are_over(seen.stands.state):
                 return 0
-            time.sleep(every_s)
+            _pause(every_s, time.monotonic() - start)
+
+
+def _pause(every_s: float, took_s: float) -> None:
+    """A long run's files take a while to read: most of the time is left to others."""
+    time.sleep(max(every_s, 4 * took_s))
 
 
 def _left(seen: Seen) -> str:
