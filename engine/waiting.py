@@ -24,7 +24,7 @@ class Waiting:
 
     def __init__(self, pulse: Pulse, quiet_s: float = QUIET_S) -> None:
         self.pulse, self.quiet_s = pulse, quiet_s
-        self._wait_s, self._since, self._start, self._spoke = quiet_s, 0.0, monotonic(), 0.0
+        self._wait_s, self._since, self._spoke = quiet_s, 0.0, 0.0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="waiting", daemon=True)
 
@@ -47,13 +47,12 @@ class Waiting:
         pulse = self.pulse
         if not pulse.slow and pulse.reported:
             return ""
-        if pulse.slow and pulse.since != self._since:
+        if pulse.since != self._since:
             self._since, self._wait_s = pulse.since, self.quiet_s
-        began = pulse.since if pulse.slow else self._start
-        if now < max(began, self._spoke, pulse.said) + self._wait_s:
+        if now < max(pulse.since, self._spoke, pulse.said) + self._wait_s:
             return ""
         self._spoke, self._wait_s = now, min(2 * self._wait_s, LONGEST_S)
-        return f"ghostmask: {pulse.what}: {now - began:.0f} s so far"
+        return f"ghostmask: {pulse.what}: {now - pulse.since:.0f} s so far"
 
 
 def speak(line: str) -> None:
