@@ -19,9 +19,10 @@ FELL = 0.2
 
 
 def diagnosis(seen: Seen, only: str = "") -> list[str]:
-    """Sentences, each with what to do, of all phases or of one; [] where nothing is to be said."""
+    """Sentences, each with what to do, of all phases or of one that ends now; [] where nothing is to be said."""
     lines = [line for line in seen.lines if only in ("", line.get("phase"))]
-    return [text for look in LOOKS for text in look(lines, seen.settings, seen.summary if not only else {})]
+    looks = [look for look in LOOKS if not only or look is not _emptied]  # the run has said that at once
+    return [text for look in looks for text in look(lines, seen.settings, seen.summary)]
 
 
 def _undecided(lines: Sequence[Line], settings: Mapping[str, Any], summary: Mapping[str, Any]) -> Iterator[str]:
