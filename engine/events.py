@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
@@ -9,7 +10,27 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ghostmask.engine.appending import Appender
+
+RESULT = "1_result"
+"""The first group of cards: TensorBoard sorts them by name."""
+FIRST = {
+    f"{where}/{what}": f"{RESULT}/{what}_{where}"
+    for where in ("eval", "train")
+    for what in ("accuracy", "top5", "loss")
+}
+"""Name in metrics.jsonl -> card, of what is looked for first."""
+PER_LAYER = ("density", "zeros")
+"""Groups with a number for each layer: one histogram of them in place of as many cards."""
+
+
+def event_folder(folder: Path) -> Path:
+    """Where a run's event files lie: in its own folder, whose name TensorBoard gives the run; where an older version
+    began it, in tensorboard/ in it."""
+    old = folder / "tensorboard"
+    return old if any(old.glob("events.out.tfevents.*")) else folder
 
 
 class EventFile:
@@ -29,11 +50,29 @@ class EventFile:
         self.file.push_or_raise()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Numbers by name."""
-        from torch.utils.tensorboard.summary import scalar
+        """Numbers by name: a card each, of PER_LAYER's groups a histogram of all that are finite."""
+        from torch.utils.tensorboard.summary import histogram, scalar
 
+        groups: dict[str, list[float]] = {}
         for name, value in values.items():
-            self._add(summary=scalar(name, value), step=step)  # type: ignore[no-untyped-call]
+            group = name.partition("/")[0]
+            if group not in PER_LAYER:
+                self._add(summary=scalar(FIRST.get(name, name), value), step=step)  # type: ignore[no-untyped-call]
+            elif math.isfinite(value):
+                groups.setdefault(group, []).append(value)
+        for group, numbers in groups.items():
+            made = histogram(f"{group}/of_layers", np.asarray(numbers), 32)  # type: ignore[no-untyped-call]
+            self._add(summary=made, step=step)
+        self.file.push()
+
+    def settings(self, step: int, values: Mapping[str, bool | int | float | str], whole: str) -> None:
+        """The run's settings: as hyperparameters, so that runs compare in that tab, and `whole` as text."""
+        from torch.utils.tensorboard.summary import hparams, text
+
+        made = hparams(dict(values), dict.fromkeys(FIRST.values(), 0.0))  # type: ignore[no-untyped-call]
+        block = "\n".join(f"    {line}" for line in whole.splitlines())  # Markdown's code
+        for summary in (*made[:2], text("config", block)):  # type: ignore[no-untyped-call]
+            self._add(summary=summary, step=step)
         self.file.push()
 
     def histogram(

@@ -15,7 +15,7 @@ from torch import Tensor
 from ghostmask.engine.appending import Appender
 from ghostmask.engine.atomic import replacing, require_file
 from ghostmask.engine.errors import InputError, to_stderr
-from ghostmask.engine.events import EventFile
+from ghostmask.engine.events import EventFile, event_folder
 from ghostmask.engine.world import World
 
 Tag = str | int | float | bool | None
@@ -40,7 +40,7 @@ class MetricWriter:
     """Writes numbers by step on rank 0; every method does nothing on the other ranks.
 
     folder/metrics.jsonl: one line per call of `scalars`, complete in the file when the call returns.
-    folder/tensorboard: event files, complete after `flush`. Steps are those of `Position.step`.
+    folder/events.out.tfevents.*: for TensorBoard, complete after `flush`. Steps are those of `Position.step`.
 
     A disk that takes nothing stops no run: that is said once in a while, and what waits is written when it does.
     """
@@ -61,17 +61,23 @@ class MetricWriter:
             return
         last_step = -1 if resume_step is None else resume_step
         try:
-            (folder / "tensorboard").mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             lines = folder / "metrics.jsonl"
             _drop_lines_after(lines, last_step)
             # Opened for appending: one write call per line, so that a kill tears the last line at most.
             self._lines = Appender(lines, holds, warn)
-            self._events = EventFile(folder / "tensorboard", last_step + 1, holds, warn)
+            self._step = last_step + 1
+            self._events = EventFile(event_folder(folder), self._step, holds, warn)
         except OSError as error:
             raise InputError(
                 f"run = {str(folder)!r}: its metrics cannot be written ({error.strerror or error}); free the disk, or "
                 "give another run=NAME"
             ) from None
+
+    def settings(self, values: Mapping[str, bool | int | float | str], whole: str) -> None:
+        """Show the run's settings in TensorBoard: `values` as hyperparameters, `whole` as text."""
+        if self._open:
+            self._events.settings(self._step, values, whole)
 
     def scalars(self, step: int, values: Mapping[str, float], **tags: Tag) -> None:
         """Write `values` by name; tags (phase="search", epoch=3) go into the line of metrics.jsonl only.

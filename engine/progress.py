@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from datetime import timedelta
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -25,12 +25,14 @@ class Progress:
     def __init__(self, world: World, total_steps: int, stream: TextIO | None = None) -> None:
         """stream: standard error by default; a terminal gets the bar."""
         self._stream = (stream or sys.stderr) if world.is_main else None
+        self._pulse = world.pulse
         self.total_steps = total_steps
         self._bar: Any = None
         self._first: tuple[int, float] | None = None
 
     def update(self, step: int, fields: Mapping[str, float | str]) -> None:
         """Show that `step` steps are done, with fields in their order: phase, epoch, loss, images/s, ..."""
+        self._pulse.reported, self._pulse.said = True, monotonic()
         if self._stream is None:
             return
         if self._stream.isatty():
@@ -42,6 +44,7 @@ class Progress:
 
     def message(self, text: str) -> None:
         """Print a line of its own, above the bar where there is one."""
+        self._pulse.said = monotonic()
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
         elif self._stream is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import dataclass, field
 
 SLOW_FACTOR = 6
@@ -15,13 +16,17 @@ class Pulse:
 
     count: rises with everything the rank does; place: rises with what all ranks do together, so that the ranks with
     the lowest are those that the others wait for; what: the last of it in words; slow: whether what comes now may take
-    long.
+    long; since: when it began, by the monotonic clock; said: when the run last printed a line; reported: whether one
+    was of its steps.
     """
 
     count: int = 0
     place: int = 0
     what: str = "starting"
     slow: bool = True
+    since: float = field(default_factory=time.monotonic)
+    said: float = 0.0
+    reported: bool = False
     _main: int = field(default_factory=threading.get_ident)
 
     def step(self, what: str) -> None:
@@ -32,6 +37,7 @@ class Pulse:
     def enter(self, what: str) -> None:
         """Something begins, on every rank, that may take long."""
         self._note(what, slow=True)
+        self.since = time.monotonic()
         self.place += 1
 
     def tick(self, what: str) -> None:

@@ -86,6 +86,7 @@ class Trainer:
         self.sharded = self._shard()
         self._saved_step, self._saved_at = -1, perf_counter()
         self._finite: Readback | None = None
+        self._began = -1
 
     @property
     def num_updates(self) -> int:
@@ -121,6 +122,7 @@ class Trainer:
                 for hook in self.task.hooks:
                     hook.on_start(self)
                 self.reporter.restart_clock()
+                self._began = self.position.step
                 while self.position.step < self.phase.end_step:
                     self._run_epoch(signals)
                 self._check_gradient()
@@ -221,7 +223,8 @@ class Trainer:
         )  # fmt: skip
 
     def _run_epoch(self, signals: StopSignals) -> None:
-        self.world.pulse.enter(f"start of epoch {self.position.epoch}")
+        compiling = ", compiling the network" if self.config.compile and self.position.step == self._began else ""
+        self.world.pulse.enter(f"start of epoch {self.position.epoch}{compiling}")
         self.model.train()
         for hook in self.task.hooks:
             hook.on_epoch_start(self)

@@ -21,6 +21,7 @@ from ghostmask.engine.errors import InputError, RunStopped, bad_value
 from ghostmask.engine.launch import Launch, device_index, read_launch
 from ghostmask.engine.pulse import SLOW_FACTOR, Pulse
 from ghostmask.engine.ranks import join
+from ghostmask.engine.waiting import Waiting
 from ghostmask.engine.watch import Watch
 
 
@@ -109,8 +110,15 @@ def connect(device: str = "auto", timeout_minutes: float = 10.0, dumps: Path | N
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     pulse = Pulse()
     world = World(launch.rank, launch.size, place, pulse=pulse)
-    with _alone(backend) if launch.size == 1 else _joined(launch, backend, place, pulse, timeout_minutes, dumps):
-        yield replace(world, group=dist.group.WORLD)
+    waiting = Waiting(pulse) if world.is_main else None
+    if waiting is not None:
+        waiting.start()
+    try:
+        with _alone(backend) if launch.size == 1 else _joined(launch, backend, place, pulse, timeout_minutes, dumps):
+            yield replace(world, group=dist.group.WORLD)
+    finally:
+        if waiting is not None:
+            waiting.stop()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,16 +28,19 @@ from ghostmask.launcher.arguments import (
 from ghostmask.launcher.before import BEFORE_COMMANDS
 from ghostmask.launcher.checks import check_config, check_finder
 from ghostmask.launcher.cluster.commands import CLUSTER_COMMANDS
-from ghostmask.launcher.environment import prepare_environment
+from ghostmask.launcher.environment import prepare_environment, say_loading
 from ghostmask.launcher.examples import EXAMPLES
 from ghostmask.launcher.exporting.commands import EXPORT_COMMANDS, run_or_export
 from ghostmask.launcher.folder import other_data, read_run, resumed
+from ghostmask.launcher.looking.commands import LOOKING_COMMANDS
 from ghostmask.launcher.process import open_standard_streams, require_working_directory
 from ghostmask.launcher.searches import SEARCH_COMMANDS
 from ghostmask.launcher.source import find_source
 from ghostmask.launcher.tables import TABLE_COMMANDS
 
 SHELLS = ("bash", "zsh", "fish")
+LOADING = ("train", "evaluate", "export", "hessian", "find-mask", "doctor", "bench")
+"""Commands that load what takes seconds."""
 OUT_HELP = "the file to write (default: mask.safetensors in the run folder)"
 
 
@@ -60,6 +64,8 @@ def run_command(argv: Sequence[str]) -> int:
     handler: Callable[[Namespace], int] = arguments.handler
     if getattr(arguments, "ranks", 1) > 1:
         return _start_ranks(arguments.ranks, argv)
+    if argv[0] in LOADING and sys.stderr.isatty():
+        say_loading()
     return handler(arguments)
 
 
@@ -82,6 +88,8 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--new-data", action="store_true", help="go on although the data are others than the run was trained on"
     )
+    dry = "train nothing: print what the run would be, and what time, memory and disk it would take"
+    train.add_argument("--dry-run", action="store_true", help=dry)
     add_ranks(train)
     evaluate = _add(commands, "evaluate", "print the accuracy and density of a run's network", _evaluate)
     evaluate.add_argument("run", metavar="RUN", help=RUN_HELP)
@@ -116,8 +124,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_ranks(find)
     prepare = _add(commands, "prepare", "download a config's dataset and write its .beton files", _prepare)
     add_settings(prepare)
-    several = BEFORE_COMMANDS | EXPORT_COMMANDS | CLUSTER_COMMANDS | SEARCH_COMMANDS
-    for name, (summary, describe) in several.items():
+    added = BEFORE_COMMANDS | EXPORT_COMMANDS | CLUSTER_COMMANDS | SEARCH_COMMANDS | LOOKING_COMMANDS
+    for name, (summary, describe) in added.items():
         describe(_add(commands, name, summary))
     _add_bench(_add(commands, "bench", "time one part of the system against textbook code", _bench))
     for name, (summary, describe) in TABLE_COMMANDS.items():
@@ -192,6 +200,10 @@ def _train(arguments: Namespace) -> int:
     locate.check_writable(settings.run_folder(config), "run", config.run)
     prepare_environment(config.train.device)
     check_networks(config)
+    if arguments.dry_run:
+        from ghostmask.launcher.dry_run import dry_run
+
+        return dry_run(resumed(config, restart=arguments.restart))
     from ghostmask.launcher.train import train
 
     return train(config, restart=arguments.restart, source=source, new_data=arguments.new_data)

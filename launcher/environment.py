@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import os
+import sys
+
+from ghostmask.engine.errors import say
+from ghostmask.engine.launch import read_launch
 
 
 def prepare_environment(device: str) -> None:
     """Tell DeepSpeed its accelerator for train.device = auto, cpu or cuda; a value the user has set stays.
 
     DeepSpeed looks for CUDA alone: it would move a run with train.device=cpu to a GPU that is there, and where there is
-    none it prints a warning on stdout, in front of what `ghostmask evaluate --json` prints. Imports torch.
+    none it prints a warning on stdout, in front of what `ghostmask evaluate --json` prints. Imports torch, which takes
+    seconds: that is said.
     """
+    if "deepspeed" not in sys.modules and not sys.stderr.isatty():
+        say_loading()
     import torch
 
     if device == "cpu" or not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         use_whole_vectors()
+
+
+def say_loading() -> None:
+    """On rank 0: what takes the first seconds. On a terminal it is said at once, in a log where settings are right."""
+    if read_launch().rank == 0:
+        say("loading torch, DeepSpeed and FFCV, which takes some seconds")
 
 
 def use_whole_vectors() -> None:

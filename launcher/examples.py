@@ -64,6 +64,18 @@ A site's defaults: ~/.config/ghostmask/cluster.yaml, or the file that $GHOSTMASK
     "logs": """examples:
   ghostmask logs first --follow                                 of rank 0
   ghostmask logs first --rank 3""",
+    "runs": """examples:
+  ghostmask runs                                                all runs in runs/, the newest first
+  ghostmask runs sweep --json""",
+    "compare": """examples:
+  ghostmask compare first second                                their curves go to compare.svg
+  ghostmask compare sweep --out sweep.png""",
+    "watch": """examples:
+  ghostmask watch first                                         until it ends
+  ghostmask watch /scratch/me/first_try --once""",
+    "report": """examples:
+  ghostmask report first                                        writes runs/first/report/report.html
+  ghostmask report /archive/first_try --out first_try.html""",
     "table": """examples:
   ghostmask table sweep --csv sweep.csv                         the runs in runs/sweep/
   ghostmask table first second""",

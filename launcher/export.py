@@ -23,7 +23,7 @@ from ghostmask.masks.prunable import prunable_weights
 from ghostmask.masks.report import removed_units
 from ghostmask.models.build import build_model
 from ghostmask.models.config import ModelConfig
-from ghostmask.models.flops import count_flops
+from ghostmask.models.flops import layer_flops
 
 MODEL_FILE = "model.safetensors"
 SUMMARY_FILE = "summary.json"
@@ -114,24 +114,23 @@ def summarise(net: nn.Module, masks: Mapping[str, Tensor], image_shape: tuple[in
 
     prunable: weights under a mask (without masks: all weights of convolutions and linear layers); kept: ones of the
     masks; density: kept / prunable; flops: of one image of image_shape, see `count_flops`; layers: name, shape, kept,
-    density of each masked weight and how many of its output channels keep none, in module order. Raises ValueError for
-    a mask that fits no weight.
+    density and flops of each masked weight and how many of its output channels keep none, in module order. Raises
+    ValueError for a mask that fits no weight.
     """
     _check(net, masks)
     weights = {name: w for name, w in prunable_weights(net).items() if name in masks or not masks}
     kept = {name: int(masks[name].sum()) if masks else w.numel() for name, w in weights.items()}
+    flops = layer_flops(net, image_shape, kept)
     layers = [
         {
-            "name": name,
-            "shape": list(w.shape),
-            "kept": kept[name],
-            "density": kept[name] / w.numel(),
+            "name": name, "shape": list(w.shape), "kept": kept[name], "density": kept[name] / w.numel(),
+            "flops_dense": flops.get(name, (0, 0))[0], "flops_sparse": flops.get(name, (0, 0))[1],
             "channels_removed": removed_units(masks[name]) if masks else 0,
         }
         for name, w in weights.items()
-    ]
+    ]  # fmt: skip
     num_prunable, num_kept = sum(w.numel() for w in weights.values()), sum(kept.values())
-    dense, sparse = count_flops(net, image_shape, kept)
+    dense, sparse = (sum(pair[i] for pair in flops.values()) for i in (0, 1))
     return {
         "density": num_kept / num_prunable,
         "kept": num_kept,

@@ -27,6 +27,7 @@ def find_mask(config: RunConfig, out: Path) -> int:
         method = build_method(config, world, data)
         assert isinstance(method, OneShot)  # launcher.checks.check_finder
         method.prepare()
+        world.pulse.enter(f"finding the mask: {config.mask.method}")
         masks = method.find(data)
         data.close()
         method.settle(masks, say if world.is_main else lambda line: None, method.counts())

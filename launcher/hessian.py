@@ -94,6 +94,7 @@ def _at(
     for hook in trainer.task.hooks:
         hook.on_start(trainer)
         hook.on_epoch_start(trainer)
+    world.pulse.enter(f"eigenvalues at step {saved.step}")
     with trainer.evaluation_weights():
         masks = present_masks(trainer.sharded.optimizer)
 

@@ -27,8 +27,9 @@ WRITTEN = {
     "profile": ("*.pt.trace.json*",),
     **{f"export/{name}": ("model.*", "README.md", "*.py", ".*.writing") for name in EXPORTED},
     "export": ("model.safetensors", "summary.json", "README.md", "network.py", ".*.writing"),
-    "hessian": ("metrics.jsonl", "tensorboard/events.out.tfevents.*", "tensorboard"),
-    ".": ("metrics.jsonl", "config.yaml", FILE, ".*.writing"),
+    "hessian": ("metrics.jsonl", "events.out.tfevents.*", "tensorboard/events.out.tfevents.*", "tensorboard"),
+    "report": ("report.html", ".*.writing"),
+    ".": ("metrics.jsonl", "events.out.tfevents.*", "config.yaml", FILE, ".*.writing"),
 }
 """Folder -> what a run writes into it, and so what --restart removes; the folder too, where nothing else is in it."""
 

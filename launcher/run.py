@@ -30,11 +30,13 @@ from ghostmask.engine.sharding.replicas import Replicas, share
 from ghostmask.engine.trainer import Task, Trainer
 from ghostmask.engine.world import World
 from ghostmask.launcher.config import RunConfig
+from ghostmask.launcher.looking.at_the_end import SaysDiagnosis
 from ghostmask.launcher.methods import method_of
 from ghostmask.launcher.open_run import OpenRun
 from ghostmask.launcher.record import versions
-from ghostmask.launcher.settings import to_dict
+from ghostmask.launcher.settings import flat, to_dict, to_yaml
 from ghostmask.launcher.tweaks import with_tweaks
+from ghostmask.launcher.values import as_text
 from ghostmask.masks.masked import present_masks
 from ghostmask.masks.method import FINETUNE, MaskMethod, Recipe
 from ghostmask.models.build import build_model, check_part, check_side
@@ -65,11 +67,15 @@ class Run:
         """Collective: go through the phases from `saved` on (None: from the start); without `train`, only settle the
         masks as if training ended at `saved`, or leave them as they are where every phase has a result."""
         if saved is None:
+            self.world.pulse.enter("what the mask method starts from")
             self.method.prepare()
         names = [p.name for p in self.phases]
         for phase in self.phases[names.index(saved.meta["phase"]) if saved else 0 :]:
             here = saved is not None and saved.meta["phase"] == phase.name
             if not here:
+                self.world.pulse.enter(
+                    f"before phase {phase.name}: {self.config.mask.method} looks at network and data"
+                )
                 self.method.begin(phase, self.data, self.reporter.progress.message)
             trainer = self.trainer(phase, saved.step if saved is not None and here else phase.first_step)
             if saved is not None and here:
@@ -82,6 +88,7 @@ class Run:
                 self.method.found = present_masks(trainer.sharded.optimizer)
                 trainer.close()
                 return
+            self.world.pulse.enter(f"end of phase {phase.name}: its result")
             self.method.leave(trainer)
             trainer.close()
 
@@ -173,12 +180,14 @@ def open_data(config: RunConfig, world: World, parts: Parts | None = None) -> Da
 
     parts: of the training batches; None where only evaluation images are read.
     """
+    world.pulse.enter(f"opening the data in {config.data.root}")
     torch.set_num_threads(usable_threads(config.train.threads))
     return open_dataset(config.data, config.seed, world, parts or Parts())
 
 
 def build_method(config: RunConfig, world: World, data: DataPipeline) -> MaskMethod:
     """The network, from its seed, on this rank's device, and the mask method around it. Raises InputError."""
+    world.pulse.enter(f"building the network {config.model.name}")
     net = build_model(config.model, data.num_classes, data.image_shape, config.seed)
     for field in ("eval_size", "start_size"):
         if (side := getattr(config.data, field)) not in (0, data.image_shape[1]):
@@ -200,7 +209,9 @@ def assemble(
     """The run in `folder`, whose writers go on after the checkpoint there; nothing is trained yet. recipe: see Run."""
     step = opened.saved.step if opened.saved else None
     writer = MetricWriter(folder, method.world, step, opened.holds)
-    hooks = (ProfileSteps(folder / "profile"),) if config.train.profile else ()
+    plain = {name: v if isinstance(v, bool | int | float) else as_text(v) for name, v in flat(config).items()}
+    writer.settings(plain, to_yaml(config))
+    hooks = (*((ProfileSteps(folder / "profile"),) if config.train.profile else ()), SaysDiagnosis(folder))
     return replace(_run(config, data, method, opened.store, shares, writer, hooks), opened=opened, recipe=recipe)
 
 

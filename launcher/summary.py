@@ -19,7 +19,8 @@ def closing_table(summary: Mapping[str, Any], folder: Path, export: Path, images
         ("test accuracy", accuracy_text(summary["accuracy"], summary.get("top5"))),
         ("FLOPs, sparse / dense", f"{summary['flops_sparse']:,} / {summary['flops_dense']:,}"),
         *([("images/s while training", f"{images_per_s:,.0f}")] if images_per_s else []),
-        ("TensorBoard", f"tensorboard --logdir {folder / 'tensorboard'}"),
+        ("TensorBoard", f"tensorboard --logdir {folder.parent}"),
+        ("report", f"ghostmask report {folder}"),
         ("checkpoint", str(folder / "checkpoints")),
         ("exported model", str(export / "model.safetensors")),
     ]

@@ -15,6 +15,7 @@ from ghostmask.engine.errors import EXIT_NOT_SAVED, RunStopped, tell, to_stderr
 from ghostmask.engine.evaluation import Score, score
 from ghostmask.engine.launch import read_launch
 from ghostmask.engine.world import connect
+from ghostmask.launcher.banner import SaysCheckpoints, banner
 from ghostmask.launcher.checks import check_config, check_steps
 from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.export import network_facts, use, write_export
@@ -63,6 +64,7 @@ def _train_owned(config: RunConfig, restart: bool, source: Source | None, new_da
         opened = open_owned(folder, config, world, data, restart=restart, source=source, new_data=new_data)
         try:
             with assemble(config, folder, data, method, opened, shares, recipe).closing() as run:
+                run.hooks = (*run.hooks, SaysCheckpoints())
                 return _train(run, opened, source)
         finally:
             opened.release()
@@ -76,6 +78,8 @@ def _train(run: Run, opened: OpenRun, source: Source | None) -> int:
             run.reporter.progress.message(f"resuming {opened.folder} at step {saved.step}, phase {saved.meta['phase']}")
     if run.config.lr_scale != 1 and run.world.is_main:
         run.reporter.progress.message(rates_text(run.config))
+    if run.world.is_main:
+        run.reporter.progress.message(banner(run))
     run.execute(saved)
     finish(run, opened.folder / "export", opened.folder)
     opened.store.wait()
@@ -105,6 +109,7 @@ def finish(run: Run, out: Path, folder: Path, mark: str = "", step: int | None =
     RunStopped where the disk takes no export.
     """
     masks = run.masks()
+    run.world.pulse.enter("evaluation of the result")
     result = evaluate_masked(run)
     run.store.check_owner()
     details: dict[str, Any] = {

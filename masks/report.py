@@ -15,15 +15,11 @@ from ghostmask.engine.sharding.slices import Slice
 from ghostmask.masks.checking import MaskWatch
 from ghostmask.masks.masked import PRUNABLE, Masked
 from ghostmask.masks.relaxed import RelaxedMask
-from ghostmask.masks.schedules import DECIDING
+from ghostmask.masks.schedules import DECIDED
 
 if TYPE_CHECKING:
     from ghostmask.engine.trainer import Trainer
 
-DECIDED = 0.01
-"""A probability this near to 0 or 1 counts as decided."""
-FEW_DECIDED = 0.8
-"""A search that ends with a smaller share of decided probabilities gets a warning."""
 BUCKETS = 64
 
 
@@ -98,18 +94,6 @@ class ProbabilityReport(Hook):
         last_of_epoch = following % trainer.position.steps_per_epoch == 0
         self.form.watching = following % trainer.config.log_every == 0 or last_of_epoch
 
-    def on_epoch_end(self, trainer: Trainer) -> None:
-        if trainer.position.step != trainer.phase.end_step:
-            return
-        decided = float(self._decided(trainer))
-        if decided < FEW_DECIDED:
-            lr = trainer.task.groups[0].lr * self.form.rates["probability"]
-            steps = trainer.phase.end_step - trainer.phase.first_step
-            trainer.reporter.progress.message(
-                f"warning: only {decided:.0%} of the probabilities are within {DECIDED:g} of 0 or 1 after {steps} "
-                f"steps; mask.lr = {lr:g} is too small for so few: try mask.lr={suggested_rate(lr, steps):.2g}"
-            )
-
     def scalars(self, trainer: Trainer) -> Mapping[str, float | Tensor]:
         s, part = self.kept(trainer)
         values: dict[str, float | Tensor] = {
@@ -136,11 +120,6 @@ class ProbabilityReport(Hook):
         s = state["probability"]
         decided = (s < DECIDED) | (s > 1 - DECIDED)
         return decided.double().mean() if "probability" in self.form.whole else part.sum(decided) / part.total
-
-
-def suggested_rate(lr: float, steps: int) -> float:
-    """A rate with which `steps` steps decide (see schedules.probability_rate), and a higher one than lr."""
-    return max(lr * 2, DECIDING / max(steps, 1))
 
 
 def layer_histograms(values: Tensor, part: Slice) -> dict[str, Counts]:

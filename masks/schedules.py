@@ -4,6 +4,10 @@ from __future__ import annotations
 
 DECIDING, PAPER_RATE, LARGEST_RATE = 41.0, 6e-3, 0.12
 """Rate x steps with which nearly all probabilities end at 0 or 1, and the limits of a rate that is derived from it."""
+DECIDED = 0.01
+"""A probability this near to 0 or 1 counts as decided."""
+FEW_DECIDED = 0.8
+"""A search that ends with a smaller share of decided probabilities gets a warning."""
 
 TRAVEL, LEAST_NOISE_RATE, LARGEST_NOISE_RATE = 20.0, 1e-3, 0.1
 """The same for the noise of Sparse VD and L0: a logarithm has some ten units to go."""
@@ -54,3 +58,8 @@ def noise_rate(steps: int) -> float:
     """Peak rate of Adam on what says how noisy a weight is: in `steps` steps under a cosine it can go TRAVEL / 2 units,
     within limits."""
     return min(max(TRAVEL / max(steps, 1), LEAST_NOISE_RATE), LARGEST_NOISE_RATE)
+
+
+def suggested_rate(lr: float, steps: int) -> float:
+    """A rate with which `steps` steps decide (see probability_rate), and a higher one than lr."""
+    return max(lr * 2, DECIDING / max(steps, 1))

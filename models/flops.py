@@ -21,16 +21,23 @@ def count_flops(net: nn.Module, image_shape: tuple[int, int, int], kept: Mapping
     device: nothing is computed, `net` is left as it was. Raises ValueError for a name in `kept` that is no weight of a
     layer.
     """
+    layers = layer_flops(net, image_shape, kept).values()
+    return sum(dense for dense, _ in layers), sum(sparse for _, sparse in layers)
+
+
+def layer_flops(
+    net: nn.Module, image_shape: tuple[int, int, int], kept: Mapping[str, int] | None
+) -> dict[str, tuple[int, int]]:
+    """(dense, sparse) of each layer by its weight's name, as `count_flops` adds them up; raises as it does."""
     parameters = dict(net.named_parameters(remove_duplicate=False))
     unknown = {name for name in kept or () if name not in parameters or parameters[name].ndim < 2}
     if unknown:
         raise ValueError(f"kept names no weight of a layer: {sorted(unknown)}")
-    dense = sparse = 0
+    found = {}
     for name, positions in uses_of(net, image_shape).items():
         size = parameters[name].numel()
-        dense += 2 * positions * size
-        sparse += 2 * positions * (kept or {}).get(name, size)
-    return dense, sparse
+        found[name] = (2 * positions * size, 2 * positions * (kept or {}).get(name, size))
+    return found
 
 
 def uses_of(net: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, int]:

@@ -55,7 +55,8 @@ def learn_factors(
     norms: list[float] = []
     losses: list[float] = []
     batch = next(batches)
-    for _ in range(steps):
+    for step in range(steps):
+        world.pulse.tick(f"LRsI, update {step + 1} of {steps}")
         following = next(batches)
         point = [p * f for p, f in zip(start, factors, strict=True)]
         mean = world_mean(loss.gradients(point, batch), len(batch), world, factors.dtype)

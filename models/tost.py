@@ -119,6 +119,7 @@ class Rescaling(Hook):
     def on_start(self, trainer: Trainer) -> None:
         if trainer.num_updates > 0:
             return
+        trainer.world.pulse.enter("LRsI")
         optimizer = trainer.sharded.optimizer
         optimizer.eval()
         learned = self._learn(trainer)

@@ -107,7 +107,7 @@ def test_eigenvalues_along_the_checkpoints_of_a_run_are_written(tmp_path: Path) 
     lines = [json.loads(line) for line in (tmp_path / "hessian" / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["hessian/eigenvalue_1"]) for line in lines] == [(s, v[0]) for s, v, _ in both]
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
-    events = EventAccumulator(str(tmp_path / "hessian" / "tensorboard"))
+    events = EventAccumulator(str(tmp_path / "hessian"))
     events.Reload()
     drawn = [(event.step, event.value) for event in events.Scalars("hessian/eigenvalue_1")]
     assert drawn == [(s, pytest.approx(v[0])) for s, v, _ in both]

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from ghostmask.engine.errors import InputError
 from ghostmask.engine.metrics import NUM_BUCKETS, Counts, MetricWriter
@@ -31,7 +32,7 @@ def _lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def _events(folder: Path) -> EventAccumulator:
-    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "histograms": 0})
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "histograms": 0})
     events.Reload()
     return events
 
@@ -49,8 +50,38 @@ def test_scalars_reach_both_files_with_tags_in_the_json_line_only(tmp_path: Path
         {"step": 10, "phase": "search", "epoch": 0, "train/loss": 0.5, "lr": 0.1},
         {"step": 20, "phase": "search", "epoch": 1, "train/loss": 0.25},
     ]
-    assert _curve(tmp_path, "train/loss") == [(10, 0.5), (20, 0.25)]
-    assert sorted(_events(tmp_path).Tags()["scalars"]) == ["lr", "train/loss"]
+    assert _curve(tmp_path, "1_result/loss_train") == [(10, 0.5), (20, 0.25)]
+    assert sorted(_events(tmp_path).Tags()["scalars"]) == ["1_result/loss_train", "lr"]
+
+
+def test_accuracy_and_loss_are_the_first_cards_and_layers_are_one_histogram(tmp_path: Path) -> None:
+    writer = MetricWriter(tmp_path, single(), None)
+    writer.settings({"optim.lr": 0.1, "tost.lrsi": True, "model.name": "conv4"}, "optim:\n  lr: 0.1\n")
+    layers = {f"density/layer{i}.weight": i / 54 for i in range(54)}
+    writer.scalars(5, {"acc/other": 1.0, "train/loss": 2.0, "eval/accuracy": 0.5, "density/bad": math.nan, **layers})
+    writer.close()
+    events = _events(tmp_path)
+    scalars = sorted(events.Tags()["scalars"])
+    assert scalars == ["1_result/accuracy_eval", "1_result/loss_train", "acc/other"]
+    (histogram,) = events.Histograms("density/of_layers")
+    assert histogram.histogram_value.num == 54
+    assert histogram.histogram_value.max == pytest.approx(53 / 54)
+    assert len(_lines(tmp_path)[0]) == 54 + 5  # every layer's number stands in metrics.jsonl
+    (text,) = events.Tensors("config/text_summary")
+    assert b"lr: 0.1" in text.tensor_proto.string_val[0]
+    session = HParamsPluginData.FromString(events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content)
+    found = session.session_start_info.hparams
+    assert found["optim.lr"].number_value == 0.1
+    assert found["tost.lrsi"].number_value == 1
+    assert found["model.name"].string_value == "conv4"
+
+
+def test_a_run_of_an_older_version_goes_on_where_its_events_are(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").mkdir()
+    (tmp_path / "tensorboard" / "events.out.tfevents.1.host.1").touch()
+    MetricWriter(tmp_path, single(), 10).close()
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+    assert not list(tmp_path.glob("events*"))
 
 
 def test_a_line_is_in_the_file_when_the_call_returns(tmp_path: Path) -> None:
@@ -120,7 +151,7 @@ def test_a_killed_and_resumed_run_has_every_step_once(tmp_path: Path) -> None:
     expected = [(step, float(step) if step <= 6 else -float(step)) for step in range(1, 13)]
     assert [(line["step"], line["loss"]) for line in _lines(tmp_path)] == expected
     assert _curve(tmp_path, "loss") == expected
-    assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "tensorboard"]
+    assert {name.partition(".out.")[0] for name in os.listdir(tmp_path)} == {"events", "metrics.jsonl"}
 
 
 def test_a_new_run_in_a_used_folder_starts_both_records_afresh(tmp_path: Path) -> None:
@@ -206,7 +237,7 @@ def test_a_full_disk_is_said_once_in_a_while_and_no_line_is_lost(
     writer.scalars(401, {"loss": 1.0})
     writer.close()
     assert len(said) == 2
-    events = EventAccumulator(str(small_disk / "tensorboard"), {"scalars": 0})
+    events = EventAccumulator(str(small_disk), {"scalars": 0})
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == list(range(1, 402))
 

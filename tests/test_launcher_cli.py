@@ -30,9 +30,10 @@ GHOSTMASK = str(Path(sysconfig.get_path("scripts")) / "ghostmask")
 
 COMMAND_LINE = {
     "ghostmask": ["-h --help", "--version"],
-    "ghostmask train": ["CONFIG", "[key=value ...]", "-h --help", "--restart", "--from", "--new-data", "--ranks"],
     "ghostmask evaluate": ["RUN", "[data.KEY=VALUE ...]", "-h --help", "--ranks", "--json", "--per-class"],
     "ghostmask export": ["RUN", "-h --help", "--format", "--values", "--coding", "--out"],
+    "ghostmask train": ["CONFIG", "[key=value ...]", "-h --help", "--restart", "--from", "--new-data", "--dry-run",
+                       "--ranks"],
     "ghostmask hessian": ["RUN", "-h --help", "--out", "--top", "--batches"],
     "ghostmask find-mask": ["CONFIG", "[key=value ...]", "-h --help", "--out", "--ranks"],
     "ghostmask prepare": ["CONFIG", "[key=value ...]", "-h --help"],
@@ -50,6 +51,10 @@ COMMAND_LINE = {
     "ghostmask table": ["[RUN ...]", "-h --help", "--csv"],
     "ghostmask bench": ["BENCHMARK", "RUN", "-h --help", "--json", "--device", "--quick", "--strict"],
     "ghostmask sweep": ["[CONFIG or key=value ...]", "-h --help", "--vary", "--seeds", "--folder", "--jobs"],
+    "ghostmask runs": ["[RUN ...]", "-h --help", "--json"],
+    "ghostmask compare": ["[RUN ...]", "-h --help", "--out"],
+    "ghostmask watch": ["RUN", "-h --help", "--once"],
+    "ghostmask report": ["RUN", "-h --help", "--out"],
     "ghostmask tost-table": [
         "CONFIG", "[key=value ...]", "-h --help", "--masks", "--densities", "--tweaks", "--print", "--seeds",
         "--folder", "--jobs",

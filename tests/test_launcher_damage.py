@@ -123,7 +123,7 @@ FOLDERS = [move_checkpoint, copy_checkpoint]
 def damage(run: Path, seed: int) -> str:
     """Break one thing, and say what."""
     draw = random.Random(seed)
-    files = sorted(p for p in run.rglob("*") if p.is_file() and "tensorboard" not in p.parts)
+    files = sorted(p for p in run.rglob("*") if p.is_file() and not p.name.startswith("events."))
     inside = [p for p in files if p.parent.name.startswith("step-")]
     how: Callable[[Path, random.Random], None]
     if draw.random() < 0.2:

@@ -106,6 +106,7 @@ def test_the_summary_counts_what_the_masks_keep(tmp_path: Path) -> None:
     assert summary["config"] == {"seed": 3, "layers": (1, 2)}
     assert (summary["kept"], summary["prunable"]) == (kept, 307_296 - 1_280)
     assert summary["density"] == kept / (307_296 - 1_280)
+    flops = [(layer.pop("flops_dense"), layer.pop("flops_sparse")) for layer in summary["layers"]]
     assert summary["layers"] == [
         {
             "name": n,
@@ -116,6 +117,9 @@ def test_the_summary_counts_what_the_masks_keep(tmp_path: Path) -> None:
         }
         for n, m in masks.items()
     ]
+    assert flops[0] == (2 * 64 * masks["conv1.weight"].numel(), 2 * 64 * int(masks["conv1.weight"].sum()))
+    outside = 2 * 1_280  # the layer without a mask
+    assert sum(dense for dense, _ in flops) + outside == summary["flops_dense"]
     positions = {"conv1": 64, "layer1": 64, "layer2": 16, "layer3": 4}
     sparse = sum(2 * positions[name.split(".")[0]] * int(mask.sum()) for name, mask in masks.items())
     assert summary["flops_sparse"] == sparse + 2 * 1_280  # the classifier stays dense

@@ -46,7 +46,7 @@ def test_the_command_writes_the_eigenvalues_at_every_checkpoint(tmp_path: Path) 
         found = [line["hessian/eigenvalue_1"], line["hessian/eigenvalue_2"]]
         assert found[0] > found[1] > 0
         assert f"step {line['step']}  train epoch 2  largest eigenvalues  {found[0]:.4g}  {found[1]:.4g}" in done.stdout
-    events = EventAccumulator(str(run / "hessian" / "tensorboard"))
+    events = EventAccumulator(str(run / "hessian"))
     events.Reload()
     assert [event.step for event in events.Scalars("hessian/eigenvalue_2")] == [9, 12]
 

@@ -122,14 +122,15 @@ def test_metrics_of_an_interrupted_and_resumed_run_are_those_of_one_run(finished
 def test_tensorboard_holds_the_same_scalars_and_histograms(finished: UserRun) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(finished.folder / "tensorboard"))
+    events = EventAccumulator(str(finished.folder))
     events.Reload()
-    assert {"eval/top5", "train/top5"} <= set(events.Tags()["scalars"])
-    logged = {e.step: e.value for e in events.Scalars("train/loss")}
+    assert {"1_result/top5_eval", "1_result/top5_train"} <= set(events.Tags()["scalars"])
+    logged = {e.step: e.value for e in events.Scalars("1_result/loss_train")}
     lines = {line["step"]: line["train/loss"] for line in finished.metrics() if "train/loss" in line}
     assert logged == pytest.approx(lines, rel=1e-5)
     assert any(tag.startswith("probability/") for tag in events.Tags()["histograms"])
-    assert any(tag.startswith("density/") for tag in events.Tags()["scalars"])
+    assert "density/of_layers" in events.Tags()["histograms"]
+    assert not any(tag.startswith("density/") for tag in events.Tags()["scalars"])
 
 
 def test_the_export_is_a_plain_state_dict_with_exactly_the_density(finished: UserRun) -> None:

@@ -155,11 +155,11 @@ def test_the_schedules_are_in_the_metrics(inspected: Any) -> None:
     assert zeros[0] < 0.01
     assert zeros[-1] > 0.1
     assert any("lrsi/gradient_norm_first" in line for line in lines)
-    events = EventAccumulator(str(inspected[1] / "tensorboard"))
+    events = EventAccumulator(str(inspected[1]))
     events.Reload()
     assert [event.value for event in events.Scalars("tost/alpha")] == pytest.approx(alphas)
     assert [event.value for event in events.Scalars("tost/beta")] == pytest.approx(betas)
-    assert {"tost/soft", "lrsi/gradient_norm_first", "zeros/layer1.0.relu.1"} <= set(events.Tags()["scalars"])
+    assert {"tost/soft", "lrsi/gradient_norm_first"} <= set(events.Tags()["scalars"])
 
 
 def mask_of_search(world: World, folder: str, config: Any) -> tuple[int, int, list[bool]]:

@@ -32,8 +32,8 @@ from ghostmask.masks.masked import PRUNABLE
 from ghostmask.masks.method import Recipe
 from ghostmask.masks.methods.probmask import ProbMask
 from ghostmask.masks.relaxed import RelaxedMask
-from ghostmask.masks.report import layer_histograms, suggested_rate
-from ghostmask.masks.schedules import probability_rate
+from ghostmask.masks.report import layer_histograms
+from ghostmask.masks.schedules import probability_rate, suggested_rate
 from ghostmask.masks.scoring.topk import kept_count
 from ghostmask.models.build import build_model
 
@@ -114,7 +114,7 @@ def searched(world: World, folder: str, config: Any) -> dict[str, Any]:
     run, saved = memory_run(world, Path(folder), config)
     start = {n: p.detach().clone() for n, p in run.net.named_parameters()}
     watch = Watch()
-    run.hooks = (watch,)
+    run.hooks = (*run.hooks, watch)
     with redirect_stderr(StringIO()) as said:
         run.reporter.progress = Progress(world, 1)
         run.execute(saved)
@@ -216,7 +216,7 @@ def test_a_search_that_ends_with_few_decided_probabilities_says_so_with_a_rate(
     assert decided < 0.8
     text = (
         rf"warning: only {decided:.0%} of the probabilities are within 0\.01 of 0 or 1 after 16 steps; "
-        rf"mask\.lr = 0\.03 is too small for so few: try mask\.lr={suggested_rate(0.03, 16):.2g}\n"
+        rf"mask\.lr = 0\.03 is too small for so few: try mask\.lr={suggested_rate(0.03, 16):.2g}, or more "
     )
     assert len(re.findall(text, result["said"])) == 1
     assert "warning" not in other["said"]
@@ -252,7 +252,7 @@ def test_the_suggested_rate_rises_as_steps_get_fewer_and_is_higher_than_the_pres
 def test_a_search_that_keeps_everything_is_decided_and_gives_no_warning(tmp_path: Path) -> None:
     config = configured(SEARCH, train={"epochs": 1}, mask={"density": 1.0, "lr": 1e-9})
     (result,) = run_distributed(searched, 1, str(tmp_path), config)
-    assert "warning" not in result["said"]
+    assert "of the probabilities" not in result["said"]
     assert bool(flat(result["masks"]).all())
 
 

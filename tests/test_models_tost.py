@@ -203,7 +203,7 @@ def test_each_tweak_alone_acts_and_is_logged_under_every_kind_of_mask(
     assert outcome.digest != plain, "it changed nothing"
     fresh(config).load_state_dict(outcome.weights, strict=True)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events = EventAccumulator(str(tmp_path))
     events.Reload()
     for logged in ({key for line in lines for key in line}, set(events.Tags()["scalars"])):
         assert {key for key in logged if key.startswith(("tost/", "lrsi/")) and "lrsi/loss" not in key} == ALONE[tweak]

@@ -166,7 +166,7 @@ def test_every_library_that_is_imported_is_declared() -> None:
     """What happens to be installed because a dependency needs it may be gone with that dependency's next version."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     requirements = project["dependencies"] + [
-        text for extra in ("digits", "imagenet", "export") for text in project["optional-dependencies"][extra]
+        text for extra in ("digits", "imagenet", "export", "report") for text in project["optional-dependencies"][extra]
     ]
     declared = {normal(re.split(r"[^\w.-]", text)[0]) for text in requirements}
     declared.add("triton")  # part of torch where there is a GPU to use it; nothing imports it elsewhere

@@ -189,6 +189,7 @@ class CheckpointStore:
         dtype in the checkpoint. What the checkpoint has beyond `tensors` is ignored.
         """
         self.wait()
+        self._peers.pulse.enter(f"reading {saved.path}")
         try:
             files = self._on_main(lambda: read_manifest(saved.path))
             state = {name: _as_dcp(value) for name, value in tensors.items()}
@@ -277,6 +278,7 @@ class CheckpointStore:
 
     def _examine(self, path: Path) -> tuple[Saved | None, str]:
         """Collective: (the checkpoint, "") or (None, what is wrong with it)."""
+        self._peers.pulse.enter(f"verifying {path}")
         try:
             files, meta = self._on_main(lambda: (read_manifest(path), json.loads(read_small(path / META))))
             mine = sorted(files)[self._peers.rank :: self._peers.size]

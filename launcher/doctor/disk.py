@@ -8,8 +8,7 @@ from pathlib import Path
 from time import perf_counter
 
 from ghostmask.engine.agree import on_main
-from ghostmask.engine.checkpoint.entries import checkpoint_entries
-from ghostmask.engine.checkpoint.pieces import Piece
+from ghostmask.launcher.banner import checkpoint_bytes
 from ghostmask.launcher.doctor.finding import Finding, failed, passed, warned
 from ghostmask.launcher.doctor.patient import Patient
 from ghostmask.launcher.record import check_folder
@@ -39,12 +38,7 @@ def disk(patient: Patient) -> Finding:
     """Collective: there is room for the checkpoints that are kept, one more while it is written, and the export."""
     trainer, world = patient.trainer, patient.world
     assert trainer is not None
-    entries = checkpoint_entries(
-        trainer.model, trainer.sharded.optimizer, trainer.statistics, trainer.task.hooks
-    )  # fmt: skip
-    pieces = sum(e.tensor.nbytes for e in entries.values() if isinstance(e, Piece))
-    whole = sum(e.nbytes for e in entries.values() if not isinstance(e, Piece))
-    patient.checkpoint_bytes = whole + sum(world.all_gather_object(pieces))
+    patient.checkpoint_bytes = checkpoint_bytes(trainer)
     keep = patient.config.checkpoint.keep
     export = sum(value.nbytes for value in trainer.model.state_dict().values())
     held = on_main(world, lambda: size_of(run_folder(patient.config) / "checkpoints"))

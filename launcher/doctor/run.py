@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
@@ -46,7 +46,14 @@ TIMEOUT_MINUTES = 0.5
 
 
 def doctor(config: RunConfig) -> int:
-    """Collective: print one line per check on rank 0; returns 0, or EXIT_INPUT where a check fails.
+    """Collective: print one line per check on rank 0; returns 0, or EXIT_INPUT where a check fails."""
+    return look_at(config, CHECKS, "doctor")
+
+
+def look_at(
+    config: RunConfig, checks: Sequence[Check], name: str, then: Callable[[Patient], None] = lambda patient: None
+) -> int:
+    """Collective: make the checks, print one line of each and, after `then`, their count; returns the exit code.
 
     Nothing of the run is written but a scratch folder on its disk, which is removed.
     """
@@ -57,7 +64,8 @@ def doctor(config: RunConfig) -> int:
         scratch = on_main(world, lambda: scratch_beside(run_folder(config)))
         patient = Patient(config, launch, world, scratch.parent, scratch, Shares.of(config, world))
         try:
-            levels = examine(patient, CHECKS)
+            levels = examine(patient, checks)
+            then(patient)
             patient.close()
         finally:
             if world.is_main:
@@ -66,7 +74,7 @@ def doctor(config: RunConfig) -> int:
     counts = {level: levels.count(level) for level in ("fail", "warn")}
     if world.is_main:
         verdict = f"{counts['fail']} failed, {counts['warn']} warnings, {len(levels)} checks"
-        output(f"doctor: {verdict}, {perf_counter() - start:.0f} s")
+        output(f"{name}: {verdict}, {perf_counter() - start:.0f} s")
     return EXIT_INPUT if counts["fail"] else 0
 
 

@@ -1,0 +1,64 @@
+"""Does a person see what goes on while something takes long? A thread of rank 0 says it, from the rank's pulse."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from contextlib import suppress
+from time import monotonic
+
+from tqdm import tqdm
+
+from ghostmask.engine.errors import tell
+from ghostmask.engine.pulse import Pulse
+
+QUIET_S, LONGEST_S = 5.0, 60.0
+"""Silence after which it is said what goes on; each time twice as long as before, up to the longest."""
+
+
+class Waiting:
+    """Prints `checkpoint step-00000120: verifying: 5 s so far` for what takes longer than quiet_s, while it takes.
+
+    That is whatever began with `Pulse.enter`; and ordinary steps until the run's first report of them.
+    """
+
+    def __init__(self, pulse: Pulse, quiet_s: float = QUIET_S) -> None:
+        self.pulse, self.quiet_s = pulse, quiet_s
+        self._wait_s, self._since, self._spoke = quiet_s, 0.0, 0.0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="waiting", daemon=True)
+
+    def start(self) -> None:
+        """Begin to listen."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._over.wait(min(0.5, self.quiet_s / 4)):
+            if line := self.due(monotonic()):
+                speak(line)
+
+    def due(self, now: float) -> str:
+        """What is to be said at `now`, in seconds of the monotonic clock; "" for nothing."""
+        pulse = self.pulse
+        if not pulse.slow and pulse.reported:
+            return ""
+        if pulse.since != self._since:
+            self._since, self._wait_s = pulse.since, self.quiet_s
+        if now < max(pulse.since, self._spoke, pulse.said) + self._wait_s:
+            return ""
+        self._spoke, self._wait_s = now, min(2 * self._wait_s, LONGEST_S)
+        return f"ghostmask: {pulse.what}: {now - pulse.since:.0f} s so far"
+
+
+def speak(line: str) -> None:
+    """Print a line on stderr, above a bar that may be there."""
+    if sys.stderr.isatty():
+        with suppress(OSError):
+            tqdm.write(line, file=sys.stderr)
+    else:
+        tell(line, sys.stderr)
