@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, is_dataclass
 
 from ghostmask.data_pipelines.registry import DATASETS
-from ghostmask.launcher.completion_scripts import BASH, FISH, ZSH
+from ghostmask.launcher.completion_scripts import BASH, FISH, SHARED, ZSH
 from ghostmask.launcher.locate import shipped_configs
 from ghostmask.launcher.settings import PRESETS, setting_types
 from ghostmask.masks.registry import METHODS
@@ -46,7 +46,11 @@ class Command:
 def completion(shell: str, parser: argparse.ArgumentParser) -> str:
     """The script of bash, zsh or fish for the whole command line of `parser`."""
     commands = list(_commands(parser, "", ""))
-    return _fish(commands) if shell == "fish" else _posix(commands, BASH if shell == "bash" else ZSH)
+    return (
+        _fish(commands)
+        if shell == "fish"
+        else _posix(commands, (BASH if shell == "bash" else ZSH).replace("SHARED", SHARED))
+    )
 
 
 def words() -> dict[str, list[str]]:

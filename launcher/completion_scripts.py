@@ -124,9 +124,7 @@ _ghostmask_values() {
         # VALUES
     esac
 }"""
-"""Of bash and zsh: they differ in how they look at the line and give words back."""
-
-BASH, ZSH = BASH.replace("SHARED", SHARED), ZSH.replace("SHARED", SHARED)
+"""In the place of SHARED, of bash and zsh: they differ in how they look at the line and give words back."""
 
 FISH = r"""# fish completion of ghostmask. To install it, once per version:
 #   ghostmask completion fish > ~/.config/fish/completions/ghostmask.fish

@@ -20,7 +20,6 @@ SAVE_S = 600
 """After a signal the ranks have this long for the step's save; torchrun's default is 30 s."""
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
 """Passed on to the ranks."""
-_FIELDS = {field.name for field in fields(LaunchConfig)}
 
 
 def start_ranks(count: int, argv: Sequence[str]) -> int:
@@ -31,7 +30,8 @@ def start_ranks(count: int, argv: Sequence[str]) -> int:
     """
     logging.disable(logging.CRITICAL)  # the agent's reports: the ranks speak for themselves
     # torch 2.11 kills after 30 s; the last checkpoint before that is intact.
-    patience: dict[str, Any] = {"shutdown_timeout": SAVE_S} if "shutdown_timeout" in _FIELDS else {}
+    known = {field.name for field in fields(LaunchConfig)}
+    patience: dict[str, Any] = {"shutdown_timeout": SAVE_S} if "shutdown_timeout" in known else {}
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=count, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
         rdzv_endpoint="localhost:0", max_restarts=0, signals_to_handle=SIGNALS, **patience,

@@ -251,13 +251,15 @@ def test_every_number_of_a_configuration_has_an_upper_bound() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_reads_every_setting_that_it_lists(method: str) -> None:
-    """Outside of the settings' own checks: as an attribute, somewhere in the files of the method's classes, or by
-    `Scheduled.window`."""
+    """Outside of the settings' own checks: as an attribute, or by getattr, somewhere in the files of the method's
+    classes and in masks.granularity, or by `Scheduled.window`."""
     bases = [base for base in resolve(METHODS[method]).__mro__ if issubclass(base, MaskMethod)]
     read: set[str] = {"noises"}  # by launcher.config, for every method
-    for module in {base.__module__ for base in bases}:
+    for module in {base.__module__ for base in bases} | {"ghostmask.masks.granularity"}:
         tree = ast.parse(inspect.getsource(importlib.import_module(module)))
         tree.body = [node for node in tree.body if not (isinstance(node, ast.ClassDef) and node.name == "Settings")]
         read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "getattr"]
+        read |= {str(n.args[1].value) for n in calls if isinstance(n.args[1], ast.Constant)}
     read |= {"start_fraction", "end_fraction"} if "window" in read else set()
     assert {field.name for field in fields(settings_of(method))} - {"method"} <= read

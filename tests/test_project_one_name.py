@@ -147,7 +147,7 @@ def test_an_installation_takes_no_name_but_its_own(how: str, elsewhere: Path, re
     assert where == str(folder / "ghostmask")
     assert names == "engine launcher masks masks.theirs models"
     done = run(python("-m", "ghostmask", "show", "configs", bare=True), elsewhere, folder, *libraries)
-    assert done.stdout.startswith("cifar100_resnet32_probmask")
+    assert done.stdout.startswith("cifar100_methods")
 
 
 @pytest.mark.parametrize("how", ["links", "followed", "git archive"])
