@@ -66,12 +66,15 @@ class EventFile:
         self.file.push()
 
     def settings(self, step: int, values: Mapping[str, bool | int | float | str], whole: str) -> None:
-        """The run's settings: as hyperparameters, so that runs compare in that tab, and `whole` as text."""
+        """The run's settings: as hyperparameters, so that runs compare in that tab, and `whole` as text.
+
+        Of the run alone: where nobody describes an experiment, TensorBoard finds out which settings differ.
+        """
         from torch.utils.tensorboard.summary import hparams, text
 
         made = hparams(dict(values), dict.fromkeys(FIRST.values(), 0.0))  # type: ignore[no-untyped-call]
         block = "\n".join(f"    {line}" for line in whole.splitlines())  # Markdown's code
-        for summary in (*made[:2], text("config", block)):  # type: ignore[no-untyped-call]
+        for summary in (made[1], text("config", block)):  # type: ignore[no-untyped-call]
             self._add(summary=summary, step=step)
         self.file.push()
 

@@ -254,3 +254,26 @@ def test_metrics_that_are_no_file_are_one_line_and_not_read_for_ever(make: Any, 
     make(tmp_path / "metrics.jsonl")
     with pytest.raises(InputError, match=r"its metrics cannot be written \((is a|Is a directory)"):
         MetricWriter(tmp_path, single(), 3)
+
+
+def test_tensorboard_finds_the_settings_in_which_runs_differ(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+    from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+    from tensorboard.context import RequestContext
+    from tensorboard.plugins.base_plugin import TBContext
+    from tensorboard.plugins.hparams.backend_context import Context
+
+    for name, lr in (("first", 0.1), ("second", 0.03)):
+        writer = MetricWriter(tmp_path / name, single(), None)
+        writer.settings({"optim.lr": lr, "seed": 1}, "seed: 1\n")
+        writer.scalars(1, {"gradient/norm": 1.0, "eval/accuracy": 0.5})
+        writer.close()
+    runs = EventMultiplexer().AddRunsFromDirectory(str(tmp_path))
+    runs.Reload()
+    assert set(runs.Runs()) == {"first", "second"}
+    context = Context(TBContext(data_provider=MultiplexerDataProvider(runs, str(tmp_path))))
+    asked = RequestContext()
+    metadata = context.hparams_metadata(asked, "")
+    experiment = context.experiment_from_metadata(asked, "", True, metadata, [])
+    assert {info.name: info.differs for info in experiment.hparam_infos} == {"optim.lr": True, "seed": False}
+    assert experiment.metric_infos[0].name.tag == "1_result/accuracy_eval"
