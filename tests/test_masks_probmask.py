@@ -261,7 +261,7 @@ def test_layers_that_lost_everything_are_named(tmp_path: Path) -> None:
     (result, other) = run_distributed(searched, 2, str(tmp_path), config)
     empty = [n for n, m in result["masks"].items() if not m.any()]
     assert empty
-    named = f"warning: {len(empty)} of {len(result['masks'])} layers have no weight left: {', '.join(empty)}\n"
+    named = f"warning: {len(empty)} of {len(result['masks'])} layers have no weight left: {', '.join(empty)}; mask."
     assert named in result["said"]
     assert "layers have no weight left" not in other["said"]
 
