@@ -102,7 +102,7 @@ def stop_if_failed(failed: Mapping[Path, int]) -> None:
     if failed:
         first, code = next(iter(failed.items()))
         more = f" ({len(failed)} runs failed)" if len(failed) > 1 else ""
-        raise RunStopped(f"{first} ended with exit code {code}{more}; the same command goes on from there", code)
+        raise RunStopped(f"{first} ended with exit code {code}{more}; the same command tries again", code)
 
 
 def trained(run: PlannedRun) -> float:
