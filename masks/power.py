@@ -2,9 +2,8 @@
 
     theta = f(v),  f(v) = v |v|^(a - 1),  a = mask.power       (Schwarz et al. 2021)
 
-laid around another form, which sees f(v) as its weights. f is increasing and the same in all layers: whatever ranks
-weights by |theta| ranks them by |v|, which is what it is given (|v|^a of small v would be 0, and tied). What brings
-weights back from 0 has no use for it: f has no slope there.
+laid around another form, which sees f(v) as its weights, and ranks these. What brings weights back from 0 has no use
+for it: f has no slope there.
 """
 
 from __future__ import annotations
@@ -36,7 +35,9 @@ class Powered(Reparametrization):
         self.form, self.power = form, power
 
     def start(self, weight: Tensor, part: Slice) -> State:
-        return self.form.start(weight.copy_(self._power(weight, 1 / self.power)), part)
+        state = self.form.start(weight.copy_(self._power(weight, 1 / self.power)), part)
+        self.constrain(state, part, 0)  # a mask that was cut just now saw v
+        return state
 
     def schedule(self, updates: int) -> None:
         self.form.schedule(updates)
@@ -56,13 +57,15 @@ class Powered(Reparametrization):
         return {**found, "weight": found["weight"].mul_(slope)}
 
     def constrain(self, state: State, part: Slice, updates: int) -> None:
-        self.form.constrain(state, part, updates)
+        """The form may change anything but "weight"."""
+        self.form.constrain(self._seen(state), part, updates)
 
     def restarts(self, updates: int) -> bool:
         return self.form.restarts(updates)
 
     def scale(self, state: State, part: Slice, factors: Mapping[str, float]) -> None:
         self.form.scale(state, part, {name: factor ** (1 / self.power) for name, factor in factors.items()})
+        self.constrain(state, part, 0)
 
     def _seen(self, state: State) -> State:
         return {**state, "weight": self._power(state["weight"], self.power)}

@@ -16,12 +16,14 @@ from ghostmask.engine.sharding.rules import Sgd
 from ghostmask.engine.sharding.slices import Slice
 from ghostmask.engine.world import single
 from ghostmask.masks.elementwise import elementwise
+from ghostmask.masks.methods.dnw import Largest
 from ghostmask.masks.methods.gmp import Shrinking
 from ghostmask.masks.methods.l0 import ChannelGates, WeightGates
 from ghostmask.masks.methods.sparse_vd import Gaussian
 from ghostmask.masks.methods.str import TrainedThresholds
 from ghostmask.masks.power import Powered, powered
-from ghostmask.masks.scoring.topk import Budget
+from ghostmask.masks.scoring.topk import Budget, largest
+from ghostmask.masks.units.blocks import Kernels
 
 RULE = Sgd(0.9, 1e-2)
 CHANNELS = [18] * 4 + [16] * 3
@@ -201,6 +203,17 @@ def test_gmp_on_powers_takes_the_papers_steps_and_starts_at_the_initialisation()
             mask = of_theta >= of_theta.sort(descending=True).values[round(share * 120) - 1]
         assert torch.equal(flat(masks) > 0, mask)
     assert int(mask.sum()) == 30
+
+
+def test_whole_kernels_are_ranked_by_what_the_network_sees_and_not_by_what_is_trained() -> None:
+    small = SmallStep()
+    budget = Budget(0.4, units=Kernels({"0.weight": 9, "3.weight": 1}, None))
+    part, other = Slice.even(small.initial, single()), 0
+    for _, masks, state in small.trained(powered(Largest(RULE, budget), 4.0)):
+        v = state["weight"]
+        assert torch.equal(flat(masks) > 0, largest(part, elementwise(lambda x: x.abs().pow(4.0), v), budget))
+        other += int((largest(part, v.abs(), budget) ^ (flat(masks) > 0)).sum())
+    assert other > 0, "the two are the same here: this test shows nothing"
 
 
 def test_a_scaled_power_scales_what_the_network_sees() -> None:

@@ -35,7 +35,7 @@ class GradualMagnitude(MaskMethod):
         'Zhu & Gupta 2017, "To prune, or not to prune: exploring the efficacy of pruning for model compression", '
         "https://arxiv.org/abs/1710.01878"
     )
-    aliases = ("gradual", "gradual_magnitude", "agp", "cubic")
+    aliases = ("gradual", "gradual_magnitude", "agp", "cubic", "powerprop mask.power=2.0")
 
     @classmethod
     def check_steps(cls, settings: Any, run: Any, steps_per_epoch: int) -> None:

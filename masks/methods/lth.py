@@ -128,9 +128,10 @@ class LotteryTicket(MaskMethod):
         }
         if trainer.phase.name == self.phases()[-1][0]:
             return
-        _, state, part = optimizer.group(PRUNABLE)
+        group, state, part = optimizer.group(PRUNABLE)
         budget = self._budget(trainer.phase, 1)
-        masks = part.gathered(largest(part, state["weight"].abs(), budget, among=state["mask"]))
+        seen = group.reparametrization.evaluation_weights(state, part)
+        masks = part.gathered(largest(part, seen.abs(), budget, among=state["mask"]))
         self.settle(masks, trainer.reporter.progress.message, budget.counts(self._sizes()))
 
 
