@@ -5,6 +5,7 @@ from __future__ import annotations
 BENCHMARKS = {
     "mask": "ghostmask.benchmarks.mask:rows",
     "projection": "ghostmask.benchmarks.projection:rows",
+    "cut": "ghostmask.benchmarks.cut:rows",
     "step": "ghostmask.benchmarks.step:rows",
     "loader": "ghostmask.benchmarks.loader:rows",
     "checkpoint": "ghostmask.benchmarks.checkpoint:rows",

@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ghostmask.engine.config import require
 from ghostmask.engine.position import Phase
 from ghostmask.engine.sharding.reparametrization import Draw, State
 from ghostmask.engine.sharding.rules import UpdateRule
@@ -143,14 +142,7 @@ class CutEveryStep(MaskMethod):
     searches = True
 
     @classmethod
-    def check(cls, settings: Any, run: Any) -> None:
-        why = "averages weights under one mask, and this method cuts a new one after every update"
-        fix = f"{why}; give finetune.epochs, or 0" if cls.finetunes else f"{why}; give 0"
-        require(run.ema.decay == 0 or cls.ends_under_one_mask(settings, run), "ema.decay", run.ema.decay, fix)
-
-    @classmethod
     def ends_under_one_mask(cls, settings: Any, run: Any) -> bool:
-        """Whether the run's last phase trains under a mask that stays; else its weights cannot be averaged (ema)."""
         return bool(cls.finetunes and run.finetune.epochs > 0)
 
     @classmethod

@@ -30,6 +30,7 @@ CASES = {
         "projection", "projection_start", "projection_floor", "projection_collectives", "projection_error",
         "projection_model", "projection_model_check", "projection_slice",
     },
+    "cut": {"largest_global", "largest_layerwise", "cut_dnw", "cut_st3", "cut_feather", "cut_edge_popup"},
     "step": {
         "probmask_step_overhead", "probmask_step_default", "probmask_step_added", "step_images_per_s",
         "dense_images_per_s", "step_where",

@@ -186,6 +186,10 @@ def _among(pieces: Sequence[Piece], places: Tensor) -> list[Piece]:
 def _compiled_keys(kernels: Any, scores: Tensor, among: Tensor | None) -> tuple[Tensor, Tensor]:
     integer = INTEGERS[scores.dtype]
     limits, infinity = torch.iinfo(integer), int(torch.tensor(torch.inf, dtype=scores.dtype).view(integer))
+    if among is None and len(scores):
+        least, most = scores.view(integer).aminmax()
+        if least >= 0 and most <= infinity:  # magnitudes: their bits are their keys
+            return scores.view(integer), torch.tensor(0)
     keys = torch.empty(scores.shape, dtype=integer)
     bits, out = scores.view(integer).numpy(), keys.numpy()
     which = torch.zeros(0, dtype=torch.bool) if among is None else among
