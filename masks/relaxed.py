@@ -128,14 +128,16 @@ class RelaxedMask(Masked):
         self.threshold = project_(runs, [self.density * n for n in numels], numels, part.world).mean()
 
     def _constrain_cost(self, state: State, part: Slice, units: Kernels) -> Tensor:
-        """Onto {sum over weights of cost x s <= density x the cost of all}."""
+        """Onto {sum over weights of cost x s <= density x the cost of all}, evenly: shifts that grow with the cost
+        empty the early layers (D109)."""
         each = units.costs(part)
         begins = [sum(part.layout.numels[:layer]) for layer in range(len(each))]
         priced: dict[int, list[tuple[Tensor, int]]] = {cost: [] for cost, _ in each}
         for x in part.segments:
             own = state["probability"][x.start : x.start + x.numel]
             priced[each[x.layer][0]].append((own, begins[x.layer] + x.offset))
-        return project_costs_(priced, self.density * sum(cost * number for cost, number in each), part.world)
+        budget = self.density * sum(cost * number for cost, number in each)
+        return project_costs_(priced, budget, part.world, even=True)
 
     def mask(self, state: State, part: Slice) -> Tensor:
         """(n,) bool: the round(density n) most probable weights, at the present density, or what was fixed."""

@@ -34,6 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "lth kernel": {"method": "lth", "granularity": "kernel", "round_fraction": 0.7},
     "snip 2:4": {"method": "snip", "granularity": "2:4", "density": 0.5},
     "synflow channel flops": {"method": "synflow", "granularity": "channel", "budget": "flops", "density": 0.3},
+    "probmask 2:4": {"method": "probmask", "granularity": "2:4", "density": 0.5},
     "probmask channel": {"method": "probmask", "granularity": "channel", "density": 0.3, "noises": 2},
     "probmask flops": {"method": "probmask", "budget": "flops", "density": 0.3},
     "magnitude flops": {"method": "magnitude", "budget": "flops"},
@@ -155,6 +156,14 @@ def test_every_method_that_ranks_takes_a_granularity_and_keeps_to_it_or_says_wha
     assert 0.37 < spent(masks, False) <= 0.4 + 1e-6
 
 
-def test_probabilities_of_blocks_are_refused_with_what_fits() -> None:
-    with pytest.raises(InputError, match=r"mask\.granularity = '2:4': probabilities"):
-        settings_of("probmask")(method="probmask", granularity="2:4")  # type: ignore[call-arg]
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"granularity": "kernel"}, r"mask\.granularity = 'kernel': .*use channel"),
+        ({"granularity": "2:4", "final": "sample"}, r"mask\.final = 'sample': .*use topk"),
+        ({"granularity": "channel", "constraint": "layerwise"}, r"mask\.constraint = 'layerwise': .*use global"),
+    ],
+)
+def test_what_probabilities_cannot_be_held_to_is_refused_with_what_fits(values: dict[str, str], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        settings_of("probmask")(method="probmask", **values)

@@ -26,7 +26,7 @@ from ghostmask.masks.relaxed import RelaxedMask, Search
 from ghostmask.masks.relaxed_channels import RelaxedChannels
 from ghostmask.masks.report import ProbabilityReport
 from ghostmask.masks.schedules import DECIDING, LARGEST_RATE, PAPER_RATE, probability_rate
-from ghostmask.masks.settings import Noisy, Ranked, Scheduled, choice, number
+from ghostmask.masks.settings import Noisy, Ranked, Scheduled, choice, n_of_m, number
 from ghostmask.masks.units.channels import Channels
 
 if TYPE_CHECKING:
@@ -68,12 +68,16 @@ class Settings(Ranked, Scheduled, Noisy):
             "mask.candidates", self.candidates, f"is not read with mask.final={self.final}; leave it out",
         )  # fmt: skip
         require(
-            self.granularity in ("weight", "channel"),
-            "mask.granularity", self.granularity, "probabilities are those of weights or of channels, whose sum the "
-            "budget holds; use one of these, or a method that ranks, such as gmp or magnitude",
+            self.granularity != "kernel",
+            "mask.granularity", self.granularity, "probabilities are of weights or channels; use channel, or a method "
+            "that ranks, such as gmp or magnitude",
         )  # fmt: skip
         require(
-            self.granularity == "weight" or self.constraint == "global",
+            self.final == "topk" or n_of_m(self.granularity) is None,
+            "mask.final", self.final, f"a sample keeps no mask to {self.granularity}; use topk",
+        )  # fmt: skip
+        require(
+            self.granularity != "channel" or self.constraint == "global",
             "mask.constraint", self.constraint, "channels cost what the layers around them keep: use global",
         )  # fmt: skip
 
