@@ -27,7 +27,7 @@ from ghostmask.launcher.exporting.convert import write_format
 from ghostmask.launcher.exporting.exported import Options, read_exported
 from ghostmask.launcher.exporting.load_two_four import load_two_four, use_two_four
 from ghostmask.launcher.exporting.registry import FORMATS
-from ghostmask.launcher.record import EXPORTED
+from ghostmask.launcher.record import EXPORTED, remove_written
 from ghostmask.models.build import build_model
 from ghostmask.models.config import ModelConfig
 
@@ -198,6 +198,18 @@ def test_every_key_of_the_summary_is_explained(tmp_path: Path) -> None:
 
 def test_restart_knows_the_folders_of_all_formats() -> None:
     assert {folder_name(name) for name in FORMATS} == set(EXPORTED)
+
+
+def test_restart_removes_all_formats_and_leaves_others_files(tmp_path: Path) -> None:
+    weights = tmp_path / "export" / "coreml" / "model.mlpackage" / "Data" / "weights"
+    weights.mkdir(parents=True)
+    (weights / "weight.bin").touch()
+    for name in ("export/packed/load_packed.py", "export/small/model.pt2", "export/small/mine.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    export(tmp_path / "export", network("digits_resnet", 10, DIGITS, 0.3), "digits_resnet", DIGITS)
+    assert remove_written(tmp_path) == ["export"]
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["mine.txt"]
 
 
 def test_the_file_s_digest_and_size_stand_in_the_summary(tmp_path: Path) -> None:

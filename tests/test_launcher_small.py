@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from granular import masks_of, scores_of, units
 from PIL import Image
 from sparse_exports import DIGITS, export, network
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from ghostmask.launcher.exporting.convert import write_format
 from ghostmask.launcher.exporting.exported import Options, read_exported
 from ghostmask.launcher.exporting.small import PROGRAM, SCRIPT, Small, shrink
 from ghostmask.masks.prunable import prunable_weights
+from ghostmask.masks.scoring.topk import Budget
 
 
 def parameters(net: nn.Module) -> int:
@@ -150,6 +152,22 @@ def test_a_removed_output_channel_takes_along_what_only_it_reads() -> None:
     with torch.no_grad():
         net.get_parameter("layer1.0.conv2.weight")[:, 5] = 0
     assert shrink(net, DIGITS).removed == {"layer1.0.conv1": (32, 31)}
+
+
+@pytest.mark.parametrize("name", ["resnet20", "bottleneck"])
+def test_channels_that_a_granularity_prunes_are_gone_to_the_last_weight(name: str) -> None:
+    made, weights, net, shape = units(name, granularity="channel", density=0.4)
+    masks = masks_of(made, scores_of(weights), Budget(0.4, units=made))
+    with torch.no_grad():
+        for name_, mask in masks.items():
+            weights[name_].mul_(mask)
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.bias.uniform_(-0.3, 0.2)  # of removed channels too: nothing reads them
+    small = shrink(net.eval(), shape)
+    left = sum(w.numel() for n, w in small.graph.named_parameters() if n.endswith("weight"))
+    assert left == sum(int(mask.sum()) for mask in masks.values())
+    assert difference(net, small, shape) < 1e-5
 
 
 def photographs(shared_folder: Path, count: int) -> Tensor:

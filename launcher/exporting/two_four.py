@@ -28,7 +28,7 @@ def write(exported: Exported, folder: Path, options: Options) -> Written:
         raise bad_value(
             "--format",
             "2:4",
-            f"none of {len(weights)} layers is 2:4; train with at most 2 of 4 neighbouring input channels",
+            f"none of {len(weights)} layers is 2:4; train with mask.granularity=2:4",
         )
     tensors = {name: half(tensor, name) for name, tensor in state.items() if name not in packed}
     for name, (values, places) in packed.items():
