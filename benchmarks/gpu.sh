@@ -19,7 +19,7 @@ if [ -z "${BENCH:-}" ]; then
     tail -3 "$out/tests.log"
 fi
 # name, seconds it may take; the step, which compiles three networks, gets what the others leave of 470
-for case in "mask 100" "projection 60" "finders 60" "checkpoint 60" "step 470"; do
+for case in "mask 100" "projection 60" "cut 40" "finders 60" "checkpoint 60" "step 470"; do
     read -r name limit <<<"$case"
     [ "$name" = step ] && limit=$((470 - SECONDS / ${PATIENCE:-1}))
     echo "== $name"

@@ -54,7 +54,7 @@ CASES = {
     },
 }  # fmt: skip
 """Benchmark -> the cases that its file holds."""
-ON_A_GPU = ("mask", "projection", "finders", "checkpoint", "step")
+ON_A_GPU = ("mask", "projection", "cut", "finders", "checkpoint", "step")
 
 
 @pytest.fixture(scope="module")
@@ -184,3 +184,11 @@ def test_the_textbook_mask_keeps_a_weight_with_its_probability() -> None:
 def test_peak_memory_counts_what_is_held_at_once() -> None:
     megabytes = peak_extra_bytes(lambda: [torch.ones(5_000_000), torch.ones(5_000_000)], torch.device("cpu")) / 1e6
     assert 36 <= megabytes <= 60
+
+
+def test_cutting_masks_is_held_against_torch_and_against_a_mask_that_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for row in run_here("cut", tmp_path, monkeypatch):
+        assert row["ratio"] > 0, row
+        assert "baseline: torch.topk" in row["note"] or "a mask that stays" in row["note"], row
