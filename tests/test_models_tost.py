@@ -24,6 +24,7 @@ from ghostmask.engine.trainer import Trainer
 from ghostmask.engine.world import World, single
 from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.export import masked_state
+from ghostmask.launcher.settings import settings_of
 from ghostmask.masks.mask_file import write_masks
 from ghostmask.masks.prunable import prunable_weights
 from ghostmask.masks.registry import METHODS
@@ -167,7 +168,8 @@ def test_all_of_tost_with_every_other_mask_method_survives_a_kill(method: str, m
     assert list(resumed.weights) == list(plain.state_dict())
     prunable = sum(m.numel() for m in resumed.masks.values())
     assert prunable == sum(w.numel() for w in prunable_weights(plain).values()), "ghosts are counted in the density"
-    assert method == "file" or resumed.kept == kept_count(0.1, prunable)
+    a_result = method == "file" or settings_of(method).decided_by
+    assert a_result or resumed.kept == kept_count(0.1, prunable)
 
 
 ALONE = {
