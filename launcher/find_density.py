@@ -18,6 +18,7 @@ from pathlib import Path
 from ghostmask.engine.errors import InputError, bad_value, output, tell
 from ghostmask.launcher.cells import planned, trained
 from ghostmask.launcher.checks import check_config
+from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.settings import flat, load_config
 from ghostmask.launcher.table import markdown
 
@@ -38,18 +39,12 @@ def find_density(
     from the value it has. Raises InputError where there is none, and RunStopped where a run fails.
     """
     config = load_config(name, settings)
-    key = over or config.mask.decided_by
-    if not key:
-        told = f"is told its density; give mask.density={target:g}"
-        raise bad_value("mask.method", config.mask.method, told)
-    first = flat(config).get(key)
-    if isinstance(first, bool) or not isinstance(first, int | float) or not first > 0:
-        raise InputError(f"{key} = {first}: the search starts from it; give a number above 0")
+    key, first = searched(config, target, over)
     several = ["--ranks", str(ranks)] if ranks > 1 else []
     fixed = [text for text in settings if text.partition("=")[0] != key]
     densities: dict[float, float] = {}
     rows: list[list[str]] = []
-    while len(densities) < runs and (value := proposed(densities, target, float(first))) not in densities:
+    while len(densities) < runs and (value := proposed(densities, target, first)) not in densities:
         run = os.path.join(folder, f"{Path(name).stem}-{key.rpartition('.')[2]}={value:g}-seed{config.seed}")
         plan = planned(name, [*fixed, f"{key}={value:g}", f"run={run}"])
         check_config(plan.config, ranks)
@@ -67,6 +62,18 @@ def find_density(
     verdict = f"is within {asked}" if met else f"is the nearest to {asked}, which was NOT met in {len(rows)} runs"
     output(f"{key}={nearest:g}: density {densities[nearest]:.4g} {verdict}")
     return 0 if met else NOT_FOUND
+
+
+def searched(config: RunConfig, target: float, over: str) -> tuple[str, float]:
+    """The setting that is searched and the value it starts from; see `find_density`."""
+    key = over or config.mask.decided_by
+    if not key:
+        told = f"is told its density; give mask.density={target:g}"
+        raise bad_value("mask.method", config.mask.method, told)
+    first = flat(config).get(key)
+    if isinstance(first, bool) or not isinstance(first, int | float) or not first > 0:
+        raise InputError(f"{key} = {first}: the search starts from it; give a number above 0")
+    return key, float(first)
 
 
 def proposed(densities: Mapping[float, float], target: float, first: float) -> float:

@@ -41,7 +41,7 @@ class Regrowing(WithDensity):
     uniform: all of the first layer, and the same density in the others."""
     min_per_layer: int = number(0, 0)
     """Weights that every layer keeps at least."""
-    update_every: int = number(100, 1)
+    update_every: int = number(100, 2)
     """Optimizer steps between exchanges; an exchange takes the place of a step."""
     end_fraction: float = number(0.75, 0, 1, above=True)
     """Where exchanges end, as a fraction of train.epochs."""

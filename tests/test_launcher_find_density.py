@@ -14,8 +14,8 @@ from ghostmask.engine.errors import InputError, RunStopped
 from ghostmask.launcher import find_density as module
 from ghostmask.launcher.cells import PlannedRun, accuracy
 from ghostmask.launcher.checks import check_steps
-from ghostmask.launcher.cli import run_command
-from ghostmask.launcher.find_density import NOT_FOUND, proposed
+from ghostmask.launcher.cli import build_parser, run_command
+from ghostmask.launcher.find_density import NOT_FOUND, proposed, searched
 from ghostmask.launcher.settings import load_config, to_dict
 
 
@@ -145,3 +145,20 @@ def test_a_power_is_read_by_magnitude_methods_only(method: str) -> None:
         InputError, match=r"mask\.power = 2\.0: is not read .* use mask\.method=magnitude or gmp or dnw or lth"
     ):
         load_config("digits_magnitude", [f"mask.method={method}", "mask.density=1", "mask.power=2"])
+
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+COMMANDS = [
+    line.partition("ghostmask find-density ")[2]
+    for file in sorted(CONFIGS.glob("*.yaml"))
+    for line in file.read_text().splitlines()
+    if line.startswith("#") and "ghostmask find-density " in line
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_searches_that_configs_show_have_a_setting_to_start_from(command: str) -> None:
+    arguments = build_parser().parse_args(["find-density", *command.split()])
+    key, first = searched(load_config(arguments.config, arguments.overrides), arguments.target, arguments.over)
+    assert key.startswith(("mask.", "optim."))
+    assert first > 0

@@ -16,7 +16,8 @@ from ghostmask.models.registry import MODELS
 from ghostmask.models.tost import ghost_alpha
 
 PLACES = {
-    "resnet8": 6, "resnet20": 18, "resnet32": 30, "resnet18_cifar": 16, "resnet50_cifar": 16, "vgg19": 16, "digits_resnet": 6,
+    "resnet8": 6, "resnet20": 18, "resnet32": 30, "resnet18_cifar": 16, "resnet50_cifar": 16, "vgg19": 16,
+    "digits_resnet": 6,
     "conv4": 4, "resnet18": 16, "resnet50": 16, "resnet9": 8,
 }  # fmt: skip
 """3x3 convolutions in blocks (two per BasicBlock, one per Bottleneck), or in VGG, Conv-4 and ResNet-9."""

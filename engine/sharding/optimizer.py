@@ -254,7 +254,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         number, forms = self.updates + 1, [g.reparametrization for g in self.groups]
         replaced = any(form.replaces(number) for form in forms)
         scale = self._clipping(found, keep=replaced)
-        if self.finite.device.type == "cpu" and not self.finite:
+        if (self.finite.device.type == "cpu" or replaced) and not self.finite:
             return  # elsewhere the rules skip it by themselves, and nobody waits for the answer
         rates = {g["name"]: g["lr"] for g in self.param_groups}
         for group, state, part, gradients in zip(self.groups, self.states, self.slices, found, strict=True):

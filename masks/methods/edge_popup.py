@@ -57,6 +57,8 @@ class EdgePopup(CutEveryStep):
         for section, name in (("tost", "lrsi"), ("model", "zero_init_last")):
             why = "the weights stay as mask.init draws them, and batch norm at 1: their sizes belong to the method"
             require(not getattr(getattr(run, section), name), f"{section}.{name}", True, f"{why}; give false")
+        if "decay_norms" in run.given("optim"):
+            raise run.not_read("optim", "decay_norms", "mask.method=edge_popup", "a method that trains batch norm")
 
     def prepare(self) -> None:
         with torch.no_grad():
