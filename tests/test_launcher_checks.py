@@ -55,7 +55,7 @@ def said_of(overrides: str, ranks: int = 1) -> str:
         ("mask.method=st3 ema.decay=0.9 finetune.epochs=0", "ema.decay = 0.9: averages weights under one mask"),
         ("mask.method=edge_popup tost.lrsi=true", "tost.lrsi = True: the weights stay as mask.init draws them"),
         ("mask.method=edge_popup model.zero_init_last=true", "model.zero_init_last = True: the weights stay as mask"),
-        ("mask.method=edge_popup optim.weight_decay=1e-4 optim.decay_norms=false", "optim.decay_norms = False: is not"),
+        ("mask.method=edge_popup optim.weight_decay=1e-4 optim.decay_norms=false", "optim.decay_norms = false: is not"),
         ("mask.method=gmp train.epochs=0", "train.epochs = 0: mask.method=gmp finds its mask while it trains"),
         ("mask.method=magnitude mask.path=x train.epochs=9", "train.epochs = 9: mask.path replaces the dense training"),
         ("mask.method=magnitude mask.path=x optim.lr=0.2", "optim.lr = 0.2: is not read with mask.path=x"),
