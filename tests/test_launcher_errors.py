@@ -37,7 +37,8 @@ def refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Train:
     def call(root: Path, *settings: str) -> str:
         run = tmp_path / "run"
         code = main(["train", "digits_probmask", f"data.root={root}", f"run={run}", *settings])
-        lines = capfd.readouterr().err.strip().splitlines()
+        said = capfd.readouterr().err.strip().splitlines()
+        lines = [line for line in said if not line.endswith(" so far")]  # on a busy machine
         assert code == 2, lines
         assert len(lines) == 1, lines
         assert lines[0].startswith("ghostmask: error: ")
