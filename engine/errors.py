@@ -13,6 +13,9 @@ LONGEST = 900
 LONGEST_VALUE = 200
 """Characters of a value in an error."""
 
+SO_FAR, LOADING = " s so far", "loading torch, DeepSpeed and FFCV, which takes some seconds"
+"""Ends of lines that say only what is waited for: no reason for anything."""
+
 
 class InputError(ValueError):
     """Wrong input of the user: the command line prints it as one line and exits with code 2, without a traceback.

@@ -9,7 +9,7 @@ from time import monotonic
 
 from tqdm import tqdm
 
-from ghostmask.engine.errors import tell
+from ghostmask.engine.errors import SO_FAR, tell
 from ghostmask.engine.pulse import Pulse
 
 QUIET_S, LONGEST_S = 5.0, 60.0
@@ -52,7 +52,7 @@ class Waiting:
         if now < max(pulse.since, self._spoke, pulse.said) + self._wait_s:
             return ""
         self._spoke, self._wait_s = now, min(2 * self._wait_s, LONGEST_S)
-        return f"ghostmask: {pulse.what}: {now - pulse.since:.0f} s so far"
+        return f"ghostmask: {pulse.what}: {now - pulse.since:.0f}{SO_FAR}"
 
 
 def speak(line: str) -> None:

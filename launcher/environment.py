@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from ghostmask.engine.errors import say
+from ghostmask.engine.errors import LOADING, say
 from ghostmask.engine.launch import read_launch
 
 
@@ -28,7 +28,7 @@ def prepare_environment(device: str) -> None:
 def say_loading() -> None:
     """On rank 0: what takes the first seconds. On a terminal it is said at once, in a log where settings are right."""
     if read_launch().rank == 0:
-        say("loading torch, DeepSpeed and FFCV, which takes some seconds")
+        say(LOADING)
 
 
 def use_whole_vectors() -> None:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ghostmask.engine.errors import EXIT_HUNG, EXIT_INTERRUPTED, EXIT_LOST, say
+from ghostmask.engine.errors import EXIT_HUNG, EXIT_INTERRUPTED, EXIT_LOST, LOADING, SO_FAR, say
 from ghostmask.launcher.cluster import slurm
 from ghostmask.launcher.cluster.job import MARK
 from ghostmask.launcher.cluster.record import add_attempt, attempts, job_id, read_job, restarts
@@ -83,7 +83,8 @@ def last_words(run: Path) -> str:
     for log in record.logs() if record else ():
         text = log.read_text(errors="replace").rpartition(MARK)[2].splitlines()[1:]
         lines = [PREFIX.sub("", line) for line in text if not line.startswith(("srun: ", "submitit ", "slurmstepd"))]
-        ours = [i for i, line in enumerate(lines) if line.startswith("ghostmask: ") and ": warning" not in line]
+        spoken = [i for i, line in enumerate(lines) if line.startswith("ghostmask: ") and ": warning" not in line]
+        ours = [i for i in spoken if not lines[i].endswith((SO_FAR, LOADING))]
         # A defect of the only rank is Python's own traceback.
         starts = ours or [i for i, line in enumerate(lines) if line.startswith(TRACEBACK)]
         if starts:
