@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from ghostmask.data_pipelines.open import check_prepared
+from ghostmask.engine.atomic import read_small
 from ghostmask.engine.errors import EXIT_DEFECT, EXIT_INTERRUPTED, InputError, RunStopped, tell
 from ghostmask.engine.spawn import PRELOAD, fork_server
 from ghostmask.launcher.checks import check_config
 from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.environment import prepare_environment
+from ghostmask.launcher.finished import is_finished
 from ghostmask.launcher.settings import differences, from_dict, load_config
 
 ONE_THREAD = {"train.threads": "1", "data.num_workers": "1"}
@@ -116,14 +118,15 @@ def trained(run: PlannedRun) -> float:
 def accuracy(config: RunConfig) -> float | None:
     """Test accuracy in percent of a finished run, None for one that is not. Raises InputError for another's folder."""
     summary = Path(config.run) / "export" / "summary.json"
-    if not summary.exists():
+    if not is_finished(Path(config.run)):
         return None
-    found = json.loads(summary.read_text())
     try:
-        before = from_dict(found["config"])
-    except InputError as error:
+        found = json.loads(read_small(summary))
+        score, before = 100 * float(found["accuracy"]), from_dict(found["config"])
+    except (OSError, ValueError, KeyError, TypeError) as error:  # an InputError is a ValueError
         raise InputError(
-            f"run = {config.run!r}: the folder holds a run of another version ({error}); give another --folder"
+            f"run = {config.run!r}: the folder holds a run of another version, or its export/summary.json cannot be "
+            f"read ({error}); give another --folder"
         ) from None
     if not config.train.replicas:  # not asked for: chosen when the run started
         config = replace(config, train=replace(config.train, replicas=before.train.replicas))
@@ -131,7 +134,7 @@ def accuracy(config: RunConfig) -> float | None:
     if changes:
         others = f"the folder holds a run with other settings ({'; '.join(changes)})"
         raise InputError(f"run = {config.run!r}: {others}; give another --folder")
-    return 100 * float(found["accuracy"])
+    return score
 
 
 def _next(

@@ -28,10 +28,13 @@ _ghostmask() {
         *) for word in ${kind//+/ }; do
                list=""
                _ghostmask_words "$word"
-               [[ $word == configs ]] && list+=" $(compgen -f -X '!*.yaml' -- "$cur")"
-               [[ $word == runs ]] && list+=" $(compgen -G 'runs/*/config.yaml' | sed 's|^runs/||; s|/config.yaml$||')"
-               [[ $word == runs ]] && list+=" $(compgen -d -S / -- "$cur")"
                COMPREPLY+=($(compgen -W "$list" -- "$cur"))
+               # Names of files are never given to -W, which would run what stands in them.
+               [[ $word == configs ]] && mapfile -t -O ${#COMPREPLY[@]} COMPREPLY < <(compgen -f -X '!*.yaml' -- "$cur")
+               [[ $word == runs ]] && mapfile -t -O ${#COMPREPLY[@]} COMPREPLY < <(
+                   compgen -G "runs/$cur*/config.yaml" | sed 's|^runs/||; s|/config.yaml$||'
+                   compgen -d -S / -- "$cur"
+               )
            done
            [[ ${COMPREPLY[0]} == *[=/] ]] && compopt -o nospace ;;
     esac

@@ -21,12 +21,13 @@ PACKAGES = ("ghostmask", "torch", "torchvision", "deepspeed", "ffcv", "numpy")
 EXPORTED = ("packed", "small", "onnx", "coreml", "2_4")
 """Folders of `ghostmask export --format`."""
 WRITTEN = {
+    # First: a run whose checkpoints are gone and whose export is not would look finished.
+    **{f"export/{name}": ("model.*", "README.md", "*.py", ".*.writing") for name in EXPORTED},
+    "export": ("model.safetensors", "summary.json", "README.md", "network.py", ".*.writing"),
     "checkpoints": ("step-*", "latest", ".latest-new", ".writing-*", ".deleting-*"),
     "tensorboard": ("events.out.tfevents.*",),
     "hang": ("stacks-rank-*.txt", "*_trace_*"),
     "profile": ("*.pt.trace.json*",),
-    **{f"export/{name}": ("model.*", "README.md", "*.py", ".*.writing") for name in EXPORTED},
-    "export": ("model.safetensors", "summary.json", "README.md", "network.py", ".*.writing"),
     "hessian": ("metrics.jsonl", "events.out.tfevents.*", "tensorboard/events.out.tfevents.*", "tensorboard"),
     "report": ("report.html", ".*.writing"),
     ".": ("metrics.jsonl", "events.out.tfevents.*", "config.yaml", FILE, ".*.writing"),

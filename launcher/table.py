@@ -13,6 +13,7 @@ from pathlib import Path
 from ghostmask.engine.atomic import read_small
 from ghostmask.engine.errors import InputError, output
 from ghostmask.launcher.config import RunConfig
+from ghostmask.launcher.finished import is_finished
 from ghostmask.launcher.folder import read_run
 from ghostmask.launcher.settings import flat
 from ghostmask.launcher.values import as_text
@@ -129,13 +130,13 @@ def _differs(key: str, settings: Sequence[dict[str, object]]) -> bool:
 
 def result(cell: Cell) -> Result | None:
     """What a finished run reached, None of another. Raises InputError where its summary cannot be read."""
+    if not is_finished(cell.folder):
+        return None
     try:
         summary = json.loads(read_small(cell.folder / "export" / "summary.json"))
         accuracy, top5, density = float(summary["accuracy"]), summary.get("top5"), float(summary["density"])
         dense = summary.get("flops_dense")
         flops = summary["flops_sparse"] / dense if dense else None
-    except FileNotFoundError:
-        return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"run = {str(cell.folder)!r}: its export/summary.json cannot be read ({error}); export it again"

@@ -14,6 +14,7 @@ from ghostmask.launcher.cluster import slurm
 from ghostmask.launcher.cluster.ended import TRACEBACK
 from ghostmask.launcher.cluster.record import JobRecord, attempts, read_job
 from ghostmask.launcher.cluster.slurm import SlurmJob
+from ghostmask.launcher.finished import is_finished
 
 TAIL_BYTES = 1 << 18
 """Of metrics.jsonl, which may be long: its last lines hold the newest numbers."""
@@ -54,7 +55,7 @@ def standing(run: Path) -> Standing:
     known = _jobs(record)
     active = {job: state for job, state in known.items() if state.active}
     owner = newest_owner(run)
-    if _is_finished(run):
+    if is_finished(run):
         found.state, found.job = "finished", record.ids[-1] if record else ""
         _read_summary(run, found)
         found.seconds_left = None
@@ -116,11 +117,6 @@ def _why(end: dict[str, Any]) -> str:
     first = lines[-1 if lines[0].startswith(TRACEBACK) else 0].removeprefix("ghostmask: ")
     given_up = "no new checkpoint in several attempts in a row; " if end.get("futile") else ""
     return f"{given_up}code {end['code']}" + (f": {first}" if first else "")
-
-
-def _is_finished(run: Path) -> bool:
-    """A run exports last; one that was started over has removed the export before."""
-    return (run / "export" / "summary.json").is_file()
 
 
 def _read_summary(run: Path, found: Standing) -> None:

@@ -19,6 +19,7 @@ WIDTH, HEIGHT = 4.6, 2.7
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: small files
     "svg.hashsalt": "ghostmask",
+    "text.parse_math": False,  # names are names, with any number of dollars
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.spines.top": False,
