@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ghostmask.data_pipelines.open import preprocessing
 from ghostmask.engine.agree import on_main
-from ghostmask.engine.atomic import replacing
+from ghostmask.engine.atomic import read_small, replacing
 from ghostmask.engine.data import DataPipeline
 from ghostmask.engine.errors import InputError, bad_value, output, say, to_stderr
 from ghostmask.engine.evaluation import Score, score
@@ -83,7 +83,13 @@ def _check_data(run: Path, config: RunConfig, data: DataPipeline) -> None:
     """Say that the images are others than the run's, where they are; raise InputError where their classes are."""
     chosen = differences(read_run(run), config)
     summary = run / "export" / SUMMARY_FILE
-    before = json.loads(summary.read_text()).get("preprocessing", {}).get("classes", []) if summary.is_file() else []
+    try:
+        before = (
+            json.loads(read_small(summary)).get("preprocessing", {}).get("classes", []) if summary.is_file() else []
+        )
+    except (OSError, ValueError, AttributeError) as error:
+        fix = f"cannot be read ({error}); write it again: ghostmask export RUN"
+        raise InputError(f"RUN = {str(summary)!r}: {fix}") from None
     check_classes(config.data.root, before, preprocessing(config.data)["classes"])
     sealed = (sealed_meta(run) or {}).get("data", {})
     changed = [name for name in EVALUATED if sealed.get(name, data.identity[name]) != data.identity[name]]

@@ -106,6 +106,20 @@ def test_a_tab_completes_what_can_be_typed(shell: str, scripts: Path, place: Pat
         terminal.close()
 
 
+def test_what_stands_in_the_name_of_a_folder_is_not_run_by_a_tab(scripts: Path, place: Path) -> None:
+    for name in ("$(touch taken)", "`touch taken`"):
+        (place / name).mkdir()
+        (place / "runs" / name).mkdir()
+        (place / "runs" / name / "config.yaml").touch()
+    terminal = Terminal("bash", scripts / "bash")
+    try:
+        terminal.type("ghostmask export \t\t\n")
+        terminal.until(r"got<.*>")
+    finally:
+        terminal.close()
+    assert not (place / "taken").exists()
+
+
 @pytest.mark.skipif(shutil.which("fish") is None, reason="no fish on this machine")
 def test_fish_completes_what_can_be_typed(scripts: Path, place: Path) -> None:
     for keys, words in TYPED.items():

@@ -36,6 +36,15 @@ def write_format(exported: Exported, out: Path, name: str, options: Options) -> 
         with suppress(OSError):  # where something else lies in it
             out.rmdir()
         raise
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        KeyError,
+        NotImplementedError,
+    ) as error:  # of torch's exporters, mostly
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        raise InputError(f"--format = {name!r}: cannot be made of this network ({reason})") from error
     text = card.card(exported.summary, written.load, written.files, written.notes)
     with replacing(out / card.FILE) as writing:
         writing.write_text(text, encoding="utf-8")
