@@ -70,7 +70,7 @@ def assert_equal(ours: Tensor, expected: Tensor, what: str) -> None:
     assert worst < 1e-6, f"{what}: differs by {worst:.2g}"
 
 
-def slope_by_differences(function: Callable[[Tensor], Tensor], at: Tensor, step: float = 1e-5) -> Tensor:
+def slope_by_differences(function: Callable[[Tensor], Tensor | float], at: Tensor, step: float = 1e-5) -> Tensor:
     """The gradient of a function of a float64 vector, by central differences."""
     found = torch.zeros_like(at)
     for i in range(len(at)):

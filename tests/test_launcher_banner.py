@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-import pty
 import subprocess
 import sys
 import time
@@ -14,6 +12,7 @@ from pathlib import Path
 import pytest
 from memory_data import MemoryData
 from memory_run import CONFIG, configured, memory_run
+from terminal import shown_on_a_terminal
 
 from ghostmask.engine.progress import Progress
 from ghostmask.engine.pulse import Pulse
@@ -124,17 +123,9 @@ def test_a_dry_run_says_time_memory_and_disk_and_leaves_nothing(root: Path, tmp_
 
 def test_something_is_on_a_terminal_at_once(tmp_path: Path) -> None:
     """Before the settings, which import torch, are looked at."""
-    ours, theirs = pty.openpty()
     command = [*START, "train", "digits_probmask", "optim.lr=-1", f"run={tmp_path / 'run'}"]
-    with subprocess.Popen(command, stderr=theirs, stdout=subprocess.DEVNULL) as process:
-        os.close(theirs)
-        seen = b""
-        try:
-            while data := os.read(ours, 4096):
-                seen += data
-        except OSError:
-            pass
-        assert process.wait() == 2
-    lines = seen.decode().splitlines()
+    code, seen = shown_on_a_terminal(command)
+    assert code == 2
+    lines = seen.splitlines()
     assert "loading torch, DeepSpeed and FFCV" in lines[0]
     assert "optim.lr" in lines[1]

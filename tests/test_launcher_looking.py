@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pty
 import re
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from looking_runs import make_run
+from terminal import shown_on_a_terminal
 
 from ghostmask.engine.errors import InputError
 from ghostmask.launcher.cli import run_command
@@ -126,18 +126,9 @@ def test_watch_follows_a_run_in_plain_lines_and_ends_with_it(
 def test_watch_shows_a_terminal_what_it_draws(tmp_path: Path) -> None:
     pytest.importorskip("rich")
     run = make_run(tmp_path / "run", decided=0.5)
-    ours, theirs = pty.openpty()
-    with subprocess.Popen([*START, "watch", str(run)], stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "xterm",
-                          "COLUMNS": "100"}) as process:  # fmt: skip
-        os.close(theirs)
-        seen = b""
-        try:
-            while data := os.read(ours, 4096):
-                seen += data
-        except OSError:
-            pass
-        assert process.wait() == 0
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.decode())
+    code, seen = shown_on_a_terminal([*START, "watch", str(run)], TERM="xterm", COLUMNS="100")
+    assert code == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen)
     for word in ("finished", "step 300/300", "training loss", "▁", "only 50% of the probabilities"):
         assert word in text, text
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from counting_world import CountingWorld
 from torch import Tensor
 
 from ghostmask.engine.errors import EXIT_NON_FINITE, RunStopped
@@ -19,17 +19,6 @@ from ghostmask.masks.kernels.projection import Runs, project_
 RESNET50 = 25_502_912
 """Prunable weights of ResNet-50."""
 SIZES = (1, 2, 3, 4)
-
-
-@dataclass(frozen=True)
-class CountingWorld(World):
-    """A world that counts its all-reduces."""
-
-    calls: list[torch.Size] = field(default_factory=list)
-
-    def all_reduce(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.calls.append(tensor.shape)
-        return super().all_reduce(tensor, *args, **kwargs)
 
 
 def counting(world: World) -> CountingWorld:

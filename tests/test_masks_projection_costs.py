@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
-
 import pytest
 import torch
+from counting_world import CountingWorld
 from torch import Tensor
 
 from ghostmask.engine.errors import RunStopped
@@ -16,17 +14,6 @@ from ghostmask.masks.kernels import projection
 from ghostmask.masks.kernels.projection_costs import project_costs_
 
 Priced = dict[int, Tensor]
-
-
-@dataclass(frozen=True)
-class CountingWorld(World):
-    """A world that counts its all-reduces."""
-
-    calls: list[torch.Size] = field(default_factory=list)
-
-    def all_reduce(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.calls.append(tensor.shape)
-        return super().all_reduce(tensor, *args, **kwargs)
 
 
 def cases() -> dict[str, tuple[Priced, float]]:

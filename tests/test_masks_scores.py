@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from memory_data import MemoryData
+from small_steps import slope_by_differences
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -90,16 +91,6 @@ def loss_of(net: nn.Module, chunks: list[tuple[Tensor, Tensor]], temperature: fl
     return loss
 
 
-def differences(function: Callable[[Tensor], float], at: Tensor, step: float) -> Tensor:
-    """The gradient by central differences."""
-    result = torch.empty_like(at)
-    for i in range(len(at)):
-        move = torch.zeros_like(at)
-        move[i] = step
-        result[i] = (function(at + move) - function(at - move)) / (2 * step)
-    return result
-
-
 def flat_weights(method: Any) -> Tensor:
     return torch.cat([w.detach().double().reshape(-1) for w in method.weights.values()])
 
@@ -113,7 +104,7 @@ def test_snip_scores_are_the_change_of_the_loss_with_each_mask_entry() -> None:
     method = method_of("snip", net, score_batch=10, score_batches=2)
     loss, w = loss_of(net, chunked(data, 20, 10)), flat_weights(method)
     assert len(w) == 180
-    by_mask = differences(lambda mask: loss(mask * w), torch.ones_like(w), 1e-5)
+    by_mask = slope_by_differences(lambda mask: loss(mask * w), torch.ones_like(w), 1e-5)
     assert close(scores_of(method, data).double(), by_mask.abs(), 1e-5)
 
 
@@ -128,7 +119,7 @@ def test_grasp_takes_ten_images_of_each_class_but_one_of_each_of_many(num_classe
     assert not torch.equal(scores_of(chosen, data), scores_of(other, data))
 
 
-def test_grasp_scores_are_minus_the_papers_by_differences_of_differences() -> None:
+def test_grasp_scores_are_minus_the_papers_by_differences_of_slope_by_differences() -> None:
     net, data = tiny(), MemoryData(single())
     method = method_of("grasp", net, score_batch=20, samples_per_class=3)
     chunks = chunked(data, 3, 7, classes=4)
@@ -138,9 +129,11 @@ def test_grasp_scores_are_minus_the_papers_by_differences_of_differences() -> No
     draw_classifier(scored, RECIPE.seed)
     assert not torch.equal(scored.get_parameter("fc.weight"), net.get_parameter("fc.weight"))
     loss, w = loss_of(scored, chunks, TEMPERATURE), flat_weights(method_of("grasp", scored))
-    g = differences(loss, w, 1e-3)
+    g = slope_by_differences(loss, w, 1e-3)
     step = 0.02 / float(g.norm())
-    hessian_g = (differences(loss, w + step * g, 1e-3) - differences(loss, w - step * g, 1e-3)) / (2 * step)
+    hessian_g = (slope_by_differences(loss, w + step * g, 1e-3) - slope_by_differences(loss, w - step * g, 1e-3)) / (
+        2 * step
+    )
     assert close(scores_of(method, data).double(), w * hessian_g, 2e-3)
     removed_first = (-w * hessian_g).argsort(descending=True)[:20]
     masks = method_of("grasp", net, score_batch=20, samples_per_class=3, density=0.5).find(data)

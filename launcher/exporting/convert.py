@@ -36,13 +36,7 @@ def write_format(exported: Exported, out: Path, name: str, options: Options) -> 
         with suppress(OSError):  # where something else lies in it
             out.rmdir()
         raise
-    except (
-        RuntimeError,
-        ValueError,
-        TypeError,
-        KeyError,
-        NotImplementedError,
-    ) as error:  # of torch's exporters, mostly
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:  # of torch's exporters, mostly
         reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         raise InputError(f"--format = {name!r}: cannot be made of this network ({reason})") from error
     text = card.card(exported.summary, written.load, written.files, written.notes)

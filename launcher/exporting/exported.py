@@ -6,13 +6,15 @@ import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import nn
 
-from ghostmask.engine.atomic import read_small
+from ghostmask.engine.atomic import read_small, replacing
 from ghostmask.engine.errors import InputError
 from ghostmask.launcher.export import MODEL_FILE, SUMMARY_FILE, load_export
+from ghostmask.launcher.exporting import network_file
 from ghostmask.masks.mask_file import fill
 from ghostmask.models.build import build_model
 from ghostmask.models.config import ModelConfig
@@ -47,6 +49,18 @@ class Written:
     files: list[str]
     load: str
     notes: list[str]
+
+
+def write_readable(exported: Exported, folder: Path, name: str, content: bytes, reader: ModuleType) -> list[str]:
+    """Write a network's file `name` last, after what reads it: the module `reader`, and the file that builds the
+    network, where there is one. Returns their names, the network's own first."""
+    assert reader.__file__ is not None
+    files = {Path(reader.__file__).name: Path(reader.__file__), network_file.FILE: exported.folder / network_file.FILE}
+    beside = {beside: source.read_bytes() for beside, source in files.items() if source.is_file()}
+    for written, text in [*beside.items(), (name, content)]:
+        with replacing(folder / written) as writing:
+            writing.write_bytes(text)
+    return [name, *beside]
 
 
 def read_exported(folder: Path) -> Exported:

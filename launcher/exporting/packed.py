@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 from torch import Tensor
 
-from ghostmask.engine.atomic import replacing
 from ghostmask.engine.errors import bad_value
 from ghostmask.launcher.export import MODEL_FILE, load_export
 from ghostmask.launcher.exporting import card, load_packed, network_file
-from ghostmask.launcher.exporting.exported import FIELD, Exported, Options, Written
+from ghostmask.launcher.exporting.exported import FIELD, Exported, Options, Written, write_readable
 
-FILE, READER = "model.packed.safetensors", "load_packed.py"
+FILE = "model.packed.safetensors"
 LARGEST_GAP = 255
 TYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -31,17 +30,8 @@ def write(exported: Exported, folder: Path, options: Options) -> Written:
     """The packed file, and load_packed.py, which reads it."""
     state = load_export(exported.folder / MODEL_FILE, FIELD)
     content, notes = pack(state, options.values, entropy=options.coding == "entropy")
-    files = [FILE, READER]
-    with replacing(folder / FILE) as writing:
-        writing.write_bytes(content)
-    with replacing(folder / READER) as writing:
-        writing.write_text(Path(load_packed.__file__).read_text(encoding="utf-8"), encoding="utf-8")
-    network = exported.folder / network_file.FILE
-    if network.is_file():
-        files.append(network_file.FILE)
-        with replacing(folder / network_file.FILE) as writing:
-            writing.write_bytes(network.read_bytes())
-    load = card.plain_load(exported.summary, network.is_file())
+    files = write_readable(exported, folder, FILE, content, load_packed)
+    load = card.plain_load(exported.summary, network_file.FILE in files)
     load = load.replace(
         "from safetensors.torch import load_file\n", "import torch\nfrom load_packed import load_packed\n"
     )

@@ -9,13 +9,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ghostmask.engine.atomic import replacing
 from ghostmask.engine.errors import InputError, bad_value
 from ghostmask.launcher.export import MODEL_FILE, load_export
 from ghostmask.launcher.exporting import card, load_two_four, network_file
-from ghostmask.launcher.exporting.exported import FIELD, Exported, Options, Written
+from ghostmask.launcher.exporting.exported import FIELD, Exported, Options, Written, write_readable
 
-FILE, READER = "model.2_4.safetensors", "load_two_four.py"
+FILE = "model.2_4.safetensors"
 
 
 def write(exported: Exported, folder: Path, options: Options) -> Written:
@@ -34,19 +33,11 @@ def write(exported: Exported, folder: Path, options: Options) -> Written:
     for name, (values, places) in packed.items():
         tensors |= {name: values, f"{name}.places": places}
     shapes = {name: list(tensor.shape) for name, tensor in state.items()}
-    files = [FILE, READER]
-    with replacing(folder / FILE) as writing:
-        writing.write_bytes(save(tensors, metadata={"two_four": json.dumps(shapes)}))
-    with replacing(folder / READER) as writing:
-        writing.write_text(Path(load_two_four.__file__).read_text(encoding="utf-8"), encoding="utf-8")
-    network = exported.folder / network_file.FILE
-    if network.is_file():
-        files.append(network_file.FILE)
-        with replacing(folder / network_file.FILE) as writing:
-            writing.write_bytes(network.read_bytes())
+    content = save(tensors, metadata={"two_four": json.dumps(shapes)})
+    files = write_readable(exported, folder, FILE, content, load_two_four)
     named = f": {', '.join(others)}" if others else ""
     note = f"{len(packed)} layers are 2:4, in float16; {len(others)} are not and stay dense{named}."
-    return Written(files, _load(card.plain_load(exported.summary, network.is_file())), [note])
+    return Written(files, _load(card.plain_load(exported.summary, network_file.FILE in files)), [note])
 
 
 def is_two_four(weight: Tensor) -> bool:
