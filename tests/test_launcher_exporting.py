@@ -26,6 +26,7 @@ from ghostmask.launcher.exporting.commands import folder_name
 from ghostmask.launcher.exporting.convert import write_format
 from ghostmask.launcher.exporting.exported import Options, read_exported
 from ghostmask.launcher.exporting.load_two_four import load_two_four, use_two_four
+from ghostmask.launcher.exporting.network_file import network_source
 from ghostmask.launcher.exporting.registry import FORMATS
 from ghostmask.launcher.record import EXPORTED, remove_written
 from ghostmask.models.build import build_model
@@ -304,3 +305,17 @@ def test_an_export_that_the_run_has_overtaken_is_said(tmp_path: Path, capsys: py
     assert run_command(["export", str(tmp_path), "--format", "packed"]) == 0
     assert "is of step 90, the run is at 95" in capsys.readouterr().err
     assert (tmp_path / "export" / "packed" / "README.md").is_file()
+
+
+def test_a_layer_whose_text_leaves_out_what_it_does_is_refused() -> None:
+    def with_pool(pool: nn.Module) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 4, 3), pool, nn.Flatten(), nn.LazyLinear(2)).eval()
+
+    for pool, written in ((nn.AvgPool2d(2), True), (nn.AvgPool2d(2, divisor_override=3), False)):
+        net = with_pool(pool)
+        net(torch.zeros(1, 3, 8, 8))
+        if written:
+            assert "AvgPool2d" in network_source(net, "A network.", (3, 8, 8), 2)
+        else:
+            with pytest.raises(InputError, match=r"AvgPool2d.* does something that its text leaves out"):
+                network_source(net, "A network.", (3, 8, 8), 2)

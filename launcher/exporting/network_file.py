@@ -55,7 +55,7 @@ def network_source(net: nn.Module, title: str, image_shape: Sequence[int], num_c
         title=title, imports=_imports(code.globals, code.src), layers="\n".join(_layers(net)), forward=forward + "\n",
         shape=", ".join(map(str, image_shape)), classes=num_classes,
     )  # fmt: skip
-    _check(net, graph, source)
+    _compare(_check(net, graph, source), graph, image_shape)
     return source
 
 
@@ -103,13 +103,13 @@ def _imports(names: dict[str, Any], code: str) -> str:
     return "\n".join([*dict.fromkeys(lines), *functions]) + "\n\n"
 
 
-def _check(net: nn.Module, graph: fx.GraphModule, source: str) -> None:
-    """Raise InputError unless the file builds a network with the names and shapes of `net`."""
+def _check(net: nn.Module, graph: fx.GraphModule, source: str) -> nn.Module:
+    """What the file builds, on the meta device. Raises InputError unless it has the names and shapes of `net`."""
     space: dict[str, Any] = {"__name__": "network"}
     try:
         with torch.device("meta"):
             exec(compile(source, FILE, "exec"), space)
-            built = space["Network"]()
+            built: nn.Module = space["Network"]()
         found = {name: tensor.shape for name, tensor in built.state_dict().items()}
         known = {name for name, _ in (*built.named_parameters(), *built.named_buffers())}
     except Exception as error:
@@ -119,3 +119,18 @@ def _check(net: nn.Module, graph: fx.GraphModule, source: str) -> None:
     read = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
     if not read <= known:
         raise InputError(f"the network cannot be written as a file of its own: it reads {sorted(read - known)}")
+    return built
+
+
+@torch.no_grad()
+def _compare(built: nn.Module, graph: fx.GraphModule, image_shape: Sequence[int]) -> None:
+    """Raise InputError unless both compute the same of an image: a layer's text may leave out what it does."""
+    state = graph.state_dict()
+    like = next((tensor for tensor in state.values() if tensor.is_floating_point()), torch.zeros(()))
+    image = torch.rand(1, *image_shape, generator=torch.Generator().manual_seed(0)).to(like)
+    built = built.to_empty(device=like.device).to(like.dtype).eval()
+    built.load_state_dict(state)
+    if not torch.allclose(built(image), graph.eval()(image), rtol=1e-4, atol=1e-5, equal_nan=True):
+        layers = sorted({type(layer).__name__ for layer in graph.modules() if not list(layer.children())})
+        why = f"one of its layers ({', '.join(layers)}) does something that its text leaves out"
+        raise InputError(f"the network cannot be written as a file of its own: {why}")
