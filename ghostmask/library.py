@@ -25,18 +25,20 @@ from ghostmask.engine.sharding.reparametrization import Plain
 from ghostmask.engine.sharding.rules import Sgd
 from ghostmask.engine.sharding.slices import Slice
 from ghostmask.engine.world import World, single
+from ghostmask.masks.granularity import units_of
 from ghostmask.masks.masked import PRUNABLE, FixedMask, Masked
 from ghostmask.masks.methods.gmp import Settings as GmpSettings
 from ghostmask.masks.methods.gmp import Shrinking
 from ghostmask.masks.methods.probmask import Settings as ProbMaskSettings
+from ghostmask.masks.methods.probmask import relaxed_form
 from ghostmask.masks.prunable import prunable_weights
-from ghostmask.masks.relaxed import RelaxedMask, Search
+from ghostmask.masks.relaxed import Search
 from ghostmask.masks.schedules import probability_rate
-from ghostmask.masks.scoring.topk import Budget, largest
-from ghostmask.masks.settings import Protecting
+from ghostmask.masks.scoring.topk import Budget, Units, largest
+from ghostmask.masks.settings import Protecting, Ranked
 
-Method = Callable[[Sgd, float], Masked]
-"""(rule of the dense weights, their learning rate) -> how the prunable weights are made."""
+Method = Callable[[Sgd, float, Mapping[str, nn.Parameter]], Masked]
+"""(rule of the dense weights, their learning rate, the prunable weights) -> how these are made."""
 
 
 def optimizer(
@@ -65,7 +67,7 @@ def optimizer(
     weights = _trained_weights(net, only, exclude)
     pruned = {id(w) for w in weights.values()}
     others = {n: p for n, p in net.named_parameters() if id(p) not in pruned and p.requires_grad}
-    groups = [ParameterGroup(PRUNABLE, weights, method(rule, lr), lr)]
+    groups = [ParameterGroup(PRUNABLE, weights, method(rule, lr, weights), lr)]
     if others:
         groups.append(ParameterGroup("other", others, Plain({"weight": rule}), lr))
     return ShardedOptimizer(groups, clip=clip, sampling=Sampling(seed), placement=WholePlacement if place else None)
@@ -74,61 +76,73 @@ def optimizer(
 def probmask(
     density: float, steps: int, *, lr: float = 0.0, steps_per_epoch: int = 1, constraint: str = "global",
     temperature_end: float = 0.03, start_fraction: float = 0.16, end_fraction: float = 0.6, train_weights: bool = True,
-    seed: int = 0,
+    granularity: str = "weight", seed: int = 0,
 ) -> Method:  # fmt: skip
-    """ProbMask: a probability for every weight, trained with Adam at `lr` under sum(s) <= density n.
+    """ProbMask: a probability for every weight (or kernel), trained with Adam at `lr` under sum(s) <= density n.
 
     steps: optimizer steps of the whole search; its schedules move every steps_per_epoch of them. What decides the
-    probabilities is lr x steps: lr = 0 is 41 / steps, at least the paper's 6e-3 and at most 0.12. seed: of ties. Raises
-    InputError.
+    probabilities is lr x steps: lr = 0 is 41 / steps, at least the paper's 6e-3 and at most 0.12. granularity: weight,
+    kernel or N:M. seed: of ties. Raises InputError.
     """
     settings = ProbMaskSettings(  # raises what the setting of that name would
         density=density, lr=lr, constraint=constraint, temperature_end=temperature_end, start_fraction=start_fraction,
-        end_fraction=end_fraction,
+        end_fraction=end_fraction, granularity=granularity,
     )  # fmt: skip
     epochs = max(1, steps // steps_per_epoch)
     settings.require_fall("steps", steps, settings.falls, steps_per_epoch)
     start, end = settings.window(int, epochs)
-    search = Search(density, constraint, temperature_end, start, end, epochs, steps_per_epoch, seed)
-    return lambda rule, rate: RelaxedMask(
-        search, rule if train_weights else None, (lr or probability_rate(steps)) / rate
-    )
+    search = Search(settings.density, constraint, temperature_end, start, end, epochs, steps_per_epoch, seed)
+    relative = lr or probability_rate(steps)
+
+    def form(rule: Sgd, rate: float, weights: Mapping[str, nn.Parameter]) -> Masked:
+        return relaxed_form(search, rule if train_weights else None, relative / rate, _units(settings, weights))
+
+    return form
 
 
 def gmp(
     density: float, steps: int, *, every: int = 100, start_fraction: float = 0.16, end_fraction: float = 0.6,
-    constraint: str = "global", seed: int = 0,
+    constraint: str = "global", granularity: str = "weight", seed: int = 0,
 ) -> Method:  # fmt: skip
-    """Gradual magnitude pruning: the largest |w| stay, chosen anew every `every` of `steps` steps. Raises
-    InputError."""
+    """Gradual magnitude pruning: the largest |w| stay, chosen anew every `every` of `steps` steps. granularity: weight,
+    kernel or N:M. Raises InputError."""
     settings = GmpSettings(
         density=density, constraint=constraint, update_every=every, start_fraction=start_fraction,
-        end_fraction=end_fraction,
+        end_fraction=end_fraction, granularity=granularity,
     )  # fmt: skip
     settings.require_fall("steps", steps, settings.falls)
-    budget, (first, last) = Budget(density, constraint, seed=seed), settings.window(round, steps)
-    return lambda rule, _: Shrinking(rule, budget, first, last, every)
+    first, last = settings.window(round, steps)
+
+    def form(rule: Sgd, rate: float, weights: Mapping[str, nn.Parameter]) -> Masked:
+        budget = Budget(settings.density, constraint, seed=seed, units=_units(settings, weights))
+        return Shrinking(rule, budget, first, last, every)
+
+    return form
 
 
 def fixed(masks: Mapping[str, Tensor]) -> Method:
     """A given mask: bool tensors by parameter name, one for each prunable weight (else `optimizer` raises
     InputError)."""
-    return lambda rule, _: FixedMask(rule, masks)
+    return lambda rule, *_: FixedMask(rule, masks)
 
 
 def magnitude_masks(
     net: nn.Module, density: float, *, constraint: str = "global", min_per_layer: int = 0, only: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    exclude: Sequence[str] = (), granularity: str = "weight",
 ) -> dict[str, Tensor]:  # fmt: skip
     """Masks of exactly round(density n) of the network's largest |w|: one-shot pruning, to train on with `fixed`.
 
-    What has requires_grad=False is left out. Raises InputError.
+    granularity: weight, kernel or N:M (see docs/budgets.md). What has requires_grad=False is left out. Raises
+    InputError.
     """
-    Protecting(density=density, constraint=constraint, min_per_layer=min_per_layer)
+    settings = Protecting(
+        density=density, constraint=constraint, min_per_layer=min_per_layer, granularity=granularity
+    )  # fmt: skip
     weights = _trained_weights(net, only, exclude)
     part = Slice.even(weights, single(next(iter(weights.values())).device))
     with torch.no_grad():
-        return part.gathered(largest(part, part.cut(weights).abs(), Budget(density, constraint, min_per_layer)))
+        budget = Budget(settings.density, constraint, min_per_layer, units=_units(settings, weights))
+        return part.gathered(largest(part, part.cut(weights).abs(), budget))
 
 
 def initialize(model: nn.Module, optimizer: ShardedOptimizer, config: dict[str, Any]) -> Any:
@@ -151,6 +165,12 @@ def initialize(model: nn.Module, optimizer: ShardedOptimizer, config: dict[str, 
     rank, size = (dist.get_rank(), dist.get_world_size()) if group is not None else (0, 1)
     world = World(rank, size, device, group)
     return with_deepspeed(model, optimizer, config, world)
+
+
+def _units(settings: Ranked, weights: Mapping[str, nn.Parameter]) -> Units | None:
+    if settings.granularity == "channel":
+        raise bad_value("granularity", "channel", "give weight, kernel or N:M; channels are for ghostmask's own runs")
+    return units_of(settings, nn.Module(), weights, None, dict)
 
 
 def _trained_weights(net: nn.Module, only: Sequence[str], exclude: Sequence[str]) -> dict[str, nn.Parameter]:

@@ -103,14 +103,18 @@ class RelaxedMask(Masked):
             own = slice(run.start, run.start + run.numel)
             w, s = state["weight"][own], state["probability"][own]
             gradients_(g, w, s, run.first, key, self.temperature, slope[own])
+        found = {"weight": gradient, "probability": self.watched(slope, state, part)}
+        return {name: found[name] for name in self.rules}
+
+    def watched(self, slope: Tensor, state: State, part: Slice) -> Tensor:
+        """Collective while `watching`: sets `limit_share`; returns dL/ds, (n,)."""
         if self.watching:
             s = state["probability"]
             at_limit = slope.where((s <= EPS) | (s >= 1 - EPS), 0.0)
             norms = [torch.linalg.vector_norm(x).double().square() for x in (at_limit, slope)]
             inside, total = part.world.all_reduce(torch.stack(norms))
             self.limit_share = inside / total.clamp(min=1e-300)
-        found = {"weight": gradient, "probability": slope}
-        return {name: found[name] for name in self.rules}
+        return slope
 
     def constrain(self, state: State, part: Slice, updates: int) -> None:
         """s <- proj_C(s), eq. 6, over the network or over each layer."""

@@ -31,6 +31,7 @@ from ghostmask.engine.world import World
 from ghostmask.masks.masked import FixedMask
 from ghostmask.masks.relaxed import RelaxedMask, Search
 from ghostmask.masks.relaxed_channels import RelaxedChannels
+from ghostmask.masks.relaxed_kernels import RelaxedKernels
 from ghostmask.masks.units.blocks import Kernels
 from ghostmask.masks.units.channels import Channels
 from ghostmask.masks.units.coupling import coupling
@@ -90,6 +91,8 @@ def units_of_network(method: str) -> Any:
     names = ["0.weight", "3.weight"]
     if method == "probmask flops":
         return Kernels(dict.fromkeys(names, 1), {"0.weight": 36, "3.weight": 1})
+    if method == "probmask kernel":
+        return Kernels({"0.weight": 9, "3.weight": 1}, None, by_layer=False)
     if method != "probmask channel":
         return None
     net = network()
@@ -108,6 +111,8 @@ def form_of(method: str, units: Any) -> RelaxedMask | FixedMask:
         columns = {n: torch.zeros(t.shape, dtype=t.dtype, device=CUDA) for n, t in known.columns.items()}
         units._known[CUDA] = replace(known, columns=columns, **fake)
         return RelaxedChannels(search, Sgd(), 0.1, units)
+    if method == "probmask kernel":
+        return RelaxedKernels(search, Sgd(), 0.1, units)
     return RelaxedMask(search, Sgd(), 0.1) if "probmask" in method else FixedMask(Sgd())
 
 
@@ -152,7 +157,7 @@ def step_on_a_fake_gpu(world: World, method: str, bf16: bool, spoil: str) -> str
     return ""
 
 
-@pytest.mark.parametrize("method", ["probmask", "probmask flops", "probmask channel", "fixed"])
+@pytest.mark.parametrize("method", ["probmask", "probmask flops", "probmask channel", "probmask kernel", "fixed"])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_step_on_the_gpu_stays_there(method: str, bf16: bool) -> None:
     assert on_fake_ranks(step_on_a_fake_gpu, 8, method, bf16, "") == ""

@@ -36,6 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     "synflow channel flops": {"method": "synflow", "granularity": "channel", "budget": "flops", "density": 0.3},
     "probmask 2:4": {"method": "probmask", "granularity": "2:4", "density": 0.5},
     "probmask channel": {"method": "probmask", "granularity": "channel", "density": 0.3, "noises": 2},
+    "probmask kernel": {"method": "probmask", "granularity": "kernel", "density": 0.3, "noises": 2},
     "probmask flops": {"method": "probmask", "budget": "flops", "density": 0.3},
     "magnitude flops": {"method": "magnitude", "budget": "flops"},
 }
@@ -69,14 +70,12 @@ def test_a_run_ends_within_its_budget_and_is_the_same_on_other_ranks(name: str, 
                 assert bool((mask.reshape(len(mask), -1, 4, mask.shape[2:].numel()).sum(2) == 2).all()), n
     else:
         assert density - 0.02 < share <= density + 1e-6
-    ranks = 4 if "channel" in name else 2
+    ranks = 4 if "channel" in name or name == "probmask kernel" else 2
     assert one(run_distributed(complete, ranks, str(tmp_path / "other"), config)).digest == alone.digest
 
 
-@pytest.mark.parametrize("name", ["gmp channel", "probmask channel"])
-def test_a_killed_run_with_channels_ends_with_the_same_bits_on_another_number_of_ranks(
-    name: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("name", ["gmp channel", "probmask channel", "probmask kernel"])
+def test_a_killed_run_with_units_ends_with_the_same_bits_on_another_number_of_ranks(name: str, tmp_path: Path) -> None:
     config = config_of(name)
     whole = one(run_distributed(complete, 2, str(tmp_path / "whole"), config))
     with pytest.raises(RuntimeError, match="died with exit code -9"):
@@ -159,7 +158,6 @@ def test_every_method_that_ranks_takes_a_granularity_and_keeps_to_it_or_says_wha
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"granularity": "kernel"}, r"mask\.granularity = 'kernel': .*use channel"),
         ({"granularity": "2:4", "final": "sample"}, r"mask\.final = 'sample': .*use topk"),
         ({"granularity": "channel", "constraint": "layerwise"}, r"mask\.constraint = 'layerwise': .*use global"),
     ],

@@ -81,6 +81,30 @@ def test_after_eval_the_network_holds_exactly_the_density_and_after_train_what_i
     assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
 
 
+@pytest.mark.parametrize("granularity", ["kernel", "2:4"])
+@pytest.mark.parametrize("method", ["probmask", "gmp", "magnitude"])
+def test_units_are_kept_whole_in_anybodys_loop(method: str, granularity: str) -> None:
+    net, density = small(), 0.4 if granularity == "kernel" else 0.5
+    if method == "magnitude":
+        made = ghostmask.fixed(ghostmask.magnitude_masks(net, density, granularity=granularity))
+    elif method == "gmp":
+        made = ghostmask.gmp(density, 10, every=2, granularity=granularity)
+    else:
+        made = ghostmask.probmask(density, 10, lr=0.1, granularity=granularity)
+    optimizer = ghostmask.optimizer(net, made, lr=0.05)
+    steps_of(net, optimizer, 11)
+    optimizer.eval()
+    masks = ghostmask.present_masks(optimizer)
+    for name, mask in masks.items():
+        places = mask.reshape(*mask.shape[:2], -1)
+        if granularity == "kernel":
+            assert torch.equal(places.any(2), places.all(2))
+        elif mask.shape[1] % 4 == 0:
+            assert bool((places.view(len(mask), -1, 4, places.shape[2]).sum(2) == 2).all()), name
+    kept, total = sum(int(m.sum()) for m in masks.values()), sum(m.numel() for m in masks.values())
+    assert granularity != "kernel" or density * total - 9 < kept <= round(density * total)
+
+
 def test_a_saved_optimizer_goes_on_bit_for_bit(tmp_path: Path) -> None:
     def fresh() -> tuple[nn.Module, ghostmask.ShardedOptimizer, torch.optim.lr_scheduler.LRScheduler]:
         net = small()
@@ -217,6 +241,8 @@ def test_a_step_on_the_weights_of_evaluation_is_refused() -> None:
         (lambda: ghostmask.gmp(0.1, 10, constraint="layer"), r"did you mean 'layerwise'"),
         (lambda: ghostmask.magnitude_masks(small(), 0.1, constraint="layer"), r"did you mean 'layerwise'"),
         (lambda: ghostmask.optimizer(small(), ghostmask.gmp(0.1, 10), lr=0.0), r"lr = 0.0: "),
+        (lambda: ghostmask.magnitude_masks(small(), 0.1, granularity="channel"), r"granularity = 'channel': .*N:M"),
+        (lambda: ghostmask.gmp(0.3, 10, granularity="2:4"), r"mask.density = 0.3: is not read with"),
         (lambda: ghostmask.optimizer(small(), ghostmask.fixed({}), lr=0.1), "there is no mask for 0.weight"),
         (
             lambda: ghostmask.optimizer(

@@ -19,14 +19,18 @@ from ghostmask.engine.hooks import Hook
 from ghostmask.engine.position import Phase
 from ghostmask.engine.sharding.placement import ParameterGroup
 from ghostmask.engine.sharding.reparametrization import Reparametrization
+from ghostmask.engine.sharding.rules import UpdateRule
 from ghostmask.masks.kernels import KERNELS
 from ghostmask.masks.masked import PRUNABLE, FixedMask
 from ghostmask.masks.method import FINETUNE, MaskMethod, Setup
 from ghostmask.masks.relaxed import RelaxedMask, Search
 from ghostmask.masks.relaxed_channels import RelaxedChannels
+from ghostmask.masks.relaxed_kernels import RelaxedKernels
 from ghostmask.masks.report import ProbabilityReport
 from ghostmask.masks.schedules import DECIDING, LARGEST_RATE, PAPER_RATE, probability_rate
+from ghostmask.masks.scoring.topk import Units
 from ghostmask.masks.settings import Noisy, Ranked, Scheduled, choice, n_of_m, number
+from ghostmask.masks.units.blocks import Kernels
 from ghostmask.masks.units.channels import Channels
 
 if TYPE_CHECKING:
@@ -66,11 +70,6 @@ class Settings(Ranked, Scheduled, Noisy):
         require(
             self.candidates == 10 or self.final == "best_of",
             "mask.candidates", self.candidates, f"is not read with mask.final={self.final}; leave it out",
-        )  # fmt: skip
-        require(
-            self.granularity != "kernel",
-            "mask.granularity", self.granularity, "probabilities are of weights or channels; use channel, or a method "
-            "that ranks, such as gmp or magnitude",
         )  # fmt: skip
         require(
             self.final == "topk" or n_of_m(self.granularity) is None,
@@ -137,12 +136,10 @@ class ProbMask(MaskMethod):
         start, end = s.window(int, phase.epochs)
         search = Search(
             s.density, s.constraint, s.temperature_end, start, end, phase.epochs, phase.steps_per_epoch,
-            self.recipe.seed, self.units,
+            self.recipe.seed,
         )  # fmt: skip
         rule, rate = self.rule() if s.train_weights else None, self.rate(phase) / self.recipe.optim.lr
-        if isinstance(self.units, Channels):
-            return RelaxedChannels(search, rule, rate, self.units)
-        return RelaxedMask(search, rule, rate)
+        return relaxed_form(search, rule, rate, self.units)
 
     def rate(self, phase: Phase) -> float:
         """Peak rate of the probabilities in a search."""
@@ -206,3 +203,16 @@ class ProbMask(MaskMethod):
             accuracy = score(trainer.model, some, self.world, trainer.config.precision).accuracy
         optimizer.train()
         return accuracy
+
+
+def relaxed_form(search: Search, rule: UpdateRule | None, rate: float, units: Units | None) -> RelaxedMask:
+    """The reparametrization whose probabilities are of these units; see `RelaxedMask`."""
+    if isinstance(units, Channels):
+        return RelaxedChannels(replace(search, units=units), rule, rate, units)
+    if not isinstance(units, Kernels):
+        return RelaxedMask(replace(search, units=units), rule, rate)
+    units = replace(units, by_layer=False)
+    search = replace(search, units=units)
+    if max(units.lengths.values()) == 1:
+        return RelaxedMask(search, rule, rate)
+    return RelaxedKernels(search, rule, rate, units)

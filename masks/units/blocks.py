@@ -13,14 +13,14 @@ from ghostmask.engine.errors import EXIT_NON_FINITE, RunStopped, bad_value
 from ghostmask.engine.sharding.neighbours import with_neighbours
 from ghostmask.engine.sharding.slices import Slice
 from ghostmask.masks.scoring.topk import Budget, hashed, kept_count
+from ghostmask.masks.units.parts import unit_sums, with_whole_units
 from ghostmask.masks.units.prefix import Ranking, before, ends
 from ghostmask.masks.units.shares import layer_shares
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """Units of neighbouring weights, in the order of their mean score (kernels: in shares of their layer's): as many as
-    the budget has room for.
+    """Units of neighbouring weights, in the order of their mean score: as many as the budget has room for.
 
     lengths: by weight name a unit's weights, 1 or those of a kernel (between one input and one output channel); uses:
     how often an image uses each, None = once. A unit costs both multiplied. What stays costs at most round(density x
@@ -29,10 +29,12 @@ class Kernels:
 
     lengths: Mapping[str, int]
     uses: Mapping[str, int] | None
+    by_layer: bool = True
+    """Whether scores of kernels are compared in shares of their layer's mean (see `shares`)."""
 
     def largest(self, part: Slice, scores: Tensor, budget: Budget, among: Tensor | None = None) -> Tensor:
         """Collective: see `masks.scoring.topk.largest`."""
-        if max(self.lengths.values()) > 1:
+        if self.by_layer and max(self.lengths.values()) > 1:
             scores = layer_shares(part, scores, among)
         if among is not None:
             scores = torch.where(among, scores, -torch.inf)
@@ -79,19 +81,16 @@ class Kernels:
         """Collective: (m,) each of the units that this slice has any weight of: as a ranking by layers, whether their
         first weight is here, and how many are."""
         costs, found = [cost for cost, _ in self.costs(part)], []
-        reach = max(self.lengths.values()) - 1
-        for run, wide, low in with_neighbours(part, scores, reach):
-            for s in (s for s in part.segments if run.start <= s.start < run.start + run.numel):
-                length = self.lengths[s.name]
-                begin = run.first + s.start - run.start - s.offset  # the layer's index in the group
-                first, end = s.offset // length, -(-(s.offset + s.numel) // length)
-                units = torch.arange(first, end, device=scores.device)
-                at = begin + first * length - low
-                means = _means(wide[at : at + (end - first) * length].view(-1, length))
-                inside = ((units + 1) * length).clamp(max=s.offset + s.numel) - (units * length).clamp(min=s.offset)
-                row = torch.full_like(units, s.layer)
-                own = units * length >= s.offset
-                found.append((means, begin + units * length, torch.full_like(units, costs[s.layer]), row, own, inside))
+        for x, rows in with_whole_units(part, scores, self.lengths):
+            units = torch.arange(x.first, x.first + x.count, device=scores.device)
+            row = torch.full_like(units, x.segment.layer)
+            own = torch.ones_like(units, dtype=torch.bool)
+            own[: x.cut] = False
+            begins, end = units * x.length, x.segment.offset + x.segment.numel
+            inside = (begins + x.length).clamp(max=end) - begins.clamp(min=x.segment.offset)
+            found.append(
+                (_means(rows), x.begin + begins, torch.full_like(units, costs[x.segment.layer]), row, own, inside)
+            )
         if not found:
             nothing = torch.zeros(0, dtype=torch.int64, device=scores.device)
             found.append((scores[:0], nothing, nothing, nothing, nothing.bool(), nothing))
@@ -145,11 +144,8 @@ class Blocks:
         return ranks
 
 
-def _means(values: Tensor) -> Tensor:
-    """(m,) in the type of the values, (m, length): of each row, added up in one order, in float64."""
-    if values.shape[1] == 1:
-        return values[:, 0]
-    total = values[:, 0].double()
-    for column in values.unbind(1)[1:]:
-        total = total + column.double()
-    return (total / values.shape[1]).to(values.dtype)
+def _means(rows: Tensor) -> Tensor:
+    """(m,) in the type of the values, of (m, length)."""
+    if rows.shape[1] == 1:
+        return rows[:, 0]
+    return (unit_sums(rows) / rows.shape[1]).to(rows.dtype)
