@@ -5,6 +5,9 @@ Every update_every updates of the first end_fraction of training, of each layer'
 with the smallest |w| are dropped, and d are grown where a method's `promise` is largest, among all that are not kept
 then: a dropped one may come back, and has its value still. New ones start at 0, and so does their momentum. An exchange
 takes the place of an optimizer step: nothing else moves (Evci et al. 2020, algorithm 1; the first at t = update_every).
+
+With N:M every block of M neighbouring input channels keeps N throughout: d are dropped from the whole layer, and every
+block grows as many as it dropped, where the promise is largest in it. Kernels move as weights do, by their means.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ghostmask.engine.data import DataPipeline
@@ -23,24 +27,33 @@ from ghostmask.engine.position import Phase
 from ghostmask.engine.sharding.reparametrization import Draw, Reparametrization, State
 from ghostmask.engine.sharding.rules import UpdateRule
 from ghostmask.engine.sharding.slices import Slice
+from ghostmask.masks.kernels.noise import hashed, uniforms
 from ghostmask.masks.masked import ChangingMask
 from ghostmask.masks.method import MaskMethod
 from ghostmask.masks.methods.random_mask import random_mask
 from ghostmask.masks.prunable import prunable_weights
 from ghostmask.masks.scoring.allocation import layer_counts
-from ghostmask.masks.scoring.topk import largest_of_layers
-from ghostmask.masks.settings import WithDensity, choice, number, shortest
+from ghostmask.masks.scoring.topk import Units, largest_of_layers
+from ghostmask.masks.settings import InUnits, choice, granularity, number, shortest
+from ghostmask.masks.units.blocks import Blocks, Kernels
+
+NO_CHANNELS = (
+    "no gradient reaches a channel that is removed, so none says which to grow; use kernel, or mask.method=gmp"
+)
 
 
 @dataclass(frozen=True)
-class Regrowing(WithDensity):
+class Regrowing(InUnits):
     """A method that moves the kept weights of each layer."""
 
+    granularity: str = granularity({"channel": NO_CHANNELS})
+    """What moves: weight, kernel (of a convolution, between one input and one output channel), or weights in N:M like
+    2:4 (every block of M neighbouring input channels keeps N throughout; that decides each layer's density)."""
     allocation: str = choice("erk", "er", "uniform")
     """How many weights each layer keeps throughout: by the layers' shapes (erk counts kernel sizes, er does not), or
     uniform: all of the first layer, and the same density in the others."""
     min_per_layer: int = number(0, 0)
-    """Weights that every layer keeps at least."""
+    """Weights (or kernels: mask.granularity) that every layer keeps at least."""
     update_every: int = number(100, 2)
     """Optimizer steps between exchanges; an exchange takes the place of a step."""
     end_fraction: float = number(0.75, 0, 1, above=True)
@@ -66,7 +79,7 @@ class Exchanges:
         return updates % self.every == 0 and 0 < updates < self.end
 
     def dropped(self, kept: Sequence[int], updates: int) -> list[int]:
-        """How many weights each layer drops then, of those that it keeps."""
+        """How many weights (or kernels) each layer drops then, of those that it keeps."""
         share = self.drop / 2 * (1 + math.cos(math.pi * updates / self.end))
         return [math.floor(share * count) for count in kept]
 
@@ -78,11 +91,15 @@ class Regrown(ChangingMask):
     """Whether `promise` looks at dL/d(theta) of all positions, pruned ones too."""
 
     def __init__(
-        self, rule: UpdateRule, masks: Mapping[str, Tensor] | None, kept: Sequence[int], exchanges: Exchanges, seed: int
+        self, rule: UpdateRule, masks: Mapping[str, Tensor] | None, kept: Sequence[int], exchanges: Exchanges,
+        seed: int, units: Units | None = None,
     ) -> None:  # fmt: skip
-        """kept: weights of each layer; seed: of ties, and of what is random."""
+        """kept: weights of each layer; seed: of ties, and of what is random; units: what `masks` are made of."""
         super().__init__(rule, masks, kept)
-        self.layer_counts, self.exchanges, self.seed, self.updates = list(kept), exchanges, seed, 0
+        self.units, self.exchanges, self.seed, self.updates = units, exchanges, seed, 0
+        self.layer_counts = list(kept)
+        if isinstance(units, Kernels):
+            self.layer_counts = units.numbers(kept)
 
     @abstractmethod
     def promise(self, gradient: Tensor, part: Slice, updates: int) -> Tensor:
@@ -105,9 +122,14 @@ class Regrown(ChangingMask):
     def replacement(self, state: State, gradients: State, part: Slice, updates: int) -> None:
         moving = self.exchanges.dropped(self.layer_counts, updates)
         staying = [k - d for k, d in zip(self.layer_counts, moving, strict=True)]
-        stay = largest_of_layers(part, state["weight"].abs(), staying, self.seed, among=state["mask"])
+        largest = self.units.largest_of_layers if isinstance(self.units, Kernels) else largest_of_layers
+        stay = largest(part, state["weight"].abs(), staying, self.seed, among=state["mask"])
         promise = self.promise(gradients["weight"], part, updates)
-        self.lay(state, stay | largest_of_layers(part, promise, moving, self.seed, among=~stay))
+        if isinstance(self.units, Blocks):
+            mask = self.units.largest(part, torch.where(stay, torch.inf, promise), self.units.budget(self.seed))
+        else:
+            mask = stay | largest(part, promise, moving, self.seed, among=~stay)
+        self.lay(state, mask)
 
 
 class RegrowingMethod(MaskMethod):
@@ -135,21 +157,42 @@ class RegrowingMethod(MaskMethod):
         )
 
     def begin(self, phase: Phase, data: DataPipeline, say: Callable[[str], None]) -> None:
-        kept = self.layer_counts()
-        masks = {
-            name: random_mask(w, count, self.recipe.seed, name)
-            for (name, w), count in zip(self.weights.items(), kept, strict=True)
-        }
-        self.settle(masks, say, kept)
+        kept = self.counts()
+        self.settle(self._drawn(kept), say, kept)
 
     def reparametrization(self, phase: Phase) -> Reparametrization:
         s = self.settings
         exchanges = Exchanges(s.update_every, s.last(phase.epochs * phase.steps_per_epoch), s.drop_fraction)
-        return self.form(self.rule(), self.found or None, self.layer_counts(), exchanges, self.recipe.seed)
+        return self.form(self.rule(), self.found or None, self.counts(), exchanges, self.recipe.seed, self.units)
 
-    def layer_counts(self) -> list[int]:
-        """How many weights each layer keeps, by mask.allocation."""
-        s, shapes = self.settings, [tuple(w.shape) for w in self.weights.values()]
+    def counts(self) -> list[int]:
+        """How many weights each layer keeps, by mask.allocation or by its blocks."""
+        s, shapes = self.settings, [w.shape for w in self.weights.values()]
+        if isinstance(self.units, Blocks):
+            return self.units.counts(shapes)
         first = next(iter(prunable_weights(self.net, (), s.only)))
         dense = s.allocation == "uniform" and first in self.weights
-        return layer_counts(shapes, s.density, s.allocation, s.min_per_layer, first_dense=dense)
+        lengths = list(self.units.lengths.values()) if isinstance(self.units, Kernels) else [1] * len(shapes)
+        units = layer_counts(shapes, s.density, s.allocation, s.min_per_layer, first_dense=dense, lengths=lengths)
+        return [count * length for count, length in zip(units, lengths, strict=True)]
+
+    def _drawn(self, kept: Sequence[int]) -> dict[str, Tensor]:
+        """Collective: whole masks that keep so many weights of each layer, at random."""
+        seed = self.recipe.seed
+        if self.units is None:
+            each = zip(self.weights.items(), kept, strict=True)
+            return {name: random_mask(w, count, seed, name) for (name, w), count in each}
+        part = Slice.even(self.weights, self.world)
+        numbers = random_numbers(part, f"random mask {seed}")
+        if isinstance(self.units, Blocks):
+            return part.gathered(self.units.largest(part, numbers, self.units.budget(seed)))
+        assert isinstance(self.units, Kernels)
+        return part.gathered(self.units.largest_of_layers(part, numbers, self.units.numbers(kept), seed))
+
+
+def random_numbers(part: Slice, text: str) -> Tensor:
+    """(n,) float32, uniform in (0, 1): functions of the text and of each element's index."""
+    key, drawn = hashed(text, 8), torch.empty(part.numel, device=part.world.device)
+    for run, own in part.views(drawn):
+        own.copy_(uniforms(key, run.first, run.numel, drawn.device))
+    return drawn

@@ -5,7 +5,7 @@ A method's `Settings` lists all that it reads: what is not in it is refused, wit
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, ClassVar
@@ -71,12 +71,17 @@ class WithDensity(MaskSettings):
     mask.budget=flops."""
 
 
-def granularity() -> Any:
-    """The field of mask.granularity: weight, kernel, channel, or N:M with 1 <= N < M <= 64, such as 2:4."""
+def granularity(refused: Mapping[str, str] | None = None) -> Any:
+    """The field of mask.granularity: weight, kernel, channel, or N:M with 1 <= N < M <= 64, such as 2:4.
+
+    refused: which of the first three the method does not take, with why and what to use instead.
+    """
 
     def check(name: str, value: str) -> None:
         if n_of_m(value) is None and value not in UNITS:
-            raise unknown_name(name, value, (*UNITS, "2:4", "1:4"))
+            raise unknown_name(name, value, (*(u for u in UNITS if u not in (refused or {})), "2:4", "1:4"))
+        if value in (refused or {}):
+            raise bad_value(name, value, (refused or {})[value])
 
     return field(default="weight", metadata={"check": check})
 
@@ -90,23 +95,16 @@ def n_of_m(text: str) -> tuple[int, int] | None:
 
 
 @dataclass(frozen=True)
-class Ranked(WithDensity):
-    """A method that keeps the largest of something."""
+class InUnits(WithDensity):
+    """A method that can prune several weights as one, or so many of each block."""
 
-    constraint: str = choice("global", "layerwise")
-    """global (one budget for the network) or layerwise (the same density in every layer)."""
     granularity: str = granularity()
     """What is kept or removed as one: weight, kernel (of a convolution, between one input and one output channel),
     channel (an output channel with its batch norm, the next layers' inputs, and the channels that are added to it), or
     N:M such as 2:4 (of M neighbouring input channels the N largest stay, in every block; that decides the density)."""
-    budget: str = choice("weights", "flops")
-    """What mask.density is a fraction of: the weights, or the multiplications (a weight counts as often as an image
-    uses it)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.budget == "flops" and self.constraint == "layerwise" and self.granularity != "channel":
-            raise bad_value("mask.budget", "flops", "inside a layer every weight counts alike: use constraint=global")
         if block := n_of_m(self.granularity):
             self._check_block(block[0] / block[1])
 
@@ -114,7 +112,7 @@ class Ranked(WithDensity):
         """Blocks say how much stays, and where: take their density, and refuse what else would."""
         chosen = f"is not read with mask.granularity={self.granularity}"
         known = {f.name: f.default for f in fields(self)}
-        for name in ("constraint", "budget", "min_per_layer"):
+        for name in ("constraint", "budget", "allocation", "min_per_layer"):
             value = getattr(self, name, known.get(name))
             require(
                 value == known.get(name), f"mask.{name}", value, f"{chosen}, which holds in every block; leave it out"
@@ -124,6 +122,22 @@ class Ranked(WithDensity):
             "mask.density", self.density, f"{chosen}, which keeps {density:g} of a block; leave it out or give that",
         )  # fmt: skip
         object.__setattr__(self, "density", density)
+
+
+@dataclass(frozen=True)
+class Ranked(InUnits):
+    """A method that keeps the largest of something."""
+
+    constraint: str = choice("global", "layerwise")
+    """global (one budget for the network) or layerwise (the same density in every layer)."""
+    budget: str = choice("weights", "flops")
+    """What mask.density is a fraction of: the weights, or the multiplications (a weight counts as often as an image
+    uses it)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.budget == "flops" and self.constraint == "layerwise" and self.granularity != "channel":
+            raise bad_value("mask.budget", "flops", "inside a layer every weight counts alike: use constraint=global")
 
 
 @dataclass(frozen=True)

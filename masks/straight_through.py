@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +26,13 @@ from ghostmask.masks.masked import FixedMask
 from ghostmask.masks.method import MaskMethod
 from ghostmask.masks.schedules import cubic_density
 from ghostmask.masks.scoring.topk import Budget, largest
+from ghostmask.masks.settings import InUnits, Scheduled, granularity
+from ghostmask.masks.units.blocks import Blocks
+
+NO_THRESHOLD = (
+    "what is kept shrinks by the largest |w| that is pruned, and whole kernels or channels have none; use weight, N:M "
+    "such as 2:4, or mask.method=dnw or gmp"
+)
 
 
 class StraightThrough(FixedMask):
@@ -96,12 +103,28 @@ class StraightThrough(FixedMask):
         return scores
 
 
+@dataclass(frozen=True)
+class Thresholding(InUnits, Scheduled):
+    """A method of a `Thresholded` form."""
+
+    granularity: str = granularity(dict.fromkeys(("kernel", "channel"), NO_THRESHOLD))
+    """weight, or N:M such as 2:4: of M neighbouring input channels the N largest |w| stay, in every block, which has a
+    threshold of its own; that decides the density. Takes 4 bytes more per weight, shared by the ranks."""
+
+
 class Thresholded(StraightThrough):
-    """theta = `above(|w|)` with the sign of w; state "threshold", (1,), too: the largest score that is pruned, or 0."""
+    """theta = `above(|w|)` with the sign of w, over a threshold: the largest score that is pruned, or 0.
+
+    State "threshold", (1,), of all layers; with N:M "thresholds", (n,), of each weight's block (with a soft threshold:
+    S-STE, Hu et al. 2024, "S-STE: Continuous Pruning Function for Efficient 2:4 Sparse Pre-training",
+    https://arxiv.org/abs/2409.09099).
+    """
 
     whole: ClassVar[tuple[str, ...]] = ("threshold",)
 
     def more(self, weight: Tensor, part: Slice) -> State:
+        if self.budget.units is not None:
+            return {"thresholds": torch.zeros_like(weight)}
         return {"threshold": weight.new_zeros(1)}
 
     @abstractmethod
@@ -118,10 +141,14 @@ class Thresholded(StraightThrough):
 
     def thresholds(self, state: State, part: Slice) -> Tensor:
         """(1,) or (n,): what |w| is held against."""
-        return state["threshold"]
+        return state["threshold" if self.budget.units is None else "thresholds"]
 
     def cut(self, state: State, part: Slice) -> Tensor:
         scores, mask = super().cut(state, part), state["mask"]
+        if (units := self.budget.units) is not None:
+            assert isinstance(units, Blocks)
+            state["thresholds"].copy_(units.pruned(part, scores, mask))
+            return scores
         most = scores.new_zeros(1)
         for own in _pieces(scores):
             torch.maximum(most, torch.where(mask[own], 0.0, scores[own]).amax(), out=most)

@@ -12,15 +12,15 @@ from ghostmask.engine.sharding.reparametrization import Draw, Reparametrization,
 from ghostmask.engine.sharding.rules import UpdateRule
 from ghostmask.engine.sharding.slices import Slice
 from ghostmask.masks.scoring.topk import Budget
-from ghostmask.masks.settings import Scheduled, number
-from ghostmask.masks.straight_through import CutEveryStep, Thresholded
+from ghostmask.masks.settings import number
+from ghostmask.masks.straight_through import CutEveryStep, Thresholded, Thresholding
 
 VERY_SPARSE = 0.05
 """Below this density the paper halves the gradient of pruned weights."""
 
 
 @dataclass(frozen=True)
-class Settings(Scheduled):
+class Settings(Thresholding):
     """feather."""
 
     start_fraction: float = number(0.0, 0, 1)
@@ -35,8 +35,9 @@ class Feather(CutEveryStep):
     """Feather with a global threshold (Glentis Georgoulakis et al. 2023): theta = sign(w) (|w|^3 - t^3)^(1/3) m.
 
     m = the largest |w| of all layers, exactly round(density n), at a density that falls as a cubic in every step; t =
-    the largest |w| that is pruned. dL/dw = dL/dtheta where m, mask.theta times that elsewhere. What is trained is what
-    is delivered (the authors' code delivers w m in the end, under the batch-norm statistics of theta).
+    the largest |w| that is pruned. With N:M the N largest of each block, and t is the block's. dL/dw = dL/dtheta where
+    m, mask.theta times that elsewhere. What is trained is what is delivered (the authors' code delivers w m in the end,
+    under the batch-norm statistics of theta).
     """
 
     Settings = Settings
@@ -48,9 +49,8 @@ class Feather(CutEveryStep):
 
     def reparametrization(self, phase: Phase) -> Reparametrization:
         s = self.settings
-        budget = Budget(s.density, seed=self.recipe.seed)
         slope = s.theta or (0.5 if s.density < VERY_SPARSE else 1.0)
-        return CubicThreshold(self.rule(), budget, *self.window(phase), slope)
+        return CubicThreshold(self.rule(), self.budget(), *self.window(phase), slope)
 
 
 class CubicThreshold(Thresholded):

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ghostmask.engine.sharding.slices import Slice
-from ghostmask.masks.kernels.noise import hashed, uniforms
-from ghostmask.masks.regrowing import Regrowing, RegrowingMethod, Regrown
+from ghostmask.masks.regrowing import Regrowing, RegrowingMethod, Regrown, random_numbers
 
 
 @dataclass(frozen=True)
@@ -23,10 +21,7 @@ class ByChance(Regrown):
     growing = False
 
     def promise(self, gradient: Tensor, part: Slice, updates: int) -> Tensor:
-        key, drawn = hashed(f"growth {self.seed} {updates}", 8), torch.empty_like(gradient)
-        for run, own in part.views(drawn):
-            own.copy_(uniforms(key, run.first, run.numel, gradient.device))
-        return drawn
+        return random_numbers(part, f"growth {self.seed} {updates}")
 
 
 class Set(RegrowingMethod):

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ghostmask.engine.config import require
 from ghostmask.engine.position import Phase
 from ghostmask.engine.sharding.reparametrization import Reparametrization, State
 from ghostmask.engine.sharding.rules import UpdateRule
@@ -16,12 +17,12 @@ from ghostmask.engine.sharding.spans import Spans
 from ghostmask.masks.masked import FixedMask
 from ghostmask.masks.method import FINETUNE
 from ghostmask.masks.scoring.topk import Budget
-from ghostmask.masks.settings import Scheduled, number
-from ghostmask.masks.straight_through import CutEveryStep, Thresholded
+from ghostmask.masks.settings import n_of_m, number
+from ghostmask.masks.straight_through import CutEveryStep, Thresholded, Thresholding
 
 
 @dataclass(frozen=True)
-class Settings(Scheduled):
+class Settings(Thresholding):
     """st3."""
 
     start_fraction: float = number(0.05, 0, 1)
@@ -34,12 +35,22 @@ class Settings(Scheduled):
     rescale: bool = True
     """Whether each output channel is multiplied by c_out, which makes up for what the threshold takes."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            not self.sigma or n_of_m(self.granularity) is None,
+            "mask.sigma", self.sigma, f"is not read with mask.granularity={self.granularity}, which compares weights of "
+            "one layer; leave it out",
+        )  # fmt: skip
+
 
 class St3(CutEveryStep):
     """ST-3 (Vanderschueren and De Vleeschouwer 2023): theta = c_out sign(w) (|w| - t) m, dL/dw = dL/dtheta for all w.
 
     m = the largest |w| of all layers, exactly round(density n), at a density that falls as a cubic in every step; t =
     the largest |w| that is pruned (the authors interpolate the quantile between that and the smallest that is kept).
+    With N:M the N largest of each block, and t is the block's: S-STE's pruning function (Hu et al. 2024,
+    https://arxiv.org/abs/2409.09099; whose scale is one per tensor, and stays, where c_out follows the mask).
     Then the phase "finetune": theta as plain weights, under the mask of the end.
     """
 
@@ -58,8 +69,7 @@ class St3(CutEveryStep):
         if phase.name == FINETUNE:
             return FixedMask(self.rule(), self.found or None, self.counts())
         s = self.settings
-        budget = Budget(s.density, seed=self.recipe.seed)
-        return SoftThreshold(self.rule(), budget, *self.window(phase), s.sigma, s.rescale)
+        return SoftThreshold(self.rule(), self.budget(), *self.window(phase), s.sigma, s.rescale)
 
 
 class SoftThreshold(Thresholded):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -12,9 +13,12 @@ from ghostmask.masks.scoring.topk import kept_count, protected_counts
 
 def layer_counts(
     shapes: Sequence[Sequence[int]], density: float, allocation: str, min_per_layer: int = 0, *,
-    first_dense: bool = False,
+    first_dense: bool = False, lengths: Sequence[int] | None = None,
 ) -> list[int]:  # fmt: skip
     """Kept weights of each layer, round(density n) in all, at least min(min_per_layer, numel) in each.
+
+    lengths: weights of each layer's units (divisors of its size); then units are counted, as many as have room in that
+    many weights.
 
     uniform: the same density everywhere. er (Mocanu et al. 2018): density_l proportional to (in + out) / (in out).
     erk (Evci et al. 2020): to sum(shape) / prod(shape), kernel sizes included. Layers that would exceed 1 are dense and
@@ -27,17 +31,19 @@ def layer_counts(
     cut = [shape[:counted] or (1,) for shape in shapes]
     shares = [Fraction(sum(c), math.prod(c)) * size for c, size in zip(cut, sizes, strict=True)]
     kept = kept_count(density, sum(sizes))
-    low = protected_counts(sizes, min_per_layer, density)
+    lengths = lengths or [1] * len(sizes)
+    low = protected_counts(sizes, min_per_layer, density, lengths)
     if first_dense:
         low[0] = sizes[0]
         if sum(low) > kept:
             fix = f"a dense first layer of {sizes[0]} weights is more than the {kept} that may stay; give a larger one"
             raise bad_value("mask.density", density, f"{fix}, or mask.allocation=erk")
-    amounts = _within(shares, low, sizes, kept)
+    amounts = [a / length for a, length in zip(_within(shares, low, sizes, kept), lengths, strict=True)]
     counts = [math.floor(a) for a in amounts]
-    by_remainder = sorted(range(len(amounts)), key=lambda i: (counts[i] - amounts[i], i))
-    for i in by_remainder[: kept - sum(counts)]:
-        counts[i] += 1
+    left = kept - sum(map(operator.mul, counts, lengths))
+    for i in sorted(range(len(amounts)), key=lambda i: (counts[i] - amounts[i], i)):
+        if counts[i] < amounts[i] and lengths[i] <= left:
+            counts[i], left = counts[i] + 1, left - lengths[i]
     return counts
 
 

@@ -47,7 +47,9 @@ class Budget:
 class Units(Protocol):
     """What stays or goes as one: see masks.granularity."""
 
-    def largest(self, part: Slice, scores: Tensor, budget: Budget, among: Tensor | None = None) -> Tensor:
+    def largest(
+        self, part: Slice, scores: Tensor, budget: Budget, among: Tensor | None = None, *, wait: bool = True
+    ) -> Tensor:
         """Collective: as the function of that name; as many units as the budget has room for, in the order of their
         scores."""
         ...
@@ -63,7 +65,7 @@ def largest(part: Slice, scores: Tensor, budget: Budget, among: Tensor | None = 
     where min_per_layer is more than the budget, RunStopped where a score is nan.
     """
     if budget.units is not None:
-        return budget.units.largest(part, scores, budget, among)
+        return budget.units.largest(part, scores, budget, among, wait=wait)
     scores = scores.detach() if scores.dtype in INTEGERS else scores.detach().float()
     sizes, kept = part.layout.numels, kept_count(budget.density, part.total)
     keys = score_keys(scores.contiguous(), among, part.world, wait=wait)
@@ -104,9 +106,13 @@ def kept_count(density: float, prunable: int) -> int:
     return max(1, round(density * prunable))
 
 
-def protected_counts(sizes: Sequence[int], min_per_layer: int, density: float) -> list[int]:
-    """How many weights of each layer min_per_layer saves; InputError where these are more than the density keeps."""
-    counts, kept = [min(min_per_layer, size) for size in sizes], kept_count(density, sum(sizes))
+def protected_counts(
+    sizes: Sequence[int], min_per_layer: int, density: float, lengths: Sequence[int] | None = None
+) -> list[int]:
+    """How many weights of each layer min_per_layer saves, of weights or of units of so many weights; InputError where
+    these are more than the density keeps."""
+    each = zip(sizes, lengths or [1] * len(sizes), strict=True)
+    counts, kept = [min(min_per_layer * length, size) for size, length in each], kept_count(density, sum(sizes))
     if sum(counts) > kept:
         fix = f"{len(sizes)} layers need {sum(counts)} weights, mask.density = {density:g} keeps {kept}"
         raise bad_value("mask.min_per_layer", min_per_layer, f"{fix}; lower the one or raise the other")

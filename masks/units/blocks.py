@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from ghostmask.engine.errors import EXIT_NON_FINITE, RunStopped, bad_value
 from ghostmask.engine.sharding.neighbours import with_neighbours
 from ghostmask.engine.sharding.slices import Slice
+from ghostmask.masks.scoring.radix import on_host
 from ghostmask.masks.scoring.topk import Budget, hashed, kept_count
 from ghostmask.masks.units.parts import unit_sums, with_whole_units
 from ghostmask.masks.units.prefix import Ranking, before, ends
@@ -32,7 +33,9 @@ class Kernels:
     by_layer: bool = True
     """Whether scores of kernels are compared in shares of their layer's mean (see `shares`)."""
 
-    def largest(self, part: Slice, scores: Tensor, budget: Budget, among: Tensor | None = None) -> Tensor:
+    def largest(
+        self, part: Slice, scores: Tensor, budget: Budget, among: Tensor | None = None, *, wait: bool = True
+    ) -> Tensor:
         """Collective: see `masks.scoring.topk.largest`."""
         if self.by_layer and max(self.lengths.values()) > 1:
             scores = layer_shares(part, scores, among)
@@ -54,6 +57,17 @@ class Kernels:
         mask = kept.repeat_interleave(sizes, output_size=part.numel)
         return mask if among is None else mask & among
 
+    def largest_of_layers(
+        self, part: Slice, scores: Tensor, counts: Sequence[int], seed: int, among: Tensor | None = None
+    ) -> Tensor:
+        """Collective: see `masks.scoring.topk.largest_of_layers`; counts: units."""
+        if among is not None:
+            scores = torch.where(among, scores, -torch.inf)
+        ranking, owned, sizes = self._ranking(part, scores, seed)
+        budgets = [cost * count for (cost, _), count in zip(self.costs(part), counts, strict=True)]
+        mask = self._within(ranking, owned, budgets, part).repeat_interleave(sizes, output_size=part.numel)
+        return mask if among is None else mask & among
+
     def _protected(self, ranking: Ranking, owned: Tensor, budget: Budget, allowed: int, part: Slice) -> Tensor:
         """The min_per_layer first units of each layer. Raises InputError where they cost more than is allowed."""
         if not budget.min_per_layer:
@@ -69,6 +83,10 @@ class Kernels:
     def _within(self, ranking: Ranking, owned: Tensor, budgets: list[int], part: Slice) -> Tensor:
         allowed = torch.tensor(budgets, device=ranking.costs.device)
         return before(ranking, ends(ranking[owned], allowed, part.world))
+
+    def numbers(self, weights: Sequence[int]) -> list[int]:
+        """How many units so many weights of each layer are."""
+        return [count // length for count, length in zip(weights, self.lengths.values(), strict=True)]
 
     def costs(self, part: Slice) -> list[tuple[int, int]]:
         """Of each layer: what a unit costs, and how many there are."""
@@ -109,39 +127,62 @@ class Blocks:
     kept: int
     of: int
 
-    def largest(self, part: Slice, scores: Tensor, budget: Budget, among: Tensor | None = None) -> Tensor:
+    def budget(self, seed: int) -> Budget:
+        """N of each block; seed: of ties."""
+        return Budget(self.kept / self.of, seed=seed, units=self)
+
+    def largest(
+        self, part: Slice, scores: Tensor, budget: Budget, among: Tensor | None = None, *, wait: bool = True
+    ) -> Tensor:
         """Collective: see `masks.scoring.topk.largest`. constraint and min_per_layer mean nothing here."""
-        bad = part.world.all_reduce(scores.isnan().sum())
-        if int(bad):
-            raise RunStopped(f"{int(bad)} of {part.total} scores are nan", EXIT_NON_FINITE)
+        if wait or on_host(scores.device):
+            bad = part.world.all_reduce(scores.isnan().sum())
+            if int(bad):
+                raise RunStopped(f"{int(bad)} of {part.total} scores are nan", EXIT_NON_FINITE)
         if among is not None:
             scores = torch.where(among, scores, -torch.inf)
         number = max(self.kept, math.ceil(budget.density * self.of - 1e-9))
-        reach = (self.of - 1) * max(shape[2:].numel() for shape in part.layout.shapes.values())
         mask = torch.zeros_like(scores, dtype=torch.bool)
-        for run, wide, low in with_neighbours(part, scores, reach):
-            for s in (s for s in part.segments if run.start <= s.start < run.start + run.numel):
-                inputs, places = part.layout.shapes[s.name][1], part.layout.shapes[s.name][2:].numel()
-                element = torch.arange(s.offset, s.offset + s.numel, device=scores.device)
-                channel = element // places % inputs
-                first = run.first + s.start - run.start + torch.arange(s.numel, device=scores.device)
-                ranks = self._ranks(wide, low, first, channel, inputs, places, budget.seed)
-                mask[s.start : s.start + s.numel] = ranks < number
+        for where, wide, low, own, block in self._blocks(part, scores):
+            score, own_hash, ranks = wide[own], hashed(own + low, budget.seed), torch.zeros_like(own)
+            for there in block:
+                other = wide[there]
+                ranks += (other > score) | ((other == score) & (hashed(there + low, budget.seed) > own_hash))
+            mask[where] = ranks < number
         return mask if among is None else mask & among
 
-    def _ranks(
-        self, wide: Tensor, low: int, index: Tensor, channel: Tensor, inputs: int, places: int, seed: int
-    ) -> Tensor:
-        """(m,) int64: how many of its block come before each weight; index: in the group, channel: its input's."""
+    def pruned(self, part: Slice, scores: Tensor, mask: Tensor) -> Tensor:
+        """Collective: (n,) for each weight the largest score (at least 0) that the mask prunes in its block, or 0."""
+        out = torch.zeros_like(scores)
+        for where, wide, _, _, block in self._blocks(part, torch.where(mask, 0.0, scores)):
+            for there in block:
+                torch.maximum(out[where], wide[there], out=out[where])
+        return out
+
+    def counts(self, shapes: Sequence[torch.Size]) -> list[int]:
+        """How many weights of layers of these shapes stay, N of each block."""
+        whole, rest = zip(*(divmod(shape[1], self.of) for shape in shapes), strict=True)
+        columns = [self.kept * w + min(self.kept, r) for w, r in zip(whole, rest, strict=True)]
+        return [shape.numel() // shape[1] * c for shape, c in zip(shapes, columns, strict=True)]
+
+    def _blocks(self, part: Slice, values: Tensor) -> Iterator[tuple[slice, Tensor, int, Tensor, Iterator[Tensor]]]:
+        """Collective: of each segment: where it lies in the slice; values, of (n,), of it and its neighbours, and the
+        index in the group of the first of these; where its m elements lie among them; and, M times, where the first,
+        second, ... of the block of each does, or itself if the block is shorter."""
+        reach = (self.of - 1) * max(shape[2:].numel() for shape in part.layout.shapes.values())
+        for run, wide, low in with_neighbours(part, values, reach):
+            for s in (s for s in part.segments if run.start <= s.start < run.start + run.numel):
+                inputs, places = part.layout.shapes[s.name][1], part.layout.shapes[s.name][2:].numel()
+                element = torch.arange(s.offset, s.offset + s.numel, device=values.device)
+                own = element + (run.first + s.start - run.start - s.offset - low)
+                yield slice(s.start, s.start + s.numel), wide, low, own, self._members(own, element, inputs, places)
+
+    def _members(self, own: Tensor, element: Tensor, inputs: int, places: int) -> Iterator[Tensor]:
+        channel = element // places % inputs
         place = channel % self.of
         size = (inputs - (channel - place)).clamp(max=self.of)
-        own, own_hash, ranks = wide[index - low], hashed(index, seed), torch.zeros_like(index)
         for other in range(self.of):
-            there = torch.where(other < size, index + (other - place) * places, index)
-            score = wide[there - low]
-            ahead = (score > own) | ((score == own) & (hashed(there, seed) > own_hash))
-            ranks += ahead
-        return ranks
+            yield torch.where(other < size, own + (other - place) * places, own)
 
 
 def _means(rows: Tensor) -> Tensor:

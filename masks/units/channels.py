@@ -62,7 +62,9 @@ class Channels:
             self.costs.append(places * (1 if uses is None else uses.get(name, 0)))
         self._known: dict[torch.device, _Tables] = {}
 
-    def largest(self, part: Slice, scores: Tensor, budget: Budget, among: Tensor | None = None) -> Tensor:
+    def largest(
+        self, part: Slice, scores: Tensor, budget: Budget, among: Tensor | None = None, *, wait: bool = True
+    ) -> Tensor:
         """Collective: see `masks.scoring.topk.largest`; scores: (n,).
 
         The channels in the order of the mean score of the weights that make them, in shares of their layers' (with
