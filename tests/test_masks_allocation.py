@@ -61,3 +61,15 @@ def test_a_random_mask_is_a_function_of_seed_and_name_and_evenly_spread() -> Non
     frequency = torch.stack([random_mask(like, 500, seed, "a") for seed in range(300)]).double().mean(0)
     assert abs(float(frequency.mean()) - 0.25) < 1e-9
     assert float((frequency - 0.25).abs().max()) < 0.125  # five standard deviations
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "er", "erk"])
+@pytest.mark.parametrize("density", [0.003, 0.1, 0.5, 1.0])
+def test_kernels_fill_the_budget_but_for_less_than_one(density: float, allocation: str) -> None:
+    lengths = [math.prod(shape[2:]) for shape in SHAPES]
+    kernels = layer_counts(SHAPES, density, allocation, 2, lengths=lengths)
+    spent, allowed = sum(k * n for k, n in zip(kernels, lengths, strict=True)), kept_count(density, sum(SIZES))
+    assert allowed - max(lengths) < spent <= allowed
+    assert all(2 <= k <= size // n for k, size, n in zip(kernels, SIZES, lengths, strict=True))
+    weights = layer_counts(SHAPES, density, allocation, 2)
+    assert all(abs(k * n - w) <= 2 * n for k, n, w in zip(kernels, lengths, weights, strict=True))

@@ -33,6 +33,10 @@ CASES: dict[str, dict[str, Any]] = {
     "gmp channel": {"method": "gmp", "granularity": "channel", "density": 0.3},
     "lth kernel": {"method": "lth", "granularity": "kernel", "round_fraction": 0.7},
     "snip 2:4": {"method": "snip", "granularity": "2:4", "density": 0.5},
+    "rigl 2:4": {"method": "rigl", "granularity": "2:4", "density": 0.5},
+    "set kernel": {"method": "set", "granularity": "kernel"},
+    "st3 2:4": {"method": "st3", "granularity": "2:4", "density": 0.5},
+    "feather 2:4": {"method": "feather", "granularity": "2:4", "density": 0.5},
     "synflow channel flops": {"method": "synflow", "granularity": "channel", "budget": "flops", "density": 0.3},
     "probmask 2:4": {"method": "probmask", "granularity": "2:4", "density": 0.5},
     "probmask channel": {"method": "probmask", "granularity": "channel", "density": 0.3, "noises": 2},
@@ -74,7 +78,7 @@ def test_a_run_ends_within_its_budget_and_is_the_same_on_other_ranks(name: str, 
     assert one(run_distributed(complete, ranks, str(tmp_path / "other"), config)).digest == alone.digest
 
 
-@pytest.mark.parametrize("name", ["gmp channel", "probmask channel", "probmask kernel"])
+@pytest.mark.parametrize("name", ["gmp channel", "probmask channel", "probmask kernel", "rigl 2:4", "st3 2:4"])
 def test_a_killed_run_with_units_ends_with_the_same_bits_on_another_number_of_ranks(name: str, tmp_path: Path) -> None:
     config = config_of(name)
     whole = one(run_distributed(complete, 2, str(tmp_path / "whole"), config))

@@ -24,6 +24,7 @@ from ghostmask.masks.methods.st3 import SoftThreshold
 from ghostmask.masks.methods.str import TrainedThresholds
 from ghostmask.masks.power import powered
 from ghostmask.masks.scoring.topk import Budget
+from ghostmask.masks.units.blocks import Blocks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -32,6 +33,7 @@ METHODS: dict[str, Callable[[], Callable[..., object]]] = {
     "gmp": lambda: ghostmask.gmp(0.1, 20, every=2, start_fraction=0.0),
     "dnw": lambda: lambda rule, _: Largest(rule, Budget(0.1, "layerwise", 0, 3)),
     "st3 sigma": lambda: lambda rule, _: SoftThreshold(rule, Budget(0.1), 0, 2, sigma=True),
+    "st3 2:4": lambda: lambda rule, _: SoftThreshold(rule, Budget(0.5, units=Blocks(2, 4)), 0, 2),
     "feather": lambda: lambda rule, _: CubicThreshold(rule, Budget(0.1), 0, 2, 0.5),
     "edge_popup": lambda: lambda rule, _: Popup(rule, Budget(0.1, min_per_layer=2)),
     "str": lambda: lambda rule, _: TrainedThresholds(rule, rule, -4.0),

@@ -39,8 +39,8 @@ class Settings(Thresholding):
         super().__post_init__()
         require(
             not self.sigma or n_of_m(self.granularity) is None,
-            "mask.sigma", self.sigma, f"is not read with mask.granularity={self.granularity}, which compares weights of "
-            "one layer; leave it out",
+            "mask.sigma", self.sigma, f"is not read with mask.granularity={self.granularity}: a block is of one layer; "
+            "leave it out",
         )  # fmt: skip
 
 
@@ -93,7 +93,7 @@ class SoftThreshold(Thresholded):
         return Spans.layers(part).multiply_(magnitude, self._widths(part, 0.5)) if self.sigma else magnitude
 
     def thresholds(self, state: State, part: Slice) -> Tensor:
-        t = state["threshold"]
+        t = super().thresholds(state, part)
         return Spans.layers(part).spread(self._widths(part, -0.5) * t) if self.sigma else t
 
     def above(self, magnitude: Tensor, threshold: Tensor) -> Tensor:
