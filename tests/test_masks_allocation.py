@@ -71,5 +71,8 @@ def test_kernels_fill_the_budget_but_for_less_than_one(density: float, allocatio
     spent, allowed = sum(k * n for k, n in zip(kernels, lengths, strict=True)), kept_count(density, sum(SIZES))
     assert allowed - max(lengths) < spent <= allowed
     assert all(2 <= k <= size // n for k, size, n in zip(kernels, SIZES, lengths, strict=True))
-    weights = layer_counts(SHAPES, density, allocation, 2)
-    assert all(abs(k * n - w) <= 2 * n for k, n, w in zip(kernels, lengths, weights, strict=True))
+    free, weights = (
+        layer_counts(SHAPES, density, allocation, lengths=lengths),
+        layer_counts(SHAPES, density, allocation),
+    )
+    assert all(abs(k * n - w) <= n for k, n, w in zip(free, lengths, weights, strict=True))
