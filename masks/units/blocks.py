@@ -143,20 +143,28 @@ class Blocks:
             scores = torch.where(among, scores, -torch.inf)
         number = max(self.kept, math.ceil(budget.density * self.of - 1e-9))
         mask = torch.zeros_like(scores, dtype=torch.bool)
-        for where, wide, low, own, block in self._blocks(part, scores):
-            score, own_hash, ranks = wide[own], hashed(own + low, budget.seed), torch.zeros_like(own)
-            for there in block:
-                other = wide[there]
-                ranks += (other > score) | ((other == score) & (hashed(there + low, budget.seed) > own_hash))
+        for where, wide, low, block in self._blocks(part, scores):
+            own = block.own(wide)
+            ranks = torch.zeros(own.shape, dtype=torch.uint8, device=own.device)
+            equal = torch.zeros_like(ranks)
+            for place in range(self.of):
+                other = block.member(wide, place)
+                ranks += other > own
+                equal += other == own
+            if not (block.whole and on_host(own.device) and int(equal.max()) == 1):  # with itself alone
+                hashes = hashed(torch.arange(low, low + len(wide), device=own.device), budget.seed)
+                for place in range(self.of):
+                    ahead = block.member(hashes, place) > block.own(hashes)
+                    ranks += (block.member(wide, place) == own) & ahead
             mask[where] = ranks < number
         return mask if among is None else mask & among
 
     def pruned(self, part: Slice, scores: Tensor, mask: Tensor) -> Tensor:
         """Collective: (n,) for each weight the largest score (at least 0) that the mask prunes in its block, or 0."""
         out = torch.zeros_like(scores)
-        for where, wide, _, _, block in self._blocks(part, torch.where(mask, 0.0, scores)):
-            for there in block:
-                torch.maximum(out[where], wide[there], out=out[where])
+        for where, wide, _, block in self._blocks(part, torch.where(mask, 0.0, scores)):
+            for place in range(self.of):
+                torch.maximum(out[where], block.member(wide, place), out=out[where])
         return out
 
     def counts(self, shapes: Sequence[torch.Size]) -> list[int]:
@@ -165,24 +173,54 @@ class Blocks:
         columns = [self.kept * w + min(self.kept, r) for w, r in zip(whole, rest, strict=True)]
         return [shape.numel() // shape[1] * c for shape, c in zip(shapes, columns, strict=True)]
 
-    def _blocks(self, part: Slice, values: Tensor) -> Iterator[tuple[slice, Tensor, int, Tensor, Iterator[Tensor]]]:
+    def _blocks(self, part: Slice, values: Tensor) -> Iterator[tuple[slice, Tensor, int, _Segment]]:
         """Collective: of each segment: where it lies in the slice; values, of (n,), of it and its neighbours, and the
-        index in the group of the first of these; where its m elements lie among them; and, M times, where the first,
-        second, ... of the block of each does, or itself if the block is shorter."""
-        reach = (self.of - 1) * max(shape[2:].numel() for shape in part.layout.shapes.values())
+        index in the group of the first of these; its blocks."""
+        reach = self.of * max(shape[2:].numel() for shape in part.layout.shapes.values()) - 1
         for run, wide, low in with_neighbours(part, values, reach):
             for s in (s for s in part.segments if run.start <= s.start < run.start + run.numel):
                 inputs, places = part.layout.shapes[s.name][1], part.layout.shapes[s.name][2:].numel()
-                element = torch.arange(s.offset, s.offset + s.numel, device=values.device)
-                own = element + (run.first + s.start - run.start - s.offset - low)
-                yield slice(s.start, s.start + s.numel), wide, low, own, self._members(own, element, inputs, places)
+                begin = run.first + s.start - run.start - s.offset - low
+                yield (
+                    slice(s.start, s.start + s.numel), wide, low,
+                    _Segment(s.offset, s.numel, begin, inputs, places, self.of),
+                )  # fmt: skip
 
-    def _members(self, own: Tensor, element: Tensor, inputs: int, places: int) -> Iterator[Tensor]:
-        channel = element // places % inputs
-        place = channel % self.of
-        size = (inputs - (channel - place)).clamp(max=self.of)
-        for other in range(self.of):
-            yield torch.where(other < size, own + (other - place) * places, own)
+
+@dataclass(frozen=True)
+class _Segment:
+    """`numel` elements from `offset` on of a layer whose first one lies at `begin` of tensors that hold at least all
+    blocks of theirs; places: of a kernel."""
+
+    offset: int
+    numel: int
+    begin: int
+    inputs: int
+    places: int
+    of: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether all blocks of the layer have M weights: they are then columns of matrices that lie end to end."""
+        return self.inputs % self.of == 0
+
+    def own(self, values: Tensor) -> Tensor:
+        """(numel,) of its elements: a view."""
+        return values[self.begin + self.offset : self.begin + self.offset + self.numel]
+
+    def member(self, values: Tensor, place: int) -> Tensor:
+        """(numel,) for each element that of its block's weight number `place`, or its own where there is none."""
+        if not self.whole:
+            element = torch.arange(self.offset, self.offset + self.numel, device=values.device)
+            channel = element // self.places % self.inputs
+            there = (channel % self.of - place) * self.places
+            missing = channel - channel % self.of + place >= self.inputs
+            return values[self.begin + torch.where(missing, element, element - there)]
+        size = self.of * self.places
+        first, end = self.offset // size * size, -(-(self.offset + self.numel) // size) * size
+        table = values[self.begin + first : self.begin + end].view(-1, self.of, self.places)
+        spread = table[:, place : place + 1].expand_as(table).reshape(-1)
+        return spread[self.offset - first : self.offset - first + self.numel]
 
 
 def _means(rows: Tensor) -> Tensor:
