@@ -30,8 +30,8 @@ from ghostmask.masks.settings import InUnits, Scheduled, granularity
 from ghostmask.masks.units.blocks import Blocks
 
 NO_THRESHOLD = (
-    "what is kept shrinks by the largest |w| that is pruned, and whole kernels or channels have none; use weight, N:M "
-    "such as 2:4, or mask.method=dnw or gmp"
+    "a threshold is of single weights, which shrink by the largest |w| that is pruned; use weight, N:M such as 2:4, or "
+    "mask.method=dnw or gmp"
 )
 
 
