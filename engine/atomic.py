@@ -1,5 +1,5 @@
-"""How is one file, or one folder, replaced so that a kill at any moment leaves the old content or the new one, never half
-of it; and how is a file read, whatever lies under its name?"""
+"""How is a file, or a folder, replaced so that a kill at any moment leaves the old content or the new one, never half;
+and how is a file read, whatever lies under its name?"""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ghostmask.engine.atomic import replacing
 from ghostmask.engine.errors import output
+from ghostmask.launcher.locate import writing_to
 from ghostmask.launcher.looking.diagnosis import diagnosis
 from ghostmask.launcher.looking.events import Start, read_events
 from ghostmask.launcher.looking.layers import density_map, largest, layer_rows, probability_pictures, zeros_rows
@@ -41,7 +41,7 @@ def report(folder: Path, out: Path) -> int:
     require("jinja2", "matplotlib")
     text = page(look(folder))
     out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(out) as writing:
+    with writing_to("--out", out) as writing:
         writing.write_text(text, encoding="utf-8")
     output(str(out))
     return 0
