@@ -21,7 +21,7 @@ from terminal import shown_on_a_terminal
 from ghostmask.engine.errors import InputError
 from ghostmask.launcher.cli import run_command
 from ghostmask.launcher.looking.compare import short_names
-from ghostmask.launcher.looking.events import read_events
+from ghostmask.launcher.looking.events import read_starts
 from ghostmask.launcher.looking.read import files, thinned
 from ghostmask.launcher.looking.watch import Signs, spark, watch
 
@@ -257,16 +257,12 @@ def test_a_run_whose_folder_takes_nothing_is_shown_elsewhere(tmp_path: Path) -> 
 
 def test_starts_and_their_places_are_read_from_the_event_files(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", restarts=2)
-    starts, histograms = read_events(run)
+    starts = read_starts(run)
     assert [(start.after, start.last) for start in starts] == [(0, 100), (100, 200), (200, 300)]
     assert {start.host for start in starts} == {os.uname().nodename}
-    step, (limits, counts) = histograms["probability/layer1.0.conv1.weight"]
-    assert step == 300
-    assert limits[-1] == 1.0
-    assert sum(counts) == 1000
     torn_file = sorted(run.glob("events*"))[-1]
     torn_file.write_bytes(torn_file.read_bytes()[:-7])
-    assert len(read_events(run)[0]) == 3
+    assert len(read_starts(run)) == 3
 
 
 def test_settings_are_read_as_they_were_written(tmp_path: Path) -> None:
