@@ -42,8 +42,8 @@ def _describe_methods_table(parser: Parser) -> None:
         help="a setting of one method's runs, or of one cell's; again for another",
     )  # fmt: skip
     parser.add_argument("--device", choices=DEVICES, default="auto", help="as train.device")
-    parser.add_argument("--print", action="store_true", help="run nothing, print the table of what is there")
     _add_csv(parser)
+    parser.add_argument("--print", action="store_true", help="run nothing, print the table of what is there")
     _add_table(parser, "runs/methods")
     parser.set_defaults(handler=_methods_table)
 

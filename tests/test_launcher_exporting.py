@@ -278,7 +278,7 @@ def test_a_format_without_its_library_says_what_installs_it(
 
 
 @pytest.mark.skipif(not COREML, reason="needs coremltools")
-def test_core_ml_keeps_exactly_the_mask(tmp_path: Path) -> None:
+def test_core_ml_keeps_exactly_the_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import coremltools.optimize.coreml as optimize
     from coremltools.models import MLModel
 
@@ -296,6 +296,14 @@ def test_core_ml_keeps_exactly_the_mask(tmp_path: Path) -> None:
     theirs = sorted(int((data.val != 0).sum()) for data in found.values() if data.val.ndim > 1)
     ours = sorted(int((w != 0).sum()) for w in small.state_dict().values() if w.dim() > 1)
     assert theirs == ours
+    text = (tmp_path / "x" / "README.md").read_text()
+    assert "Needs torch, coremltools on a Mac;" in text
+    monkeypatch.chdir(tmp_path / "x")
+    (code,) = re.findall(r"```python\n(.*?)```", text.partition("## Images")[0], re.DOTALL)
+    exec(code, space := {})
+    image = torch.randn(1, *DIGITS)
+    if sys.platform == "darwin":  # elsewhere the file can be read, and not run
+        torch.testing.assert_close(torch.as_tensor(space["net"](image)), net(image), rtol=1e-3, atol=1e-3)
 
 
 def test_options_of_packed_are_refused_elsewhere_and_a_folder_without_an_export_is_named(tmp_path: Path) -> None:

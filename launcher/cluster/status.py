@@ -97,7 +97,7 @@ def known_runs(runs: Sequence[str]) -> list[Path]:
 
 def _row(run: Standing) -> list[str]:
     def percent(value: float | None) -> str:
-        return "" if value is None else f"{100 * value:.2f} %"
+        return "" if value is None else f"{value:.2%}"
 
     state = f"{run.state} on {run.where}" if run.where else run.state
     step = "" if run.step is None else f"{run.step}/{run.total_steps}" if run.total_steps else str(run.step)

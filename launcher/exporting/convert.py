@@ -25,7 +25,7 @@ def export_format(source: Path, out: Path, name: str, options: Options) -> int:
     written = write_format(read_exported(source), out, name, options)
     for line in written.notes:
         output(line)
-    sizes = [f"{file} ({size_of(out / file) / 1e6:.2f} MB)" for file in written.files]
+    sizes = [f"{file} ({_shown(size_of(out / file))})" for file in written.files]
     output(f"{out}: {', '.join([*sizes, card.FILE])}")
     return 0
 
@@ -78,6 +78,10 @@ def _check_owned(out: Path, files: Set[str]) -> None:
     if others:
         fix = "which an export of this format does not write; give a folder of its own, or move it away"
         raise bad_value("--out", str(out), f"holds {others[0]!r}, {fix}")
+
+
+def _shown(size: int) -> str:
+    return f"{size / 1e6:.2f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
 
 
 def size_of(path: Path) -> int:

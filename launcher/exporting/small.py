@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,8 @@ def write(exported: Exported, folder: Path, options: Options) -> Written:
     (folder / network_file.FILE).write_text(source, encoding="utf-8")
     (folder / MODEL_FILE).write_bytes(save(state))
     images = torch.zeros(2, *exported.image_shape)
-    with torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # TorchScript is on its way out, and still what some runtimes take
         program = torch.export.export(small.graph, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
         script: Any = torch.jit.trace(small.graph, images, check_trace=False)  # type: ignore[no-untyped-call]
     torch.export.save(program, content := io.BytesIO())

@@ -42,7 +42,7 @@ def compare(folders: Sequence[Path], picture: Path) -> int:
     picture.parent.mkdir(parents=True, exist_ok=True)
     with writing_to("--out", picture) as writing:
         writing.write_bytes(panels([p for p in drawn if any(p.curves.values())], picture.suffix[1:]))
-    output(f"\n{picture}")
+    output(f"\ncurves: {picture}")
     return 0
 
 
