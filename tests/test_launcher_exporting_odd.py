@@ -10,6 +10,7 @@ import torch
 from sparse_exports import DIGITS, export
 from torch import Tensor, nn
 from torch.nn import functional
+from torchvision.ops import StochasticDepth
 
 from ghostmask.engine.errors import InputError
 from ghostmask.launcher.cli import run_command
@@ -104,6 +105,8 @@ FORWARDS: dict[str, Callable[[], Odd]] = {
     "dropout": lambda: Odd(head=lambda net, x: net.fc(net.drop(x.mean((2, 3)))), drop=nn.Dropout(0.5)),
     "in place": lambda: Odd(written_in_place, relu=nn.ReLU(inplace=True), conv3=nn.Conv2d(16, 16, 1)),
     "added in place": lambda: Odd(adds_in_place, conv3=nn.Conv2d(16, 16, 1)),
+    "no arguments": lambda: Odd(lambda net, x: net.conv2(net.act(x)), act=nn.Hardswish(inplace=True)),
+    "stochastic depth": lambda: Odd(lambda net, x: net.conv2(net.deep(x) + x), deep=StochasticDepth(0.5, "row")),
     "type": lambda: Odd(lambda net, x: net.conv2(x.float()).relu()),
     "keyword": lambda: Odd(lambda net, x: net.conv2(net.norm2(input=x)).relu(), norm2=nn.BatchNorm2d(16)),
     "never called": lambda: Odd(rest=nn.Conv2d(3, 3, 3)),

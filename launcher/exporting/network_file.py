@@ -65,7 +65,8 @@ def network_source(net: nn.Module, title: str, image_shape: Sequence[int], num_c
 def _source(net: nn.Module, title: str, image_shape: Sequence[int], num_classes: int) -> str:
     graph = net if isinstance(net, fx.GraphModule) else traced(net)
     code = graph.graph.python_code("self")
-    forward = "\n".join(f"    {line}".rstrip() for line in code.src.strip().splitlines())
+    lines = [line for line in code.src.splitlines() if not line.startswith("torch.fx._symbolic_trace.wrap(")]
+    forward = "\n".join(f"    {line}".rstrip() for line in lines).strip("\n")
     source = HEAD.format(
         title=title, imports=_imports(code.globals, code.src), layers="\n".join(_layers(net)), forward=forward + "\n",
         shape=", ".join(map(str, image_shape)), classes=num_classes,
@@ -105,7 +106,7 @@ def _constructor(module: nn.Module) -> str:
         value = getattr(module, name, parameter.default)
         said = f"{name}=" in text or value is None or not isinstance(value, int | float | str)
         if not said and parameter.default is not inspect.Parameter.empty and value != parameter.default:
-            text = f"{text[:-1]}, {name}={value!r})"
+            text = f"{text[:-1]}{'' if text.endswith('()') else ', '}{name}={value!r})"
     return text
 
 
@@ -138,7 +139,7 @@ def _check(net: nn.Module, graph: fx.GraphModule, source: str, image_shape: Sequ
         raise InputError(f"{differ[0]!r} is not kept as layers of torch.nn and state dicts keep theirs")
     known = {name for name, _ in (*built.named_parameters(), *built.named_buffers())}
     if unknown := {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"} - known:
-        raise InputError(f"it reads {sorted(unknown)}, which stand in no state dict")
+        raise InputError(f"it reads {min(unknown)}, which stands in no state dict")
     like = next((tensor for tensor in net.state_dict().values() if tensor.is_floating_point()), torch.zeros(()))
     built = built.to_empty(device=like.device).to(like.dtype)
     built.load_state_dict(net.state_dict())
