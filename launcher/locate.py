@@ -157,7 +157,8 @@ def find_run(text: str) -> Path:
     folder = run_folder(text)
     if folder.is_dir():
         raise bad_value("run", text, f"{folder} is not a run: it holds no config.yaml")
-    found = [path for path in runs_in(folder.parent) if (path / "config.yaml").is_file()]
+    below = (path / "config.yaml" for path in runs_in(folder.parent))
+    found = sorted({file.parent for file in (*folder.parent.glob("*/config.yaml"), *below) if file.is_file()})
     names = [path.name if path.parent == RUNS else str(path) for path in found]
     if not names:
         raise InputError(f"run = {text!r}: there is no run in {folder.parent}/; give a run's name or folder")
