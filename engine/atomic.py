@@ -1,14 +1,21 @@
-"""How is one file replaced so that a kill at any moment leaves the old content or the new one, never half of it; and
-how is it read, whatever lies under its name?"""
+"""How is a file, or a folder, replaced so that a kill at any moment leaves the old content or the new one, never half;
+and how is a file read, whatever lies under its name?"""
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+WRITING, EARLIER = "writing", "earlier"
+"""Ends of the hidden names of what is written and of what it replaces."""
+EXCHANGE, HERE = 2, -100
+"""RENAME_EXCHANGE and AT_FDCWD of Linux."""
 
 
 @contextmanager
@@ -18,7 +25,7 @@ def replacing(path: Path, mark: str = "") -> Iterator[Path]:
     After an exception `path` is as before and the hidden file is gone; after a kill the next call overwrites it.
     One process at a time may replace a path with the same mark.
     """
-    writing = path.with_name(f".{path.name}{mark}.writing")
+    writing = path.with_name(f".{path.name}{mark}.{WRITING}")
     try:
         yield writing
         sync(writing)
@@ -26,6 +33,54 @@ def replacing(path: Path, mark: str = "") -> Iterator[Path]:
         sync(path.parent)  # the rename itself is on disk only when the folder is
     finally:
         writing.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """A new hidden folder beside `folder` to write to; on leaving it is synced to disk and takes the place of `folder`,
+    with all that lies in that, in one step.
+
+    After an exception `folder` is as before and the hidden one is gone; after a kill the next call removes that. Where
+    the file system cannot exchange folders (NFS) it takes two steps: a kill between them leaves no folder, and the
+    next call puts the earlier one back first. One process at a time may replace a folder.
+    """
+    folder = Path(os.path.realpath(folder))
+    writing, earlier = (folder.with_name(f".{folder.name}.{what}") for what in (WRITING, EARLIER))
+    _clear(folder, writing, earlier)
+    writing.mkdir(parents=True)
+    try:
+        yield writing
+        for path in (*sorted(writing.rglob("*")), writing):
+            sync(path)
+        if not folder.exists():
+            writing.rename(folder)
+        elif not _exchange(writing, folder):
+            folder.rename(earlier)
+            writing.rename(folder)
+        sync(folder.parent)
+    finally:
+        _clear(folder, writing, earlier)
+
+
+def _clear(folder: Path, writing: Path, earlier: Path) -> None:
+    """Put the earlier folder back where there is no other, and remove what else is left."""
+    if earlier.is_dir() and not folder.exists():
+        earlier.rename(folder)
+    for left in (writing, earlier):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders' names in one step; whether the file system can."""
+    exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if exchange is None:
+        return False
+    if exchange(HERE, os.fsencode(one), HERE, os.fsencode(other), EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(other))
 
 
 def sync(path: Path) -> None:

@@ -69,7 +69,8 @@ class Hook:
         return {}
 
     def histograms(self, trainer: Trainer) -> Mapping[str, Tensor | Counts]:
-        """What to log as histograms, once per epoch. Called on every rank; may be collective."""
+        """What to log as histograms, once per epoch; Counts are of layers, by "group/layer". Called on every rank; may
+        be collective."""
         return {}
 
     def epoch_scalars(self, trainer: Trainer) -> Mapping[str, float | Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,17 +96,33 @@ class MetricWriter:
         self._lines.push()
         self._events.scalars(step, numbers)
 
-    def histogram(self, step: int, name: str, tensor: Tensor | Counts) -> None:
+    def histograms(self, step: int, values: Mapping[str, Tensor | Counts], **tags: Tag) -> None:
+        """Write distributions by name. Those that were counted, of each layer, are one card per group (the name up to
+        its slash) in TensorBoard, of all layers together, and a line of metrics.jsonl: {"step": step, **tags, name:
+        counts}.
+        """
+        if not self._open or not values:
+            return
+        counted = {name: found for name, found in values.items() if isinstance(found, Counts)}
+        for group in dict.fromkeys(name.partition("/")[0] for name in counted):
+            c = _together([found for name, found in counted.items() if name.startswith(f"{group}/")])
+            first, last = min(c.limits) - 1.0 / len(c.limits), max(c.limits)
+            shown = f"{group}/of_weights"
+            self._events.histogram(step, shown, first, last, sum(c.counts), c.total, c.squares, c.limits, c.counts)
+        if counted:
+            line = {"step": step, **tags, **{name: found.counts for name, found in counted.items()}}
+            self._lines.write((json.dumps(line, separators=(",", ":")) + "\n").encode())
+            self._lines.push()
+        for name, found in values.items():
+            if isinstance(found, Tensor):
+                self.histogram(step, name, found)
+
+    def histogram(self, step: int, name: str, tensor: Tensor) -> None:
         """Write the distribution of a tensor's finite values, counted on the tensor's device in NUM_BUCKETS buckets.
 
         A tensor without finite values writes nothing.
         """
         if not self._open:
-            return
-        if isinstance(tensor, Counts):
-            c = tensor
-            first, last = min(c.limits) - 1.0 / len(c.limits), max(c.limits)
-            self._events.histogram(step, name, first, last, sum(c.counts), c.total, c.squares, c.limits, c.counts)
             return
         values = tensor.detach().flatten()
         values = values[torch.isfinite(values)].float()
@@ -131,6 +147,15 @@ class MetricWriter:
             self._lines.close()
             self._events.file.close()
             self._open = False
+
+
+def _together(layers: Sequence[Counts]) -> Counts:
+    """The distribution of all values. Raises ValueError where limits differ."""
+    limits = layers[0].limits
+    if any(layer.limits != limits for layer in layers):
+        raise ValueError("histograms of one group have other limits")
+    sums = [sum(column) for column in zip(*(layer.counts for layer in layers), strict=True)]
+    return Counts(limits, sums, sum(one.total for one in layers), sum(one.squares for one in layers))
 
 
 def _drop_lines_after(path: Path, last_step: int) -> None:

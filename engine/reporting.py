@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ghostmask.engine.evaluation import Score
-from ghostmask.engine.metrics import MetricWriter
+from ghostmask.engine.metrics import Counts, MetricWriter, Tag
 from ghostmask.engine.progress import Progress
 from ghostmask.engine.sharding.optimizer import ShardedOptimizer
 from ghostmask.engine.world import World
@@ -86,16 +86,18 @@ class Reporter:
         """Report the end of an epoch: evaluation, per-layer numbers and histograms of the hooks."""
         position = trainer.position
         values: dict[str, float] = {}
+        histograms: dict[str, Tensor | Counts] = {}
         if evaluation is not None:
             values = {"eval/accuracy": evaluation.accuracy, "eval/loss": evaluation.loss}
             values |= {} if evaluation.top5 is None else {"eval/top5": evaluation.top5}
         for hook in trainer.task.hooks:
             values.update(_numbers(hook.epoch_scalars(trainer)))
-            for name, tensor in hook.histograms(trainer).items():
-                self.writer.histogram(position.step, name, tensor)
+            histograms.update(hook.histograms(trainer))
         epoch = position.epoch - 1
+        tags: dict[str, Tag] = {"phase": position.phase, "epoch": epoch, "samples": position.samples}
+        self.writer.histograms(position.step, histograms, **tags)
         if values:
-            self.writer.scalars(position.step, values, phase=position.phase, epoch=epoch, samples=position.samples)
+            self.writer.scalars(position.step, values, **tags)
         if evaluation is not None:
             scored = f"test accuracy {evaluation.text}, test loss {evaluation.loss:.4f}"
             place = f"{epoch - trainer.phase.first_epoch + 1}/{trainer.phase.epochs}"

@@ -13,9 +13,10 @@ from ghostmask.benchmarks.registry import BENCHMARKS
 from ghostmask.benchmarks.row import not_met, table, write_json
 from ghostmask.benchmarks.timing import Bench, machine, scratch
 from ghostmask.engine.cores import cores_per_rank
-from ghostmask.engine.errors import InputError, output, say
+from ghostmask.engine.errors import output, say
 from ghostmask.engine.registry import resolve
 from ghostmask.engine.world import connect
+from ghostmask.launcher.locate import writing_to
 
 if TYPE_CHECKING:
     from ghostmask.benchmarks.export import Exports
@@ -29,14 +30,13 @@ def bench(
     device: as `train.device`; quick: sizes that take seconds, whose numbers mean nothing; file: gets the rows as JSON;
     strict: 1 where a row does not meet its bar, else 0. run: whose export benchmark "export" looks at.
     """
-    if file is not None and not file.absolute().parent.is_dir():
-        raise InputError(f"--json = {str(file)!r}: there is no folder {str(file.parent)!r}; make it")
     torch.set_num_threads(cores_per_rank())
     with connect(device) as world, _exports(run) as exports:
         rows = [machine(), *resolve(BENCHMARKS[name])(Bench(world, quick, exports))]
     output(table(rows))
     if file is not None:
-        write_json(rows, file)
+        with writing_to("--json", file) as writing:
+            write_json(rows, writing)
     missed = not_met(rows) if strict else []
     if missed:
         say(f"bar not met: {'; '.join(missed)}")

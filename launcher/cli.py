@@ -215,7 +215,7 @@ def _evaluate(arguments: Namespace) -> int:
     per_class = arguments.per_class
     if per_class not in (None, "-"):
         per_class = str(typed_path("--per-class")(per_class))
-        locate.check_writable(Path(per_class).parent, "--per-class", per_class)
+        locate.output_file("--per-class", Path(per_class))
     prepare_environment(config.train.device)
     from ghostmask.launcher.evaluate import evaluate
 
@@ -262,6 +262,7 @@ def _bench(arguments: Namespace) -> int:
         raise InputError("--strict: the numbers of --quick mean nothing; leave one of them out")
     if (arguments.benchmark == "export") != (arguments.run is not None):
         raise InputError("RUN: `ghostmask bench export RUN` measures a run's network; the other benchmarks take none")
+    locate.output_file("--json", arguments.json)
     run = run_or_export(arguments.run) if arguments.run else None
     prepare_environment(arguments.device)
     from ghostmask.launcher.bench import bench

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ghostmask.data_pipelines.open import preprocessing
 from ghostmask.engine.agree import on_main
-from ghostmask.engine.atomic import read_small, replacing
+from ghostmask.engine.atomic import read_small
 from ghostmask.engine.data import DataPipeline
 from ghostmask.engine.errors import InputError, bad_value, output, say, to_stderr
 from ghostmask.engine.evaluation import Score, score
@@ -21,6 +21,7 @@ from ghostmask.engine.world import connect
 from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.export import SUMMARY_FILE, accuracies, load_export, summarise, use
 from ghostmask.launcher.folder import read_run
+from ghostmask.launcher.locate import writing_to
 from ghostmask.launcher.record import sealed_meta
 from ghostmask.launcher.run import open_data
 from ghostmask.launcher.settings import differences, to_dict
@@ -132,5 +133,5 @@ def _write(rows: list[dict[str, Any]], file: str) -> None:
     writer = csv.DictWriter(text, head)
     writer.writeheader()
     writer.writerows(rows)
-    with replacing(Path(file)) as writing:
+    with writing_to("--per-class", Path(file)) as writing:
         writing.write_text(text.getvalue(), encoding="utf-8")

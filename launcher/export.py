@@ -81,7 +81,7 @@ def _beside(summary: dict[str, Any]) -> dict[str, str]:
             net = build_model(ModelConfig(**summary["config"]["model"]), classes, (shape[0], shape[1], shape[2]), 0)
             texts[network_file.FILE] = network_file.network_source(net, title, shape, classes)
     load = card.plain_load(summary, bool(texts))
-    texts[card.FILE] = card.card(summary, load, [MODEL_FILE, SUMMARY_FILE, *texts])
+    texts[card.FILE] = card.card(summary, load, [MODEL_FILE, SUMMARY_FILE, *texts], sources=list(texts.values()))
     return texts
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ghostmask import configs
+from ghostmask.engine.atomic import read_small, replacing
 from ghostmask.engine.errors import InputError, bad_value, unknown_name
 from ghostmask.launcher.values import require_text
 
@@ -18,6 +21,11 @@ FIRST = "first_try"
 """An example of a name."""
 RUNS = Path("runs")
 """Where runs without a folder of their own are kept, relative to the working directory."""
+DEEPEST = 6
+"""Folders below runs/ in which runs are looked for: sweeps, and what people sort them by."""
+ELSEWHERE = {"data", "checkpoints", "tensorboard"}
+WRITTEN_BY_RUNS = {"export", "hang", "profile", "hessian", "report", "job", "code"}
+"""Folders that hold no runs: anywhere, and in a run."""
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -108,6 +116,28 @@ def check_writable(folder: Path, field: str, value: str) -> None:
         raise bad_value(field, value, f"nothing can be written to {there} ({error.strerror}); give another") from None
 
 
+def output_file(field: str, file: Path | None, *, new_folder: bool = False) -> None:
+    """Raise InputError of `field` unless a file can be written there, in a folder that is there or may be made."""
+    if file is None:
+        return
+    if os.path.exists(file) and not os.path.isfile(file):
+        what = "a folder" if os.path.isdir(file) else "a pipe or device"
+        raise bad_value(field, str(file), f"is {what}; give a file")
+    if not new_folder and not os.path.isdir(file.parent):
+        raise bad_value(field, str(file), f"there is no folder {str(file.parent)!r}; make it, or give another")
+    check_writable(file.parent, field, str(file))
+
+
+@contextmanager
+def writing_to(field: str, file: Path) -> Iterator[Path]:
+    """As `replacing`, of what a user asked for in `field`. Raises InputError where the disk does not take it."""
+    try:
+        with replacing(Path(os.path.realpath(file))) as writing:
+            yield writing
+    except OSError as error:
+        raise bad_value(field, str(file), f"cannot be written ({error.strerror or error})") from error
+
+
 def output_folder(asked: Path | None, usual: Path) -> Path:
     """Where a command that reads a run writes what it finds: a run's folder may be read-only."""
     out = asked or usual
@@ -127,11 +157,40 @@ def find_run(text: str) -> Path:
     folder = run_folder(text)
     if folder.is_dir():
         raise bad_value("run", text, f"{folder} is not a run: it holds no config.yaml")
-    names = [str(folder.parent / name) if "/" in text else name for name in _runs_in(folder.parent)]
+    below = (path / "config.yaml" for path in runs_in(folder.parent))
+    found = sorted({file.parent for file in (*folder.parent.glob("*/config.yaml"), *below) if file.is_file()})
+    names = [path.name if path.parent == RUNS else str(path) for path in found]
     if not names:
         raise InputError(f"run = {text!r}: there is no run in {folder.parent}/; give a run's name or folder")
     raise unknown_name("run", text, names)
 
 
-def _runs_in(folder: Path) -> list[str]:
-    return sorted(path.parent.name for path in folder.glob("*/config.yaml"))
+def runs_in(folder: Path) -> list[Path]:
+    """The runs in a folder and in folders in it, by path, also those that only have a configuration or a job yet.
+
+    Cheap: what runs write, data and hidden folders are not looked into. One that links lead to again is one.
+    """
+    found = sorted(_runs_below(folder, DEEPEST), key=lambda path: -len(path.parts))
+    return sorted({os.path.realpath(path): path for path in found}.values())
+
+
+def _runs_below(folder: Path, depth: int) -> list[Path]:
+    found: list[Path] = []
+    inner: list[Path] = []
+    with suppress(OSError), os.scandir(folder) as entries:
+        names = {entry.name: entry for entry in entries}
+        a_run = bool({"run.json", "job.json"} & names.keys()) or _is_config(names.get("config.yaml"))
+        passed = WRITTEN_BY_RUNS | ELSEWHERE if a_run else ELSEWHERE
+        inner = [folder / n for n, e in names.items() if n[0] != "." and n not in passed and depth and e.is_dir()]
+        found = [folder] if a_run and depth < DEEPEST else []
+    return found + [run for path in inner for run in _runs_below(path, depth - 1)]
+
+
+def _is_config(file: os.DirEntry[str] | None) -> bool:
+    """Whether a run wrote it: others write files of that name too."""
+    if file is None or not file.is_file():
+        return False
+    with suppress(OSError, ValueError):
+        text = "\n" + read_small(Path(file.path), 1 << 20).decode()
+        return all(f"\n{section}:" in text for section in ("model", "data", "mask", "train"))
+    return False

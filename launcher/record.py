@@ -20,10 +20,12 @@ PACKAGES = ("ghostmask", "torch", "torchvision", "deepspeed", "ffcv", "numpy")
 
 EXPORTED = ("packed", "small", "onnx", "coreml", "2_4")
 """Folders of `ghostmask export --format`."""
+BESIDE = ("README.md", "network.py", "load_*.py", "__pycache__", ".*.writing")
+"""What lies beside an exported network; the cache is Python's, of who imported network.py there."""
 WRITTEN = {
     # First: a run whose checkpoints are gone and whose export is not would look finished.
-    **{f"export/{name}": ("model.*", "README.md", "*.py", ".*.writing") for name in EXPORTED},
-    "export": ("model.safetensors", "summary.json", "README.md", "network.py", ".*.writing"),
+    **{f"export/{name}": ("model.*", *BESIDE) for name in EXPORTED},
+    "export": ("model.safetensors", "summary.json", *BESIDE, ".*.earlier"),
     "checkpoints": ("step-*", "latest", ".latest-new", ".writing-*", ".deleting-*"),
     "tensorboard": ("events.out.tfevents.*",),
     "hang": ("stacks-rank-*.txt", "*_trace_*"),
@@ -124,8 +126,8 @@ def sealed_meta(folder: Path) -> dict[str, Any] | None:
 
 
 def _remove(path: Path) -> None:
-    """A file, a checkpoint's folder with the files in it, or one of Core ML's folders."""
-    if path.suffix == ".mlpackage" and not path.is_symlink():
+    """A file, a checkpoint's folder with the files in it, a folder of Core ML's, or one that was not in place yet."""
+    if path.suffix in (".mlpackage", ".writing", ".earlier") and path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
         return
     if path.is_dir() and not path.is_symlink():

@@ -17,12 +17,14 @@ from ghostmask.launcher.grid import combinations
 from ghostmask.launcher.table import Cell, show_lines
 
 
-def sweep(arguments: Sequence[str], *, vary: Sequence[str], seeds: int, folder: Path, jobs: int = 1) -> int:
+def sweep(
+    arguments: Sequence[str], *, vary: Sequence[str], seeds: int, folder: Path, jobs: int = 1, file: Path | None = None
+) -> int:
     """Run every combination for every seed, `jobs` at a time on one rank each; print a markdown table; returns 0.
 
     arguments: configurations, and key=value settings of all runs; vary: "key=a,b,...", each crossed with the others;
-    seeds: 0, 1, ... of each combination; folder: where the runs go. Raises InputError before the first run for what is
-    wrong with any of them, and RunStopped at the end where runs failed.
+    seeds: 0, 1, ... of each combination; folder: where the runs go; file: gets the table as CSV. Raises InputError
+    before the first run for what is wrong with any of them, and RunStopped at the end where runs failed.
     """
     configs = [text for text in arguments if "=" not in text]
     if not configs:
@@ -38,6 +40,6 @@ def sweep(arguments: Sequence[str], *, vary: Sequence[str], seeds: int, folder: 
             plans.append(((config, *values), planned(config, own)))
     failed = train_missing([run for _, run in plans], jobs)
     columns = ["config", *(text.partition("=")[0] for text in vary)]
-    show_lines(columns, [Cell(shown, run.folder) for shown, run in plans], file=None, failed=failed)
+    show_lines(columns, [Cell(shown, run.folder) for shown, run in plans], file=file, failed=failed)
     stop_if_failed(failed)
     return 0

@@ -15,6 +15,7 @@ from ghostmask.engine.errors import InputError, output
 from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.finished import is_finished
 from ghostmask.launcher.folder import read_run
+from ghostmask.launcher.locate import writing_to
 from ghostmask.launcher.settings import flat
 from ghostmask.launcher.values import as_text
 
@@ -87,8 +88,6 @@ def show_lines(
             line.others.append("failed" if cell.folder in failed else standing(cell.folder).state)
         else:
             line.results.append(found)
-    if file is not None:
-        _write_csv(file, columns, lines)
     ranked = any(line.values("top5") for line in lines.values())
     head = [*columns, "test accuracy", *(["top-5"] if ranked else []), "seeds", "density", "FLOPs", "epochs", "seconds",
             "not finished"]  # fmt: skip
@@ -98,6 +97,8 @@ def show_lines(
         for shown, line in lines.items()
     ]  # fmt: skip
     output(markdown(head, rows))
+    if file is not None:
+        _write_csv(file, columns, lines)
 
 
 def spread(scores: Sequence[float]) -> str:
@@ -186,4 +187,5 @@ def _write_csv(file: Path, keys: Sequence[str], lines: dict[tuple[str, ...], Lin
         std = statistics.stdev(accuracies) if len(accuracies) > 1 else ""
         others = [_mean(line, name, "") if line.values(name) else "" for name in means]
         writer.writerow([*shown, mean, std, len(accuracies), *others, _counted(line.others)])
-    file.write_text(text.getvalue(), encoding="utf-8")
+    with writing_to("--csv", file) as writing:
+        writing.write_text(text.getvalue(), encoding="utf-8")

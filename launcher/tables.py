@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ghostmask.engine.config import DEVICES
 from ghostmask.launcher.arguments import CONFIG_HELP, SETTINGS_HELP, add_settings, count, refuse_ranks, typed_path
+from ghostmask.launcher.locate import output_file
 
 Parser = argparse.ArgumentParser
 
@@ -19,6 +20,7 @@ def _describe_sweep(parser: Parser) -> None:
     parser.add_argument(
         "--vary", metavar="KEY=A,B,...", action="append", default=[], help="values of one setting; again for another"
     )
+    _add_csv(parser)
     _add_table(parser, "runs/sweep")
     parser.set_defaults(handler=_sweep)
 
@@ -40,7 +42,7 @@ def _describe_methods_table(parser: Parser) -> None:
         help="a setting of one method's runs, or of one cell's; again for another",
     )  # fmt: skip
     parser.add_argument("--device", choices=DEVICES, default="auto", help="as train.device")
-    parser.add_argument("--csv", metavar="FILE", type=typed_path("--csv"), help="also write the table to FILE")
+    _add_csv(parser)
     parser.add_argument("--print", action="store_true", help="run nothing, print the table of what is there")
     _add_table(parser, "runs/methods")
     parser.set_defaults(handler=_methods_table)
@@ -49,6 +51,10 @@ def _describe_methods_table(parser: Parser) -> None:
 def _add_lists(parser: Parser, **lists: str) -> None:
     for name, default in lists.items():
         parser.add_argument(f"--{name}", metavar="A,B,...", default=default, help=f"default: {default}")
+
+
+def _add_csv(parser: Parser) -> None:
+    parser.add_argument("--csv", metavar="FILE", type=typed_path("--csv"), help="also write the table to FILE")
 
 
 def _add_table(parser: Parser, folder: str) -> None:
@@ -72,11 +78,13 @@ TABLE_COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
 
 def _sweep(arguments: Namespace) -> int:
     refuse_ranks("sweep")
+    output_file("--csv", arguments.csv)
     from ghostmask.launcher.sweep import sweep
 
     return sweep(
-        arguments.overrides, vary=arguments.vary, seeds=arguments.seeds, folder=arguments.folder, jobs=arguments.jobs
-    )
+        arguments.overrides, vary=arguments.vary, seeds=arguments.seeds, folder=arguments.folder, jobs=arguments.jobs,
+        file=arguments.csv,
+    )  # fmt: skip
 
 
 def _tost_table(arguments: Namespace) -> int:
@@ -92,6 +100,7 @@ def _tost_table(arguments: Namespace) -> int:
 
 def _methods_table(arguments: Namespace) -> int:
     refuse_ranks("methods-table")
+    output_file("--csv", arguments.csv)
     from ghostmask.launcher.methods_table import methods_table
 
     return methods_table(

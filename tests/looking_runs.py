@@ -64,8 +64,8 @@ def _log(writer: MetricWriter, step: int, names: list[str], decided: float, numb
         zeros = {f"zeros/{name.removesuffix('.weight')}": 0.5 for name in names}
         writer.scalars(step, {"eval/accuracy": accuracy, "eval/loss": 0.5, **layers, **zeros}, **tags)
         limits = [(i + 1) / 64 for i in range(64)]
-        for name in names:
-            writer.histogram(step, f"probability/{name}", Counts(limits, [950] + [0] * 62 + [50], 50.0, 50.0))
+        counts = Counts(limits, [950] + [0] * 62 + [50], 50.0, 50.0)
+        writer.histograms(step, {f"probability/{name}": counts for name in names}, **tags)
 
 
 def _summary(names: list[str]) -> dict[str, Any]:

@@ -188,14 +188,19 @@ def test_a_histogram_equals_numpys(tmp_path: Path) -> None:
     assert sum(found.bucket) == 20_000
 
 
-def test_a_distribution_that_was_counted_already_is_written_as_it_is(tmp_path: Path) -> None:
+def test_distributions_of_layers_are_one_card_and_one_line_of_all_of_them(tmp_path: Path) -> None:
     writer = MetricWriter(tmp_path, single(), None)
-    writer.histogram(7, "counted", Counts([0.25, 0.5, 0.75, 1.0], [3, 0, 1, 4], 5.5, 4.25))
+    layers = {f"probability/layer{i}": Counts([0.25, 0.5, 0.75, 1.0], [3, 0, i % 2, 4], 5.5, 4.25) for i in range(54)}
+    writer.histograms(7, layers, phase="search")
     writer.close()
-    (event,) = _events(tmp_path).Histograms("counted")
+    events = _events(tmp_path)
+    assert events.Tags()["histograms"] == ["probability/of_weights"], "one card, not 54"
+    (event,) = events.Histograms("probability/of_weights")
     found = event.histogram_value
-    assert (event.step, found.num, found.sum, found.sum_squares) == (7, 8, 5.5, 4.25)
-    assert (list(found.bucket_limit), list(found.bucket)) == ([0.25, 0.5, 0.75, 1.0], [3, 0, 1, 4])
+    assert (event.step, found.num, found.sum, found.sum_squares) == (7, 7 * 54 + 27, 5.5 * 54, 4.25 * 54)
+    assert (list(found.bucket_limit), list(found.bucket)) == ([0.25, 0.5, 0.75, 1.0], [3 * 54, 0, 27, 4 * 54])
+    (line,) = (json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert line == {"step": 7, "phase": "search", **{name: counts.counts for name, counts in layers.items()}}
     assert (found.min, found.max) == (0.0, 1.0)
 
 

@@ -50,7 +50,7 @@ COMMAND_LINE = {
     "ghostmask logs": ["RUN", "-h --help", "--rank", "--follow"],
     "ghostmask table": ["[RUN ...]", "-h --help", "--csv"],
     "ghostmask bench": ["BENCHMARK", "RUN", "-h --help", "--json", "--device", "--quick", "--strict"],
-    "ghostmask sweep": ["[CONFIG or key=value ...]", "-h --help", "--vary", "--seeds", "--folder", "--jobs"],
+    "ghostmask sweep": ["[CONFIG or key=value ...]", "-h --help", "--vary", "--csv", "--seeds", "--folder", "--jobs"],
     "ghostmask runs": ["[RUN ...]", "-h --help", "--json"],
     "ghostmask compare": ["[RUN ...]", "-h --help", "--out"],
     "ghostmask watch": ["RUN", "-h --help", "--once"],

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import threading
@@ -19,7 +20,8 @@ from terminal import shown_on_a_terminal
 
 from ghostmask.engine.errors import InputError
 from ghostmask.launcher.cli import run_command
-from ghostmask.launcher.looking.events import read_events
+from ghostmask.launcher.looking.compare import short_names
+from ghostmask.launcher.looking.events import read_starts
 from ghostmask.launcher.looking.read import files, thinned
 from ghostmask.launcher.looking.watch import Signs, spark, watch
 
@@ -255,16 +257,12 @@ def test_a_run_whose_folder_takes_nothing_is_shown_elsewhere(tmp_path: Path) -> 
 
 def test_starts_and_their_places_are_read_from_the_event_files(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", restarts=2)
-    starts, histograms = read_events(run)
+    starts = read_starts(run)
     assert [(start.after, start.last) for start in starts] == [(0, 100), (100, 200), (200, 300)]
     assert {start.host for start in starts} == {os.uname().nodename}
-    step, (limits, counts) = histograms["probability/layer1.0.conv1.weight"]
-    assert step == 300
-    assert limits[-1] == 1.0
-    assert sum(counts) == 1000
     torn_file = sorted(run.glob("events*"))[-1]
     torn_file.write_bytes(torn_file.read_bytes()[:-7])
-    assert len(read_events(run)[0]) == 3
+    assert len(read_starts(run)) == 3
 
 
 def test_settings_are_read_as_they_were_written(tmp_path: Path) -> None:
@@ -273,3 +271,95 @@ def test_settings_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert seen.settings["train.channels_last"] is True
     assert seen.settings["model.name"] == "digits_resnet"
     assert seen.doubts == []
+
+
+OFF_THE_WAY = (
+    "first/checkpoints/step-1", "first/export/small", "second/report", "data/photos", ".old", "a/b/c/d/e/f/g"
+)  # fmt: skip
+"""Where no runs are looked for."""
+
+
+def test_runs_finds_runs_at_any_depth_and_looks_into_nothing_that_holds_none(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("methods/rigl-0.1-seed0", "a/b/c/deep", "group/report/weekly"):
+        (place / "runs" / name).mkdir(parents=True)
+        (place / "runs" / name / "run.json").write_text("{}")
+    written = (place / "runs" / "first" / "config.yaml").read_text()
+    for name, text in (("a/planned", written), ("tool", "model: x\nlr: 1\n"), ("first/job", written)):
+        (place / "runs" / name).mkdir(parents=True)
+        (place / "runs" / name / "config.yaml").write_text(text)
+    for name in OFF_THE_WAY:
+        (place / "runs" / name).mkdir(parents=True, exist_ok=True)
+        (place / "runs" / name / "run.json").write_text("{}")
+    (place / "runs" / "a" / "itself").symlink_to(place / "runs" / "a")
+    looked, scan = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: looked.append(Path(path)) or scan(path))
+    found = {Path(run["run"]) for run in json.loads(said(capsys, "runs", "--json"))}
+    names = ("first", "second", "methods/rigl-0.1-seed0", "a/b/c/deep", "group/report/weekly", "a/planned")
+    assert found == {Path("runs", name) for name in names}
+    assert not [path for path in looked if {"checkpoints", "export", "data", ".old"} & set(path.parts)]
+    assert "runs/a/planned | new |" in said(capsys, "runs", "a")
+    assert [run["run"] for run in json.loads(said(capsys, "status", "methods", "--json"))] == [
+        "runs/methods/rigl-0.1-seed0"
+    ]
+    with pytest.raises(InputError, match=r"known: .*runs/a/planned"):
+        run_command(["evaluate", "planed"])
+
+
+def test_compared_runs_of_one_name_are_told_apart(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    for name, rate in (("a/x", 0.1), ("b/x", 0.03)):
+        make_run(place / "runs" / name, overrides=(f"optim.lr={rate}",))
+    text = said(capsys, "compare", "runs/a/x", "runs/b/x", "first", "--out", "three.svg")
+    assert "| setting | a/x | b/x | first |" in text
+    assert "| optim.lr | 0.1 | 0.03 | 0.1 |" in text
+    assert "| b/x | finished |" in text
+    svg = (place / "three.svg").read_text()
+    assert svg.count(">a/x<") == svg.count(">b/x<") == svg.count(">first<") > 0
+    with pytest.raises(InputError, match="at least two runs"):
+        run_command(["compare", "first", "runs/first", str(place / "runs" / "first")])
+    folders = [Path(name) for name in ("/q/x", "/p/q/x", "/x", "runs/a", "y")]
+    assert short_names(folders) == ["/q/x", "p/q/x", "/x", "a", "y"]
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (["table", "runs", "--csv"], "--csv"), (["sweep", "digits_probmask", "--csv"], "--csv"),
+        (["methods-table", "digits_methods", "--csv"], "--csv"), (["bench", "step", "--quick", "--json"], "--json"),
+        (["evaluate", "first", "--per-class"], "--per-class"),
+    ],
+)  # fmt: skip
+def test_files_that_cannot_be_written_are_said_before_anything_runs(
+    place: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], option: str
+) -> None:
+    from ghostmask.launcher import cells
+
+    monkeypatch.setattr(cells, "train_missing", lambda *_: pytest.fail("a run was started"))
+    os.mkfifo(place / "pipe")
+    (place / "file").touch()
+    wrong = {"no/x.csv": "there is no folder 'no'", "runs": "is a folder", "pipe": "is a pipe or device",
+             "file/x.csv": "there is no folder 'file'", "/proc/x.csv": "nothing can be written to /proc"}  # fmt: skip
+    for file, why in wrong.items():
+        with pytest.raises(InputError, match=f"{option} = '{file}': {why}") as error:
+            run_command([*command, file])
+        assert "\n" not in str(error.value)
+
+
+def test_a_table_s_file_is_replaced_whole(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "real.csv").write_text("old")
+    (place / "table.csv").symlink_to("real.csv")
+    text = said(capsys, "table", "runs", "--csv", "table.csv")
+    assert "| optim.lr |" in text
+    assert (place / "table.csv").is_symlink()
+    assert (place / "real.csv").read_text().startswith("optim.lr,accuracy_mean")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        with pytest.raises(InputError, match=r"--csv = 'table.csv': cannot be written \(File too large\)"):
+            run_command(["table", "runs", "--csv", "table.csv"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (place / "real.csv").read_text().startswith("optim.lr,accuracy_mean")
+    assert sorted(os.listdir(place)) == ["real.csv", "runs", "table.csv"]

@@ -122,14 +122,18 @@ def test_metrics_of_an_interrupted_and_resumed_run_are_those_of_one_run(finished
 def test_tensorboard_holds_the_same_scalars_and_histograms(finished: UserRun) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(finished.folder))
+    events = EventAccumulator(str(finished.folder), size_guidance={"scalars": 0, "histograms": 0})
     events.Reload()
     assert {"1_result/top5_eval", "1_result/top5_train"} <= set(events.Tags()["scalars"])
     logged = {e.step: e.value for e in events.Scalars("1_result/loss_train")}
     lines = {line["step"]: line["train/loss"] for line in finished.metrics() if "train/loss" in line}
     assert logged == pytest.approx(lines, rel=1e-5)
-    assert any(tag.startswith("probability/") for tag in events.Tags()["histograms"])
-    assert "density/of_layers" in events.Tags()["histograms"]
+    assert sorted(events.Tags()["histograms"]) == ["density/of_layers", "probability/of_weights"]
+    epochs = [line for line in finished.metrics() if any(key.startswith("probability/") for key in line)]
+    assert {event.step for event in events.Histograms("probability/of_weights")} == {line["step"] for line in epochs}
+    weights = json.loads((finished.folder / "export" / "summary.json").read_text())["prunable"]
+    for line in epochs:
+        assert sum(sum(counts) for key, counts in line.items() if key.startswith("probability/")) == weights
     assert not any(tag.startswith("density/") for tag in events.Tags()["scalars"])
 
 

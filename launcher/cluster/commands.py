@@ -14,6 +14,7 @@ from ghostmask.launcher import settings
 from ghostmask.launcher.arguments import RUN_HELP, add_settings, check_networks, count, refuse_ranks, typed_path
 from ghostmask.launcher.cluster.options import CLUSTERS, HERE, ClusterOptions, read_options, typed
 from ghostmask.launcher.grid import combinations, run_name
+from ghostmask.launcher.locate import output_file
 from ghostmask.launcher.source import find_source
 from ghostmask.launcher.values import as_text
 
@@ -126,6 +127,7 @@ def _table(arguments: Namespace) -> int:
     from ghostmask.launcher.cluster.status import known_runs
     from ghostmask.launcher.table import table
 
+    output_file("--csv", arguments.csv)
     return table(known_runs(arguments.runs), arguments.csv)
 
 

@@ -27,7 +27,7 @@ OVER = ("finished", "failed", "cancelled", "stopped", "new")
 
 def status(runs: Sequence[str], *, as_json: bool) -> int:
     """Print how each run stands, of all in runs/ where none is named; returns 0."""
-    found = [standing(folder) for folder in (known_runs(runs) if runs else all_runs(locate.RUNS))]
+    found = [standing(folder) for folder in (known_runs(runs) if runs else locate.runs_in(locate.RUNS))]
     if as_json:
         output(json.dumps([asdict(run) for run in found], indent=1))
         return 0
@@ -80,36 +80,24 @@ def logs(run: str, *, rank: int, follow: bool) -> int:
         time.sleep(FOLLOW_S)
 
 
-def all_runs(folder: Path) -> list[Path]:
-    """The runs in a folder and in the folders of sweeps in it, by name."""
-    return sorted(
-        {
-            path.parent
-            for name in ("run.json", FILE)
-            for depth in ("*", "*/*")
-            for path in folder.glob(f"{depth}/{name}")
-        }
-    )
-
-
 def known_runs(runs: Sequence[str]) -> list[Path]:
-    """Folders of runs, or of sweeps whose runs are meant. Raises InputError for one that holds neither."""
+    """Folders of runs, or of sweeps whose runs are meant, each once. Raises InputError for one that holds neither."""
     found: list[Path] = []
     for text in runs:
         folder = locate.run_folder(locate.typed_path("run", text))
         folder = folder if folder.is_dir() or not Path(text).is_dir() else Path(text)
         if (folder / FILE).exists() or (folder / "run.json").exists() or (folder / "config.yaml").exists():
             found.append(folder)
-        elif inner := all_runs(folder):
+        elif inner := locate.runs_in(folder):
             found += inner
         else:
             found.append(locate.find_run(text))
-    return found
+    return list({os.path.realpath(folder): folder for folder in found}.values())
 
 
 def _row(run: Standing) -> list[str]:
     def percent(value: float | None) -> str:
-        return "" if value is None else f"{100 * value:.2f} %"
+        return "" if value is None else f"{value:.2%}"
 
     state = f"{run.state} on {run.where}" if run.where else run.state
     step = "" if run.step is None else f"{run.step}/{run.total_steps}" if run.total_steps else str(run.step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,11 @@ HUB_NAMES = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100", "imag
 """What Hugging Face calls our data sets."""
 TORCHVISION = ("resnet18", "resnet50")
 """Networks of ours that are torchvision's own."""
+PACKAGES = {
+    "torch": "torch", "torchvision": "torchvision", "safetensors": "safetensors", "numpy": "numpy",
+    "onnxruntime": "onnxruntime", "coremltools": "coremltools on a Mac", "ghostmask": "ghostmask",
+}  # fmt: skip
+"""What lines that load a network may import -> what a reader has to have."""
 
 
 def torchvision_builds(config: Mapping[str, Any]) -> bool:
@@ -44,9 +50,13 @@ def plain_load(summary: Mapping[str, Any], has_file: bool) -> str:
     )
 
 
-def card(summary: Mapping[str, Any], load: str, files: Sequence[str], notes: Sequence[str] = ()) -> str:
+def card(
+    summary: Mapping[str, Any], load: str, files: Sequence[str], notes: Sequence[str] = (), *,
+    loads: Mapping[str, str] | None = None, sources: Sequence[str] = (),
+) -> str:  # fmt: skip
     """The text. summary: of summary.json, with what only a whole run knows; load: lines of Python that define `net`;
-    files: names of what lies beside the card; notes: sentences on this format."""
+    files: names of what lies beside the card; notes: sentences on this format; loads: other lines that define `net`, by
+    what they are called; sources: what these lines import from files beside the card, which needs packages too."""
     network, data = summary["network"], summary["config"]["data"]["dataset"]
     title = f"{network['name']}, {1 - summary['density']:.2%} sparse, on {data}"
     parts = [
@@ -54,7 +64,8 @@ def card(summary: Mapping[str, Any], load: str, files: Sequence[str], notes: Seq
         f"# {title}",
         _sentence(summary),
         _facts(summary),
-        f"## Load\n\nNeeds {_needs(load)}; in this folder:\n\n```python\n{load}\n```",
+        f"## Load\n\nNeeds {_needs(load, *sources)}; in this folder:\n\n```python\n{load}\n```",
+        *(f"Or, as {name} (needs {_needs(own)}):\n\n```python\n{own}\n```" for name, own in (loads or {}).items()),
         "\n".join([f"Files: {', '.join(f'`{name}`' for name in files)}.", *notes]),
         f"## Images\n\n{_images(summary)}",
         f"## Classes\n\n{_classes(summary)}",
@@ -111,12 +122,10 @@ def _facts(summary: Mapping[str, Any]) -> str:
     return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
-def _needs(load: str) -> str:
-    known = {"torch": "torch", "torchvision": "torchvision", "safetensors": "safetensors", "onnxruntime": "onnxruntime",
-             "coremltools": "coremltools on a Mac", "numpy": "numpy"}  # fmt: skip
-    words = load.replace(".", " ").split()
-    names = [text for name, text in known.items() if name in words]
-    return ", ".join(dict.fromkeys(names if "torch" in names else ["torch", *names]))
+def _needs(*sources: str) -> str:
+    """The packages that lines of Python import; torch too, whose tensors all of them are given."""
+    names = re.findall(r"^(?:from|import) (\w+)", "\n".join(sources), re.MULTILINE)
+    return ", ".join(dict.fromkeys(["torch", *(PACKAGES[name] for name in names if name in PACKAGES)]))
 
 
 def _images(summary: Mapping[str, Any]) -> str:

@@ -45,11 +45,12 @@ def _export(arguments: Namespace) -> int:
 
 def _export_format(arguments: Namespace) -> int:
     refuse_ranks(f"export --format {arguments.format}")
+    run = run_or_export(arguments.run)
     prepare_environment("cpu")
     from ghostmask.launcher.exporting.convert import export_format, exported_folder
     from ghostmask.launcher.exporting.exported import Options
 
-    source = exported_folder(run_or_export(arguments.run))
+    source = exported_folder(run)
     out = locate.output_folder(arguments.out, source / folder_name(arguments.format))
     options = Options(arguments.values or VALUES[0], arguments.coding or CODINGS[0])
     return export_format(source, out, arguments.format, options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from pathlib import Path
 
@@ -38,7 +37,6 @@ def write(exported: Exported, folder: Path, options: Options) -> Written:
         )  # fmt: skip
         pruner = optimize.OpThresholdPrunerConfig(threshold=THRESHOLD, minimum_sparsity_percentile=0.3)
         model = optimize.prune_weights(model, optimize.OptimizationConfig(global_config=pruner))
-    shutil.rmtree(folder / FILE, ignore_errors=True)
     model.save(str(folder / FILE))
     note = (
         f"Core ML, for iOS 16 and macOS 13 on, one image at a time; zeros are stored as such (threshold {THRESHOLD})."

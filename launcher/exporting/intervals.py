@@ -26,7 +26,6 @@ PADDED = (nn.AvgPool2d,)
 """Zeros around the image may count."""
 MONOTONE_CALLS: dict[Any, Any] = {torch.relu: torch.relu, functional.relu: torch.relu, "relu": torch.relu}
 SAME_CALLS = (functional.dropout, functional.adaptive_avg_pool2d, "contiguous")
-FLATTENING_CALLS = ("flatten", torch.flatten, "view", "reshape")
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 
 
@@ -42,7 +41,7 @@ def role(node: fx.Node, modules: dict[str, nn.Module]) -> str:
         return "add" if _shape(inputs[0]) == _shape(inputs[1]) else "opaque"
     same = len(inputs) == 1 and _shape(inputs[0])[:2] == _shape(node)[:2]
     each = node.target is blurred or node.target in MONOTONE_CALLS or node.target in SAME_CALLS
-    flat = node.target in FLATTENING_CALLS and len(_shape(node)) == 2
+    flat = node.target is torch.flatten and len(_shape(node)) == 2  # see note_shapes
     return "each" if same and (each or flat or _is_mean(node)) else "opaque"
 
 
@@ -51,17 +50,17 @@ def _role_of_layer(layer: nn.Module, node: fx.Node) -> str:
         depthwise = layer.groups == layer.in_channels == layer.out_channels > 1
         return "each" if depthwise else "mix" if layer.groups == 1 else "opaque"
     if isinstance(layer, nn.Linear):
-        return "mix" if len(_shape(node.args[0])) == 2 else "opaque"
+        return "mix" if len(_shape(node.all_input_nodes[0])) == 2 else "opaque"
     each = (*MONOTONE, *OTHER_ACTIVATIONS, *SAME, *PADDED, nn.BatchNorm2d, nn.BatchNorm1d)
     if isinstance(layer, nn.AvgPool2d) and layer.divisor_override is not None:  # no mean
         return "opaque"
-    flat = isinstance(layer, nn.Flatten) and _shape(node) == _shape(node.args[0])[:2]
+    flat = isinstance(layer, nn.Flatten) and _shape(node) == _shape(node.all_input_nodes[0])[:2]
     return "each" if isinstance(layer, each) or flat else "opaque"
 
 
 def _is_mean(node: fx.Node) -> bool:
     """Whether a call takes the mean of each channel's whole image."""
-    if node.target not in ("mean", torch.mean) or len(_shape(node.args[0])) != 4:
+    if node.target not in ("mean", torch.mean) or len(_shape(node.all_input_nodes[0])) != 4:
         return False
     dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
     return isinstance(dims, list | tuple) and {d % 4 for d in dims if isinstance(d, int)} == {2, 3}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections.abc import Sequence
@@ -11,9 +12,13 @@ import torch
 from torch import fx, nn
 
 from ghostmask.engine.errors import InputError
-from ghostmask.launcher.exporting.tracing import traced
+from ghostmask.launcher.exporting.tracing import compare, traced
 
 FILE = "network.py"
+SAME = 1e-4
+"""Difference of outputs, in shares of the largest, that rounding makes."""
+TENSORS = (nn.ParameterList, nn.ParameterDict)
+"""Of torch.nn, and no layers."""
 HEAD = '''"""{title}
 
 Network() has the weights' names of the file beside this one: net.load_state_dict(load_file("model.safetensors")).
@@ -48,14 +53,25 @@ def network_source(net: nn.Module, title: str, image_shape: Sequence[int], num_c
     net: in eval mode what Network() computes too; a GraphModule is taken as it is. title: the first line of the
     docstring. Raises InputError for a network that is not made of torch.nn's layers, or that cannot be traced.
     """
+    try:
+        return _source(net, title, image_shape, num_classes)
+    except Exception as error:  # whatever building and calling such a network may raise
+        if isinstance(error, InputError) and str(error).startswith("the network cannot be written"):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise InputError(f"the network cannot be written as a file of its own: {reason}") from error
+
+
+def _source(net: nn.Module, title: str, image_shape: Sequence[int], num_classes: int) -> str:
     graph = net if isinstance(net, fx.GraphModule) else traced(net)
     code = graph.graph.python_code("self")
-    forward = "\n".join(f"    {line}".rstrip() for line in code.src.strip().splitlines())
+    lines = [line for line in code.src.splitlines() if not line.startswith("torch.fx._symbolic_trace.wrap(")]
+    forward = "\n".join(f"    {line}".rstrip() for line in lines).strip("\n")
     source = HEAD.format(
         title=title, imports=_imports(code.globals, code.src), layers="\n".join(_layers(net)), forward=forward + "\n",
         shape=", ".join(map(str, image_shape)), classes=num_classes,
     )  # fmt: skip
-    _compare(_check(net, graph, source), graph, image_shape)
+    _check(net, graph, source, image_shape)
     return source
 
 
@@ -66,7 +82,10 @@ def _layers(net: nn.Module) -> list[str]:
     for name, module in net.named_modules():
         if inside and name.startswith(inside):
             continue
-        if name and not list(module.children()) and tracer.is_leaf_module(module, name):
+        layer = (
+            tracer.is_leaf_module(module, name) and not isinstance(module, TENSORS) and type(module) is not nn.Module
+        )
+        if name and layer and not list(module.children()):
             lines.append(f'        _place(self, "{name}", nn.{_constructor(module)})')
             inside = f"{name}."
             continue
@@ -79,9 +98,15 @@ def _layers(net: nn.Module) -> list[str]:
 
 
 def _constructor(module: nn.Module) -> str:
-    text = repr(module)
+    """A layer's own text, with what that leaves out."""
+    text = re.sub(r"padding_mode=(\w+)", r"padding_mode='\1'", repr(module))
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         text = text.replace(", bias=True", "")  # which no torch before 2.13 knows
+    for name, parameter in inspect.signature(type(module)).parameters.items():
+        value = getattr(module, name, parameter.default)
+        said = f"{name}=" in text or value is None or not isinstance(value, int | float | str)
+        if not said and parameter.default is not inspect.Parameter.empty and value != parameter.default:
+            text = f"{text[:-1]}{'' if text.endswith('()') else ', '}{name}={value!r})"
     return text
 
 
@@ -103,34 +128,23 @@ def _imports(names: dict[str, Any], code: str) -> str:
     return "\n".join([*dict.fromkeys(lines), *functions]) + "\n\n"
 
 
-def _check(net: nn.Module, graph: fx.GraphModule, source: str) -> nn.Module:
-    """What the file builds, on the meta device. Raises InputError unless it has the names and shapes of `net`."""
+def _check(net: nn.Module, graph: fx.GraphModule, source: str, image_shape: Sequence[int]) -> None:
+    """Raise InputError unless the file builds a network with the names, the shapes and the outputs of `net`."""
     space: dict[str, Any] = {"__name__": "network"}
+    with torch.device("meta"):
+        exec(compile(source, FILE, "exec"), space)
+        built: nn.Module = space["Network"]()
+    found, expected = ({n: t.shape for n, t in one.state_dict().items()} for one in (built, net))
+    if differ := [n for n in {**found, **expected} if found.get(n) != expected.get(n)]:
+        raise InputError(f"{differ[0]!r} is not kept as layers of torch.nn and state dicts keep theirs")
+    known = {name for name, _ in (*built.named_parameters(), *built.named_buffers())}
+    if unknown := {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"} - known:
+        raise InputError(f"it reads {min(unknown)}, which stands in no state dict")
+    like = next((tensor for tensor in net.state_dict().values() if tensor.is_floating_point()), torch.zeros(()))
+    built = built.to_empty(device=like.device).to(like.dtype)
+    built.load_state_dict(net.state_dict())
     try:
-        with torch.device("meta"):
-            exec(compile(source, FILE, "exec"), space)
-            built: nn.Module = space["Network"]()
-        found = {name: tensor.shape for name, tensor in built.state_dict().items()}
-        known = {name for name, _ in (*built.named_parameters(), *built.named_buffers())}
-    except Exception as error:
-        raise InputError(f"the network cannot be written as a file of its own: {str(error)[:200]}") from error
-    if found != {name: tensor.shape for name, tensor in net.state_dict().items()}:
-        raise InputError("the network cannot be written as a file of its own: it has layers that are not torch.nn's")
-    read = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
-    if not read <= known:
-        raise InputError(f"the network cannot be written as a file of its own: it reads {sorted(read - known)}")
-    return built
-
-
-@torch.no_grad()
-def _compare(built: nn.Module, graph: fx.GraphModule, image_shape: Sequence[int]) -> None:
-    """Raise InputError unless both compute the same of an image: a layer's text may leave out what it does."""
-    state = graph.state_dict()
-    like = next((tensor for tensor in state.values() if tensor.is_floating_point()), torch.zeros(()))
-    image = torch.rand(1, *image_shape, generator=torch.Generator().manual_seed(0)).to(like)
-    built = built.to_empty(device=like.device).to(like.dtype).eval()
-    built.load_state_dict(state)
-    if not torch.allclose(built(image), graph.eval()(image), rtol=1e-4, atol=1e-5, equal_nan=True):
+        compare(built, copy.deepcopy(net), image_shape, SAME)
+    except InputError as error:
         layers = sorted({type(layer).__name__ for layer in graph.modules() if not list(layer.children())})
-        why = f"one of its layers ({', '.join(layers)}) does something that its text leaves out"
-        raise InputError(f"the network cannot be written as a file of its own: {why}")
+        raise InputError(f"{error}, or one of its layers ({', '.join(layers)}) does more than its text says") from None

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 
 from ghostmask.launcher.exporting.intervals import Interval, intervals, is_padded, mixing_weights, role
+from ghostmask.launcher.exporting.tracing import uses
 
 ROUNDS = 1000
 """More than any network has layers: each round but the last takes a channel out."""
 
 
-def remove_dead_channels(graph: fx.GraphModule, image_shape: Sequence[int]) -> dict[str, tuple[int, int]]:
+def remove_dead_channels(graph: fx.GraphModule) -> dict[str, tuple[int, int]]:
     """Take the dead channels out of a graph, in place; returns (outputs before, after) of each layer that has fewer.
 
     Dead are channels that nothing reads through a weight that is not 0, and constant ones (`intervals`): what a
     constant adds to the layers that read it goes into their biases or, where they see it beside zeros around the image,
     into the weights of one constant channel that stays. Channels that are added together, or pass through the same
     layer, are kept or removed together. A layer keeps one channel at least; inputs and outputs, and what lies beside an
-    operation that is not known, stay.
+    operation that is not known, stay. The graph's nodes have meta["shape"].
     """
     _untie(graph)
     modules = dict(graph.named_modules())
     before = {n: _outputs(m) for n, m in modules.items() if isinstance(m, nn.Conv2d | nn.Linear)}
-    _note_shapes(graph, image_shape)
     for _ in range(ROUNDS):
         bounds = intervals(graph)
         _fix_constants(graph, modules, bounds)
@@ -52,22 +49,12 @@ def _outputs(layer: nn.Module) -> int:
     return int(layer.get_parameter("weight").shape[0])
 
 
-def _note_shapes(graph: fx.GraphModule, image_shape: Sequence[int]) -> None:
-    """meta["shape"] of every node, by a pass of two images."""
-    parameter = next(graph.parameters())
-    with torch.no_grad():
-        ShapeProp(graph).propagate(torch.zeros(2, *image_shape, dtype=parameter.dtype))
-    for node in graph.graph.nodes:
-        meta = node.meta.get("tensor_meta")
-        node.meta["shape"] = tuple(meta.shape) if hasattr(meta, "shape") else ()
-
-
 @torch.no_grad()
 def _fix_constants(graph: fx.GraphModule, modules: dict[str, nn.Module], bounds: dict[fx.Node, Interval]) -> None:
     """A constant output of a layer becomes its bias, and its weights 0, so that what it read may go."""
-    uses = _uses(graph, modules)
+    used = uses(graph)
     for node in graph.graph.nodes:
-        if node not in bounds or role(node, modules) != "mix" or uses[str(node.target)] > 1:
+        if node not in bounds or role(node, modules) != "mix" or used[str(node.target)] > 1:
             continue
         layer, (low, high) = modules[str(node.target)], bounds[node]
         constant = _constant(low, high)
@@ -87,11 +74,11 @@ def _groups(graph: fx.GraphModule, modules: dict[str, nn.Module]) -> list[list[f
             node = parent[node]
         return node
 
-    uses = _uses(graph, modules)
+    used = uses(graph)
     for node in graph.graph.nodes:
         kind = role(node, modules)
         inputs = node.all_input_nodes
-        if kind == "opaque" or uses.get(str(node.target), 0) > 1:
+        if kind == "opaque" or used.get(str(node.target), 0) > 1:
             pinned.update([node, *inputs])
         elif kind in ("each", "add"):
             for other in inputs:
@@ -103,15 +90,6 @@ def _groups(graph: fx.GraphModule, modules: dict[str, nn.Module]) -> list[list[f
         if find(node) not in roots:
             found.setdefault(find(node), []).append(node)
     return list(found.values())
-
-
-def _uses(graph: fx.GraphModule, modules: dict[str, nn.Module]) -> dict[str, int]:
-    """How often each layer with weights is called."""
-    uses: dict[str, int] = {}
-    for node in graph.graph.nodes:
-        if node.op == "call_module" and modules[str(node.target)].state_dict():
-            uses[str(node.target)] = uses.get(str(node.target), 0) + 1
-    return uses
 
 
 @torch.no_grad()

@@ -64,7 +64,7 @@ def _compare(arguments: Namespace) -> int:
     refuse_ranks("compare")
     if arguments.out.suffix not in PICTURES:
         raise bad_value("--out", str(arguments.out), f"give a file that ends in {' or '.join(PICTURES)}")
-    locate.check_writable(arguments.out.parent, "--out", str(arguments.out))
+    locate.output_file("--out", arguments.out, new_folder=True)
     from ghostmask.launcher.cluster.status import known_runs
     from ghostmask.launcher.looking.compare import compare
 
@@ -87,7 +87,7 @@ def _report(arguments: Namespace) -> int:
     out = arguments.out or run / "report" / "report.html"
     if out.suffix not in (".html", ".htm"):
         raise bad_value("--out", str(out), "give a file that ends in .html")
-    locate.check_writable(out.parent, "--out", str(out))
+    locate.output_file("--out", out, new_folder=True)
     from ghostmask.launcher.looking.report import report
 
     return report(run, out)

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ghostmask.launcher.looking.charts import Map, bars, heat
-from ghostmask.launcher.looking.events import Histogram
 from ghostmask.launcher.looking.read import Seen, is_number
 
 MOST_COLUMNS = 200
@@ -54,16 +53,15 @@ def density_map(seen: Seen) -> list[tuple[bytes, str]]:
     return [(drawn, f"density of each of {len(names)} layers, from step {steps[0]:,.0f} to {steps[1]:,.0f}")]
 
 
-def probability_pictures(histograms: Mapping[str, tuple[int, Histogram]]) -> list[tuple[bytes, str]]:
+def probability_pictures(seen: Seen) -> list[tuple[bytes, str]]:
     """The probabilities of all weights, and of each layer, when they were logged last; [] of a run without any."""
-    found = {n[12:]: (at, h) for n, (at, h) in histograms.items() if n.startswith("probability/") and _is_whole(h)}
-    if not found:
+    found = [(line["step"], _counts(line)) for line in seen.lines]
+    step, layers = next(((step, layers) for step, layers in reversed(found) if layers), (0, {}))
+    if not layers:
         return []
-    limits = next(iter(found.values()))[1][0]
-    same = {name: counts for name, (_, (bounds, counts)) in found.items() if bounds == limits}
-    step = max(at for at, _ in found.values())
-    total = [sum(column) for column in zip(*same.values(), strict=True)]
-    shares = [[count / sum(counts) for count in counts] for counts in same.values()]
+    total = [sum(column) for column in zip(*layers.values(), strict=True)]
+    limits = [(i + 1) / len(total) for i in range(len(total))]
+    shares = [[count / sum(counts) for count in counts] for counts in layers.values()]
     number = sum(total)
     ends = (total[0] + total[-1]) / number
     words = (
@@ -71,8 +69,8 @@ def probability_pictures(histograms: Mapping[str, tuple[int, Histogram]]) -> lis
     )
     return [
         (bars("probabilities of all weights", limits, total), words),
-        (heat(Map("probabilities of each layer", list(same), shares, (0.0, limits[-1]), "probability")),
-         f"share of the probabilities of each of {len(same)} layers by their value, at step {step:,}"),
+        (heat(Map("probabilities of each layer", list(layers), shares, (0.0, limits[-1]), "probability")),
+         f"share of the probabilities of each of {len(layers)} layers by their value, at step {step:,}"),
     ]  # fmt: skip
 
 
@@ -82,6 +80,12 @@ def zeros_rows(seen: Seen) -> list[dict[str, Any]]:
     return [{"name": name, "share": share} for name, share in found if share is not None]
 
 
-def _is_whole(histogram: Histogram) -> bool:
-    limits, counts = histogram
-    return len(limits) == len(counts) > 0 and sum(counts) > 0
+def _counts(line: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Layer -> how many of its probabilities lie in each of equal parts of [0, 1]; {} of a line without them."""
+    found = {key[12:]: value for key, value in line.items() if key.startswith("probability/")}
+    size = max((len(counts) for counts in found.values() if isinstance(counts, list)), default=0)
+    return {
+        name: counts
+        for name, counts in found.items()
+        if isinstance(counts, list) and len(counts) == size and all(map(is_number, counts)) and sum(counts) > 0
+    }

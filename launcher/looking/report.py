@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ghostmask.engine.atomic import replacing
 from ghostmask.engine.errors import output
+from ghostmask.launcher.locate import writing_to
 from ghostmask.launcher.looking.diagnosis import diagnosis
-from ghostmask.launcher.looking.events import Start, read_events
+from ghostmask.launcher.looking.events import Start, read_starts
 from ghostmask.launcher.looking.layers import density_map, largest, layer_rows, probability_pictures, zeros_rows
 from ghostmask.launcher.looking.read import Seen, look, phases
 from ghostmask.launcher.looking.runs import age, progress, written
@@ -41,7 +41,7 @@ def report(folder: Path, out: Path) -> int:
     require("jinja2", "matplotlib")
     text = page(look(folder))
     out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(out) as writing:
+    with writing_to("--out", out) as writing:
         writing.write_text(text, encoding="utf-8")
     output(str(out))
     return 0
@@ -51,7 +51,6 @@ def page(seen: Seen) -> str:
     """The HTML of a run."""
     from jinja2 import Environment, StrictUndefined
 
-    starts, histograms = read_events(seen.folder)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(Path(__file__).with_name(TEMPLATE).read_text(encoding="utf-8"))
     return template.render(
@@ -59,8 +58,9 @@ def page(seen: Seen) -> str:
         settings=[(key, as_text(value)) for key, value in seen.settings.items()],
         curves=curve_pictures(seen), layers=layer_rows(seen),
         density=[Picture(svg, words) for svg, words in density_map(seen)],
-        probabilities=[Picture(svg, words) for svg, words in probability_pictures(histograms)],
-        zeros=zeros_rows(seen), starts=[start_row(start) for start in starts], most=largest(layer_rows(seen)),
+        probabilities=[Picture(svg, words) for svg, words in probability_pictures(seen)],
+        zeros=zeros_rows(seen), starts=[start_row(start) for start in read_starts(seen.folder)],
+        most=largest(layer_rows(seen)),
         attempts=[attempt_row(a) for a in seen.stands.attempts], made=_time(time.time()),
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from ghostmask.engine.errors import InputError, output
 from ghostmask.launcher import locate
 from ghostmask.launcher.cluster.standing import Standing, standing
-from ghostmask.launcher.cluster.status import all_runs, known_runs
+from ghostmask.launcher.cluster.status import known_runs
 from ghostmask.launcher.table import markdown
 
 WRITTEN = ("metrics.jsonl", "export/summary.json", "run.json", "config.yaml", "job.json")
@@ -22,7 +22,7 @@ WRITTEN = ("metrics.jsonl", "export/summary.json", "run.json", "config.yaml", "j
 def runs(named: Sequence[str], *, as_json: bool) -> int:
     """Print a line for each run, the newest first, of all in runs/ where none is named; returns 0. Folders that no run
     wrote are passed over."""
-    folders = known_runs(named) if named else all_runs(locate.RUNS)
+    folders = known_runs(named) if named else locate.runs_in(locate.RUNS)
     now = time.time()
     found = sorted(((written(folder), stands(folder)) for folder in folders), key=lambda one: -one[0])
     if as_json:
