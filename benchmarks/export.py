@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import chdir
 from dataclasses import dataclass
@@ -116,7 +117,9 @@ def _on_cpu(exports: Exports, images: Tensor, threads: int, quick: bool) -> dict
         if not quick and name != SAFETENSORS:
             work[f"{name}, compiled"] = _call(torch.compile(net, dynamic=False), images)
     if "small" in forms:
-        script = torch.jit.load(str(forms["small"].folder / "model.torchscript"))  # type: ignore[no-untyped-call]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that TorchScript is on its way out
+            script = torch.jit.load(str(forms["small"].folder / "model.torchscript"))  # type: ignore[no-untyped-call]
         program = torch.export.load(str(forms["small"].folder / "model.pt2")).module()
         work |= {"small, TorchScript": _call(script, images), "small, torch.export": _call(program, images)}
     for name in ("dense_onnx", "onnx"):

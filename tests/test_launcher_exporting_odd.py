@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -67,6 +68,12 @@ def rows(net: Any, x: Tensor) -> Tensor:
     return net.fc((parts[0] + parts[1]).mean(2))
 
 
+def conditions(net: Any, x: Tensor) -> Tensor:
+    positive = x > 0
+    both = operator.and_(positive, x < 1)
+    return net.conv2(x * positive * both)
+
+
 def adds_in_place(net: Any, x: Tensor) -> Tensor:
     y = net.conv3(x)
     y += x
@@ -107,6 +114,7 @@ FORWARDS: dict[str, Callable[[], Odd]] = {
     "added in place": lambda: Odd(adds_in_place, conv3=nn.Conv2d(16, 16, 1)),
     "no arguments": lambda: Odd(lambda net, x: net.conv2(net.act(x)), act=nn.Hardswish(inplace=True)),
     "stochastic depth": lambda: Odd(lambda net, x: net.conv2(net.deep(x) + x), deep=StochasticDepth(0.5, "row")),
+    "conditions": lambda: Odd(conditions),
     "type": lambda: Odd(lambda net, x: net.conv2(x.float()).relu()),
     "keyword": lambda: Odd(lambda net, x: net.conv2(net.norm2(input=x)).relu(), norm2=nn.BatchNorm2d(16)),
     "never called": lambda: Odd(rest=nn.Conv2d(3, 3, 3)),

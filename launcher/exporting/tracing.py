@@ -111,7 +111,7 @@ def _writes_in_place(node: fx.Node, graph: fx.GraphModule) -> bool:
     if node.op == "call_module":
         return getattr(graph.get_submodule(str(node.target)), "inplace", False) is True
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    ends = name.endswith("_") and not name.endswith("__")
+    ends = name.endswith("_") and not name.endswith("__") and getattr(operator, name, None) is not node.target  # and_
     return node.target in IN_PLACE or ends or node.kwargs.get("inplace") is True
 
 
