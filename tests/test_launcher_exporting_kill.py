@@ -22,9 +22,10 @@ from sparse_exports import DIGITS, export, network
 from ghostmask.engine import atomic
 from ghostmask.engine.atomic import replacing_folder
 from ghostmask.engine.errors import InputError
+from ghostmask.engine.spawn import PRELOAD, fork_server
 from ghostmask.launcher.cli import run_command
 from ghostmask.launcher.exporting.convert import write_format
-from ghostmask.launcher.exporting.exported import Exported, Options, read_exported
+from ghostmask.launcher.exporting.exported import Options, read_exported
 
 CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
 """Python's audit events of what changes a folder; `open` only where it is for writing."""
@@ -47,19 +48,25 @@ def dies_at(number: int, place: Path) -> dict[str, int]:
     return seen
 
 
-def killed(source: Exported, out: Path, name: str, number: int) -> int:
+def killed(source: Path, out: Path, name: str, number: int) -> int:
     """Export in a process that kills itself before one of its changes; how many there were where it did not, or 0."""
     counted = out.parent.with_suffix(".count")
-    child = os.fork()
-    if child == 0:
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(BaseException):
-            seen = dies_at(number, out.parent)
-            write_format(source, out, name, Options())
-            counted.write_text(str(seen["changes"]))
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) or counted.exists()
-    return 0 if os.WIFSIGNALED(status) else int(counted.read_text())
+    counted.unlink(missing_ok=True)
+    process = fork_server(*PRELOAD).Process(target=export_and_die, args=(source, out, name, number, counted))  # type: ignore[attr-defined]
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL or counted.exists()
+    return 0 if process.exitcode else int(counted.read_text())
+
+
+def export_and_die(source: Path, out: Path, name: str, number: int, counted: Path) -> None:
+    """In a process of its own, which never comes to its end if `number` is that of a change."""
+    torch.set_num_threads(1)
+    exported = read_exported(source)
+    with contextlib.redirect_stderr(io.StringIO()):
+        seen = dies_at(number, out.parent)
+        write_format(exported, out, name, Options())
+    counted.write_text(str(seen["changes"]))
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -95,9 +102,9 @@ def test_killed_before_any_change_it_leaves_all_earlier_files_or_all_new_ones(
     name: str, sources: tuple[Path, Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "place" / "x"
-    one, other = (read_exported(source) for source in sources)
+    one, other = sources
     out.parent.mkdir()
-    write_format(other, out, name, Options())
+    write_format(read_exported(other), out, name, Options())
     new = contents(out)
     changes = killed(one, out, name, 0)
     earlier = contents(out)
@@ -121,8 +128,8 @@ def test_killed_before_any_change_it_leaves_all_earlier_files_or_all_new_ones(
 
 
 def test_killed_in_the_first_export_it_leaves_none_or_all_of_it(sources: tuple[Path, Path], tmp_path: Path) -> None:
-    one, aside = read_exported(sources[0]), tmp_path / "aside"
-    write_format(one, aside, "packed", Options())
+    one, aside = sources[0], tmp_path / "aside"
+    write_format(read_exported(one), aside, "packed", Options())
     changes, found = killed(one, tmp_path / "first" / "x", "packed", 0), set()
     for number in range(1, changes + 2):
         out = tmp_path / str(number) / "x"
