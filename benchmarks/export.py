@@ -140,6 +140,8 @@ def _session(file: Path, images: Tensor, threads: int) -> Work:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    # Else its threads go on spinning after a run, on the cores of what is timed next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     feed = {"images": images.numpy()}
     return lambda: session.run(None, feed)

@@ -34,11 +34,13 @@ from ghostmask.masks.methods.probmask import relaxed_form
 from ghostmask.masks.prunable import prunable_weights
 from ghostmask.masks.relaxed import Search
 from ghostmask.masks.schedules import probability_rate
-from ghostmask.masks.scoring.topk import Budget, Units, largest
-from ghostmask.masks.settings import Protecting, Ranked
+from ghostmask.masks.scoring.topk import Budget, largest
+from ghostmask.masks.settings import Protecting, Ranked, n_of_m
+from ghostmask.masks.units.blocks import Blocks
 
-Method = Callable[[Sgd, float, Mapping[str, nn.Parameter]], Masked]
-"""(rule of the dense weights, their learning rate, the prunable weights) -> how these are made."""
+RUNS_ONLY = "the rest is for ghostmask's own runs"
+Method = Callable[[Sgd, float], Masked]
+"""(rule of the dense weights, their learning rate) -> how the prunable weights are made."""
 
 
 def optimizer(
@@ -67,7 +69,7 @@ def optimizer(
     weights = _trained_weights(net, only, exclude)
     pruned = {id(w) for w in weights.values()}
     others = {n: p for n, p in net.named_parameters() if id(p) not in pruned and p.requires_grad}
-    groups = [ParameterGroup(PRUNABLE, weights, method(rule, lr, weights), lr)]
+    groups = [ParameterGroup(PRUNABLE, weights, method(rule, lr), lr)]
     if others:
         groups.append(ParameterGroup("other", others, Plain({"weight": rule}), lr))
     return ShardedOptimizer(groups, clip=clip, sampling=Sampling(seed), placement=WholePlacement if place else None)
@@ -78,11 +80,11 @@ def probmask(
     temperature_end: float = 0.03, start_fraction: float = 0.16, end_fraction: float = 0.6, train_weights: bool = True,
     granularity: str = "weight", seed: int = 0,
 ) -> Method:  # fmt: skip
-    """ProbMask: a probability for every weight (or kernel), trained with Adam at `lr` under sum(s) <= density n.
+    """ProbMask: a probability for every weight, trained with Adam at `lr` under sum(s) <= density n.
 
     steps: optimizer steps of the whole search; its schedules move every steps_per_epoch of them. What decides the
-    probabilities is lr x steps: lr = 0 is 41 / steps, at least the paper's 6e-3 and at most 0.12. granularity: weight,
-    kernel or N:M. seed: of ties. Raises InputError.
+    probabilities is lr x steps: lr = 0 is 41 / steps, at least the paper's 6e-3 and at most 0.12. granularity: weight
+    or N:M. seed: of ties. Raises InputError.
     """
     settings = ProbMaskSettings(  # raises what the setting of that name would
         density=density, lr=lr, constraint=constraint, temperature_end=temperature_end, start_fraction=start_fraction,
@@ -92,38 +94,30 @@ def probmask(
     settings.require_fall("steps", steps, settings.falls, steps_per_epoch)
     start, end = settings.window(int, epochs)
     search = Search(settings.density, constraint, temperature_end, start, end, epochs, steps_per_epoch, seed)
-    relative = lr or probability_rate(steps)
-
-    def form(rule: Sgd, rate: float, weights: Mapping[str, nn.Parameter]) -> Masked:
-        return relaxed_form(search, rule if train_weights else None, relative / rate, _units(settings, weights))
-
-    return form
+    relative, units = lr or probability_rate(steps), _blocks(settings)
+    return lambda rule, rate: relaxed_form(search, rule if train_weights else None, relative / rate, units)
 
 
 def gmp(
     density: float, steps: int, *, every: int = 100, start_fraction: float = 0.16, end_fraction: float = 0.6,
     constraint: str = "global", granularity: str = "weight", seed: int = 0,
 ) -> Method:  # fmt: skip
-    """Gradual magnitude pruning: the largest |w| stay, chosen anew every `every` of `steps` steps. granularity: weight,
-    kernel or N:M. Raises InputError."""
+    """Gradual magnitude pruning: the largest |w| stay, chosen anew every `every` of `steps` steps. granularity: weight
+    or N:M. Raises InputError."""
     settings = GmpSettings(
         density=density, constraint=constraint, update_every=every, start_fraction=start_fraction,
         end_fraction=end_fraction, granularity=granularity,
     )  # fmt: skip
     settings.require_fall("steps", steps, settings.falls)
     first, last = settings.window(round, steps)
-
-    def form(rule: Sgd, rate: float, weights: Mapping[str, nn.Parameter]) -> Masked:
-        budget = Budget(settings.density, constraint, seed=seed, units=_units(settings, weights))
-        return Shrinking(rule, budget, first, last, every)
-
-    return form
+    budget = Budget(settings.density, constraint, seed=seed, units=_blocks(settings))
+    return lambda rule, _: Shrinking(rule, budget, first, last, every)
 
 
 def fixed(masks: Mapping[str, Tensor]) -> Method:
     """A given mask: bool tensors by parameter name, one for each prunable weight (else `optimizer` raises
     InputError)."""
-    return lambda rule, *_: FixedMask(rule, masks)
+    return lambda rule, _: FixedMask(rule, masks)
 
 
 def magnitude_masks(
@@ -138,10 +132,13 @@ def magnitude_masks(
     settings = Protecting(
         density=density, constraint=constraint, min_per_layer=min_per_layer, granularity=granularity
     )  # fmt: skip
+    if granularity == "channel":
+        raise bad_value("granularity", granularity, f"give weight, kernel or N:M; {RUNS_ONLY}")
     weights = _trained_weights(net, only, exclude)
     part = Slice.even(weights, single(next(iter(weights.values())).device))
     with torch.no_grad():
-        budget = Budget(settings.density, constraint, min_per_layer, units=_units(settings, weights))
+        units = units_of(settings, net, weights, None, dict)
+        budget = Budget(settings.density, constraint, min_per_layer, units=units)
         return part.gathered(largest(part, part.cut(weights).abs(), budget))
 
 
@@ -167,10 +164,13 @@ def initialize(model: nn.Module, optimizer: ShardedOptimizer, config: dict[str, 
     return with_deepspeed(model, optimizer, config, world)
 
 
-def _units(settings: Ranked, weights: Mapping[str, nn.Parameter]) -> Units | None:
-    if settings.granularity == "channel":
-        raise bad_value("granularity", "channel", "give weight, kernel or N:M; channels are for ghostmask's own runs")
-    return units_of(settings, nn.Module(), weights, None, dict)
+def _blocks(settings: Ranked) -> Blocks | None:
+    """Of granularity N:M, which needs to know nothing of the network. Raises InputError for kernels and channels."""
+    if block := n_of_m(settings.granularity):
+        return Blocks(*block)
+    if settings.granularity != "weight":
+        raise bad_value("granularity", settings.granularity, f"give weight or N:M; {RUNS_ONLY}")
+    return None
 
 
 def _trained_weights(net: nn.Module, only: Sequence[str], exclude: Sequence[str]) -> dict[str, nn.Parameter]:
