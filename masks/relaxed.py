@@ -25,6 +25,7 @@ from ghostmask.masks.masked import Masked
 from ghostmask.masks.schedules import cubic_density, linear_temperature
 from ghostmask.masks.scoring.topk import Budget, Units, largest
 from ghostmask.masks.units.blocks import Kernels
+from ghostmask.masks.units.parts import parts_of, with_whole_units
 
 START = 1.0
 """The probability that every weight starts with."""
@@ -132,16 +133,29 @@ class RelaxedMask(Masked):
         self.threshold = project_(runs, [self.density * n for n in numels], numels, part.world).mean()
 
     def _constrain_cost(self, state: State, part: Slice, units: Kernels) -> Tensor:
-        """Onto {sum over weights of cost x s <= density x the cost of all}, evenly: shifts that grow with the cost
-        empty the early layers (D109)."""
-        each = units.costs(part)
-        begins = [sum(part.layout.numels[:layer]) for layer in range(len(each))]
-        priced: dict[int, list[tuple[Tensor, int]]] = {cost: [] for cost, _ in each}
-        for x in part.segments:
-            own = state["probability"][x.start : x.start + x.numel]
-            priced[each[x.layer][0]].append((own, begins[x.layer] + x.offset))
-        budget = self.density * sum(cost * number for cost, number in each)
-        return project_costs_(priced, budget, part.world, even=True)
+        """Onto {sum over units of cost x s <= density x the cost of all}, evenly: shifts that grow with the cost empty
+        the early layers (D109). Over the units that begin here; the other weights of a kernel then follow its first."""
+        s, costs, parts = state["probability"], units.costs(part), list(parts_of(part, units.lengths))
+        owned = [x.owned(s).contiguous() for x in parts]
+        layers: list[list[tuple[Tensor, int]]] = [[] for _ in costs]
+        for x, own in zip(parts, owned, strict=True):
+            layers[x.segment.layer].append((own, x.number + x.cut))
+        if self.search.constraint == "layerwise":
+            numbers = [number for _, number in costs]
+            threshold = project_(layers, [self.density * n for n in numbers], numbers, part.world).mean()
+        else:
+            priced: dict[int, list[tuple[Tensor, int]]] = {cost: [] for cost, _ in costs}
+            for (cost, _), runs in zip(costs, layers, strict=True):
+                priced[cost] += runs
+            budget = self.density * sum(cost * number for cost, number in costs)
+            threshold = project_costs_(priced, budget, part.world, even=True)
+        if max(units.lengths.values()) > 1:
+            for x, own in zip(parts, owned, strict=True):
+                x.owned(s).copy_(own)
+            for x, rows in with_whole_units(part, s, units.lengths):
+                if x.length > 1:
+                    x.of(s).copy_(x.spread(rows[:, 0]))
+        return threshold
 
     def mask(self, state: State, part: Slice) -> Tensor:
         """(n,) bool: the round(density n) most probable weights, at the present density, or what was fixed."""
