@@ -8,6 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 VENV=.venv
 STAMP=$VENV/.ghostmask-setup
+NEEDED_GB=8 # .venv with torch's CUDA libraries, and the largest package while it is unpacked
 FITS='import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 13) else 1)'
 
 main() {
@@ -17,6 +18,7 @@ main() {
     local interpreter
     interpreter=$(find_python) || exit 1
     install_system_packages "$interpreter"
+    check_disk
     make_venv "$interpreter"
     install_packages
     check_imports
@@ -48,6 +50,16 @@ find_python() {
         say "or name one: PYTHON=/path/to/python3.12 make ..."
     } >&2
     return 1
+}
+
+# A disk that gets full in the middle leaves half an installation, and errors that do not say so.
+check_disk() {
+    local free
+    free=$(($(df -Pk . | awk 'NR == 2 { print $4 }') / 1000000))
+    if [ "$free" -lt "$NEEDED_GB" ] && ! [ -d "$(echo "$VENV"/lib/python*/site-packages/torch)" ]; then
+        say "needs $NEEDED_GB GB on the disk of $PWD, where $free GB are free; free some, or clone to a larger disk" >&2
+        exit 1
+    fi
 }
 
 # Debian's names of what is missing. Asks for the thing itself, not for the package, so that machines that have it

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +14,8 @@ import pytest
 
 ORDER = ("project", "engine", "models", "masks", "data_pipelines", "launcher")
 """Packages in the order of their tests: those that fail in milliseconds before those that start training runs."""
+NEEDED_BYTES = 3 << 30
+"""Free in the folder for temporary files: about twice what the tests were seen to hold at once."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -19,6 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
     Ranks and tests share few cores: one thread each is faster than all of them each. Tests are for CPUs, with more
     ranks than there may be GPUs; those for GPUs are run by themselves.
     """
+    _use_own_temporary_folder()
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
     if not all("test_project_cuda" in argument for argument in config.args):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -27,6 +33,28 @@ def pytest_configure(config: pytest.Config) -> None:
     fork_server(
         *PRELOAD, "ghostmask.data_pipelines.writing.writer", "torchvision.transforms.v2"
     )  # one server for all tests: it imports once
+
+
+def _use_own_temporary_folder() -> None:
+    """What tests and the processes that they kill leave in the folder for temporary files is removed at the end.
+
+    Folders of failed tests stay, and are named with the failure. A disk that would get full in the middle (which fails
+    every test after that) is refused before the first.
+    """
+    parent = tempfile.gettempdir()
+    free = shutil.disk_usage(parent).free
+    if free < NEEDED_BYTES:
+        needed = f"{NEEDED_BYTES >> 30} GiB free in {parent}, and there are {free / 2**30:.1f}"
+        pytest.exit(f"the tests need {needed}: free some, or set TMPDIR to a larger disk", returncode=2)
+    folder = tempfile.mkdtemp(prefix="ghostmask-tests-")
+    os.environ["TMPDIR"] = tempfile.tempdir = folder
+    atexit.register(_remove_unless_failed, Path(folder), os.getpid())
+
+
+def _remove_unless_failed(folder: Path, owner: int) -> None:
+    """At the end of the process: after pytest, and after multiprocessing has left its folder."""
+    if os.getpid() == owner and not any(folder.glob("pytest-of-*/pytest-*")):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

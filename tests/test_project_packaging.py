@@ -169,3 +169,13 @@ def test_setup_asks_only_for_what_is_missing(bare_checkout: Path) -> None:
 def normal(name: str) -> str:
     """A distribution's name as the index compares it."""
     return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_setup_on_a_disk_that_is_too_small_says_so_before_it_installs(bare_checkout: Path, small_disk: Path) -> None:
+    checkout = small_disk / "checkout"
+    shutil.copytree(bare_checkout, checkout, symlinks=True, ignore=shutil.ignore_patterns("disk"))
+    path = os.environ["PATH"]
+    code, output = setup_output(checkout, PATH=path, PYTHON=os.path.realpath(sys.executable))
+    assert code == 1
+    assert f"needs 8 GB on the disk of {checkout}, where 0 GB are free" in output
+    assert not (checkout / ".venv").exists()
