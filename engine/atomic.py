@@ -8,8 +8,8 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 WRITING, EARLIER = "writing", "earlier"
@@ -33,6 +33,22 @@ def replacing(path: Path, mark: str = "") -> Iterator[Path]:
         sync(path.parent)  # the rename itself is on disk only when the folder is
     finally:
         writing.unlink(missing_ok=True)
+
+
+def replace_files(folder: Path, contents: Mapping[str, bytes], mark: str = "") -> None:
+    """Write files of `folder`, by name, of which the last says that all are there: a kill at any moment leaves all
+    earlier ones, all new ones, or no last one. What lies beside them stays.
+
+    All are on disk before the first is replaced, so a full disk leaves the earlier ones. mark: see `replacing`.
+    """
+    *_, last = contents
+    with ExitStack() as renames:  # from the innermost out, so the last file's first
+        for name, content in reversed([*contents.items()]):
+            writing = renames.enter_context(replacing(folder / name, mark))
+            writing.write_bytes(content)
+            sync(writing)
+        (folder / last).unlink(missing_ok=True)
+        sync(folder)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ghostmask.data_pipelines.open import preprocessing
-from ghostmask.engine.atomic import replacing
+from ghostmask.engine.atomic import replace_files
 from ghostmask.engine.checkpoint.state_file import read_state_dict
 from ghostmask.engine.errors import InputError
 from ghostmask.launcher.config import RunConfig
@@ -48,8 +48,9 @@ def write_export(
     network. accuracy: evaluation accuracy in [0, 1], None where there was no evaluation; top5: as
     Score's. config: the resolved configuration, JSON-able. usage: what is done to an image before the network sees it
     (see `use`), written as "preprocessing". facts: "network", "run", "data" and "versions" (docs/export.md), without
-    which there is no model card. mark: see engine.atomic.replacing. Call it on one rank. Each file appears whole or not
-    at all, the summary last. Raises ValueError for a mask that fits no weight.
+    which there is no model card. mark: see engine.atomic.replacing. Call it on one rank. A kill leaves
+    all earlier files, all new ones, or no summary (see engine.atomic.replace_files). Raises ValueError for a mask that
+    fits no weight.
     """
     known = {} if usage is None else {"preprocessing": usage}
     # Not save_file: it makes the file unreadable for everybody else (mode 0600), whatever the umask is.
@@ -62,11 +63,8 @@ def write_export(
     text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
     texts = _beside(summary) if facts else {}
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / MODEL_FILE, mark) as writing:
-        writing.write_bytes(content)
-    for name, words in {**texts, SUMMARY_FILE: text}.items():
-        with replacing(folder / name, mark) as writing:
-            writing.write_text(words, encoding="utf-8")
+    words = {name: text.encode() for name, text in {**texts, SUMMARY_FILE: text}.items()}
+    replace_files(folder, {MODEL_FILE: content, **words}, mark)
     return summary
 
 

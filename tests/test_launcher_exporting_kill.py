@@ -26,6 +26,7 @@ from ghostmask.engine.spawn import PRELOAD, fork_server
 from ghostmask.launcher.cli import run_command
 from ghostmask.launcher.exporting.convert import write_format
 from ghostmask.launcher.exporting.exported import Options, read_exported
+from ghostmask.launcher.exporting.registry import PLAIN
 
 CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
 """Python's audit events of what changes a folder; `open` only where it is for writing."""
@@ -68,7 +69,10 @@ def export_and_die(source: Path, out: Path, name: str, number: int, counted: Pat
     exported = read_exported(source)
     with contextlib.redirect_stderr(io.StringIO()):
         seen = dies_at(number, out.parent)
-        write_format(exported, out, name, Options())
+        if name == PLAIN:
+            export(out, exported.net, "digits_resnet", DIGITS)
+        else:
+            write_format(exported, out, name, Options())
     counted.write_text(str(seen["changes"]))
 
 
@@ -143,6 +147,27 @@ def test_killed_in_the_first_export_it_leaves_none_or_all_of_it(sources: tuple[P
     assert found == {True, False}
 
 
+def test_killed_at_any_change_a_plain_export_has_earlier_files_new_ones_or_no_summary(
+    sources: tuple[Path, Path], tmp_path: Path
+) -> None:
+    one, other = sources
+    out = tmp_path / "place" / "x"
+    out.mkdir(parents=True)
+    changes, found = killed(one, out, PLAIN, 0), []
+    ends = {"earlier": contents(one), "new": contents(other)}
+    assert contents(out) == ends["earlier"]
+    for number in range(1, changes + 2):
+        killed(other, out, PLAIN, number)
+        now = {name: digest for name, digest in contents(out).items() if not name.endswith(".writing")}
+        where = next((name for name, files in ends.items() if files == now), "no summary")
+        assert where != "no summary" or "summary.json" not in now
+        found.append(where)
+        killed(one, out, PLAIN, 0)
+        assert contents(out) == ends["earlier"], "what the kill left is gone"
+    assert found == sorted(found, key=["earlier", "no summary", "new"].index)
+    assert set(found) == {"earlier", "no summary", "new"}
+
+
 def test_a_disk_that_is_full_leaves_the_earlier_files_and_is_one_line(
     sources: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -159,6 +184,19 @@ def test_a_disk_that_is_full_leaves_the_earlier_files_and_is_one_line(
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert contents(out) == earlier
         assert sorted(os.listdir(tmp_path)) == sorted({name, *os.listdir(tmp_path)} - {f".{name}.writing"})
+    plain = tmp_path / PLAIN
+    export(plain, read_exported(sources[0]).net, "digits_resnet", DIGITS)
+    earlier = contents(plain)
+    small, large = ((plain / name).stat().st_size for name in ("summary.json", "model.safetensors"))
+    assert small < 40_000 < large, "the disk is full in the middle"
+    net = read_exported(sources[1]).net
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            export(plain, net, "digits_resnet", DIGITS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert contents(plain) == earlier
 
 
 def test_where_folders_cannot_be_exchanged_the_earlier_one_comes_back(

@@ -101,7 +101,7 @@ def _row(run: Standing) -> list[str]:
 
     state = f"{run.state} on {run.where}" if run.where else run.state
     step = "" if run.step is None else f"{run.step}/{run.total_steps}" if run.total_steps else str(run.step)
-    epoch = "" if run.epoch is None else f"{run.phase} {run.epoch + 1}"
+    epoch = "" if run.epoch is None else f"{run.epoch + 1} ({run.phase})"  # counted over all phases
     left = "" if run.seconds_left is None else str(timedelta(seconds=round(run.seconds_left)))
     again = str(run.requeues) if run.job else ""
     return [run.run, state, run.job, again, epoch, step, percent(run.accuracy), percent(run.density), left]
