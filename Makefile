@@ -1,6 +1,8 @@
 # What can be done here? `make` lists it.
 .DEFAULT_GOAL := help
 PYTHON_IN := .venv/bin/python
+# A worker per core, files in their order (tests/conftest.py).
+TESTS := $(PYTHON_IN) -m pytest -n logical --maxprocesses=8 --no-loadscope-reorder
 
 .PHONY: help setup smoke smoke-cifar test soak check format clean
 
@@ -17,7 +19,7 @@ smoke-cifar: setup  ## train a 95 % sparse network on CIFAR, on one GPU in about
 	@bash .ci/smoke_cifar.sh
 
 test: setup  ## the test suite
-	@$(PYTHON_IN) -m pytest
+	@$(TESTS)
 	@$(PYTHON_IN) -m pytest -q tests/test_project_cuda.py
 
 soak: setup  ## long runs: many kill seeds, long tables
@@ -27,7 +29,7 @@ check: setup  ## format check, lint, types, tests: what a change must pass
 	$(PYTHON_IN) -m ruff format --check .
 	$(PYTHON_IN) -m ruff check .
 	$(PYTHON_IN) -m mypy
-	$(PYTHON_IN) -m pytest
+	$(TESTS)
 	$(PYTHON_IN) -m pytest -q tests/test_project_cuda.py
 
 format: setup  ## rewrite the files in the project's format

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import atexit
+import getpass
 import os
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-ORDER = ("project", "engine", "models", "masks", "data_pipelines", "launcher")
-"""Packages in the order of their tests: those that fail in milliseconds before those that start training runs."""
+ON_SLURM = "launcher_cluster"
+"""How the files begin whose tests share a Slurm: of which a machine bears one."""
+ORDER = (ON_SLURM, "project", "engine", "models", "masks", "data_pipelines", "benchmarks", "launcher")
+"""Packages in the order of their tests: first what mostly waits, for others go beside it; then what fails in
+milliseconds, before what starts training runs."""
 NEEDED_BYTES = 3 << 30
 """Free in the folder for temporary files: about twice what the tests were seen to hold at once."""
 
@@ -24,15 +29,18 @@ def pytest_configure(config: pytest.Config) -> None:
     Ranks and tests share few cores: one thread each is faster than all of them each. Tests are for CPUs, with more
     ranks than there may be GPUs; those for GPUs are run by themselves.
     """
-    _use_own_temporary_folder()
+    worker = hasattr(config, "workerinput")  # of `pytest -n`, whose folder it has
+    if not worker:
+        _use_own_temporary_folder()
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
     if not all("test_project_cuda" in argument for argument in config.args):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    from ghostmask.engine.spawn import PRELOAD, fork_server
+    if worker or not config.getoption("numprocesses", default=None):
+        from ghostmask.engine.spawn import PRELOAD, fork_server
 
-    fork_server(
-        *PRELOAD, "ghostmask.data_pipelines.writing.writer", "torchvision.transforms.v2"
-    )  # one server for all tests: it imports once
+        fork_server(
+            *PRELOAD, "ghostmask.data_pipelines.writing.writer", "torchvision.transforms.v2"
+        )  # one server for all tests of a process: it imports once
 
 
 def _use_own_temporary_folder() -> None:
@@ -47,6 +55,7 @@ def _use_own_temporary_folder() -> None:
         needed = f"{NEEDED_BYTES >> 30} GiB free in {parent}, and there are {free / 2**30:.1f}"
         pytest.exit(f"the tests need {needed}: free some, or set TMPDIR to a larger disk", returncode=2)
     folder = tempfile.mkdtemp(prefix="ghostmask-tests-")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{parent}/torchinductor_{getpass.getuser()}")  # stays
     os.environ["TMPDIR"] = tempfile.tempdir = folder
     atexit.register(_remove_unless_failed, Path(folder), os.getpid())
 
@@ -55,6 +64,19 @@ def _remove_unless_failed(folder: Path, owner: int) -> None:
     """At the end of the process: after pytest, and after multiprocessing has left its folder."""
     if os.getpid() == owner and not any(folder.glob("pytest-of-*/pytest-*")):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `pytest -n`: a file's tests share a worker, for they share fixtures, and so do all those on Slurm."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return ON_SLURM if Path(file).name.startswith(f"test_{ON_SLURM}") else file
+
+    return ByFile(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
