@@ -27,14 +27,10 @@ from ghostmask.engine.position import Phase
 from ghostmask.engine.sharding.reparametrization import Draw, Reparametrization, State
 from ghostmask.engine.sharding.rules import UpdateRule
 from ghostmask.engine.sharding.slices import Slice
-from ghostmask.masks.kernels.noise import hashed, uniforms
+from ghostmask.masks.drawn import Allocated, Drawn
 from ghostmask.masks.masked import ChangingMask
-from ghostmask.masks.method import MaskMethod
-from ghostmask.masks.methods.random_mask import random_mask
-from ghostmask.masks.prunable import prunable_weights
-from ghostmask.masks.scoring.allocation import layer_counts
 from ghostmask.masks.scoring.topk import Units, largest_of_layers
-from ghostmask.masks.settings import InUnits, choice, granularity, number, shortest
+from ghostmask.masks.settings import choice, granularity, number, shortest
 from ghostmask.masks.units.blocks import Blocks, Kernels
 
 NO_CHANNELS = (
@@ -43,7 +39,7 @@ NO_CHANNELS = (
 
 
 @dataclass(frozen=True)
-class Regrowing(InUnits):
+class Regrowing(Allocated):
     """A method that moves the kept weights of each layer."""
 
     granularity: str = granularity({"channel": NO_CHANNELS})
@@ -52,8 +48,6 @@ class Regrowing(InUnits):
     allocation: str = choice("erk", "er", "uniform")
     """How many weights each layer keeps throughout: by the layers' shapes (erk counts kernel sizes, er does not), or
     uniform: all of the first layer, and the same density in the others."""
-    min_per_layer: int = number(0, 0)
-    """Weights (or kernels: mask.granularity) that every layer keeps at least."""
     update_every: int = number(100, 2)
     """Optimizer steps between exchanges; an exchange takes the place of a step."""
     end_fraction: float = number(0.75, 0, 1, above=True)
@@ -132,11 +126,12 @@ class Regrown(ChangingMask):
         self.lay(state, mask)
 
 
-class RegrowingMethod(MaskMethod):
+class RegrowingMethod(Drawn):
     """Phase "train" under a mask that is drawn at random and moves; a method is its form."""
 
     Settings = Regrowing
     searches = True
+    first_dense = True
     form: ClassVar[type[Regrown]]
 
     @classmethod
@@ -157,42 +152,9 @@ class RegrowingMethod(MaskMethod):
         )
 
     def begin(self, phase: Phase, data: DataPipeline, say: Callable[[str], None]) -> None:
-        kept = self.counts()
-        self.settle(self._drawn(kept), say, kept)
+        self.settle(self.drawn(), say, self.counts())
 
     def reparametrization(self, phase: Phase) -> Reparametrization:
         s = self.settings
         exchanges = Exchanges(s.update_every, s.last(phase.epochs * phase.steps_per_epoch), s.drop_fraction)
         return self.form(self.rule(), self.found or None, self.counts(), exchanges, self.recipe.seed, self.units)
-
-    def counts(self) -> list[int]:
-        """How many weights each layer keeps, by mask.allocation or by its blocks."""
-        s, shapes = self.settings, [w.shape for w in self.weights.values()]
-        if isinstance(self.units, Blocks):
-            return self.units.counts(shapes)
-        first = next(iter(prunable_weights(self.net, (), s.only)))
-        dense = s.allocation == "uniform" and first in self.weights
-        lengths = list(self.units.lengths.values()) if isinstance(self.units, Kernels) else [1] * len(shapes)
-        units = layer_counts(shapes, s.density, s.allocation, s.min_per_layer, first_dense=dense, lengths=lengths)
-        return [count * length for count, length in zip(units, lengths, strict=True)]
-
-    def _drawn(self, kept: Sequence[int]) -> dict[str, Tensor]:
-        """Collective: whole masks that keep so many weights of each layer, at random."""
-        seed = self.recipe.seed
-        if self.units is None:
-            each = zip(self.weights.items(), kept, strict=True)
-            return {name: random_mask(w, count, seed, name) for (name, w), count in each}
-        part = Slice.even(self.weights, self.world)
-        numbers = random_numbers(part, f"random mask {seed}")
-        if isinstance(self.units, Blocks):
-            return part.gathered(self.units.largest(part, numbers, self.units.budget(seed)))
-        assert isinstance(self.units, Kernels)
-        return part.gathered(self.units.largest_of_layers(part, numbers, self.units.numbers(kept), seed))
-
-
-def random_numbers(part: Slice, text: str) -> Tensor:
-    """(n,) float32, uniform in (0, 1): functions of the text and of each element's index."""
-    key, drawn = hashed(text, 8), torch.empty(part.numel, device=part.world.device)
-    for run, own in part.views(drawn):
-        own.copy_(uniforms(key, run.first, run.numel, drawn.device))
-    return drawn

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ghostmask.masks.methods.random_mask import random_mask
+from ghostmask.masks.drawn import random_mask
 from ghostmask.masks.scoring.allocation import layer_counts
 from ghostmask.masks.scoring.topk import kept_count
 

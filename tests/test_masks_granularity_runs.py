@@ -35,6 +35,8 @@ CASES: dict[str, dict[str, Any]] = {
     "snip 2:4": {"method": "snip", "granularity": "2:4", "density": 0.5},
     "rigl 2:4": {"method": "rigl", "granularity": "2:4", "density": 0.5},
     "set kernel": {"method": "set", "granularity": "kernel"},
+    "random 2:4": {"method": "random", "granularity": "2:4", "density": 0.5},
+    "random kernel": {"method": "random", "granularity": "kernel", "allocation": "uniform"},
     "st3 2:4": {"method": "st3", "granularity": "2:4", "density": 0.5},
     "feather 2:4": {"method": "feather", "granularity": "2:4", "density": 0.5},
     "synflow channel flops": {"method": "synflow", "granularity": "channel", "budget": "flops", "density": 0.3},

@@ -26,11 +26,11 @@ from ghostmask.engine.world import World, single
 from ghostmask.launcher.config import RunConfig
 from ghostmask.launcher.run import plan
 from ghostmask.launcher.settings import settings_of
+from ghostmask.masks.drawn import random_mask
 from ghostmask.masks.elementwise import elementwise
 from ghostmask.masks.mask_file import write_masks
 from ghostmask.masks.masked import Masked
 from ghostmask.masks.method import MaskMethod, Recipe
-from ghostmask.masks.methods.random_mask import random_mask
 from ghostmask.masks.noisy import NoisyWeights
 from ghostmask.masks.prunable import prunable_weights
 from ghostmask.masks.registry import METHODS

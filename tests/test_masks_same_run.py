@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from ghostmask.engine.spawn import run_distributed
 from ghostmask.launcher.config import RunConfig
+from ghostmask.masks.drawn import random_mask
 from ghostmask.masks.mask_file import write_masks
-from ghostmask.masks.methods.random_mask import random_mask
 from ghostmask.masks.prunable import prunable_weights
 from ghostmask.models.build import build_model
 from ghostmask.models.config import TOST_PRESETS

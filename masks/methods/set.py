@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ghostmask.engine.sharding.slices import Slice
-from ghostmask.masks.regrowing import Regrowing, RegrowingMethod, Regrown, random_numbers
+from ghostmask.masks.drawn import random_numbers
+from ghostmask.masks.regrowing import Regrowing, RegrowingMethod, Regrown
 
 
 @dataclass(frozen=True)
