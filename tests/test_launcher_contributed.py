@@ -62,16 +62,23 @@ class Every(MaskMethod):
 ENTRY = "their_masks.every:Every"
 
 
-@pytest.fixture
-def added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder with the contributor's package; their line stands in the registry."""
-    package = tmp_path / "their_masks"
+@pytest.fixture(scope="module")
+def their_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the contributor's package, which stays as long as what was imported from it."""
+    folder = tmp_path_factory.mktemp("their")
+    package = folder / "their_masks"
     package.mkdir()
     (package / "__init__.py").touch()
     (package / "every.py").write_text(METHOD.lstrip())
-    monkeypatch.syspath_prepend(tmp_path)
+    return folder
+
+
+@pytest.fixture
+def added(their_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """That folder; their line stands in the registry."""
+    monkeypatch.syspath_prepend(their_folder)
     monkeypatch.setitem(METHODS, "every", ENTRY)
-    return tmp_path
+    return their_folder
 
 
 def test_its_settings_are_loaded_shown_and_checked(added: Path, capsys: pytest.CaptureFixture[str]) -> None:
