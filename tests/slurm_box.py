@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "slurmdbd", "mariadbd", "ip
 REQUIRED = "GHOSTMASK_NEEDS_SLURM"
 """Set where a test that cannot have its Slurm must fail instead of being skipped, as .ci/run does."""
 WAIT_S = 150.0
+LONGEST = 107 - len("/state/node1/node1_12345678.1234567890")
+"""Characters of the folder of a box, in which Slurm has sockets."""
 
 
 class Box:
@@ -51,17 +54,21 @@ class Box:
         ).stdout
 
 
-def started_box(folder: Path, net: str = "lo") -> Iterator[Box]:
-    """The body of a fixture: a box, which is always stopped. net: "ns" where a node is to be cut off its network."""
+def started_box(net: str = "lo") -> Iterator[Box]:
+    """The body of a fixture: a box, which is always stopped, in a temporary folder of a short name. net: "ns" where a
+    node is to be cut off its network."""
+    folder = Path(tempfile.mkdtemp(prefix="slurm-")) / "box"
     missing = [name for name in NEEDED if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None]
     reason = f"no Slurm here ({', '.join(missing)} missing; see .ci/slurm.sh)" if missing else ""
     if not reason and os.geteuid() != 0:
         reason = "a Slurm of pretended machines needs root"
+    if not reason and len(str(folder)) > LONGEST:
+        reason = f"TMPDIR has too long a name for Slurm's sockets: {folder}"
     if reason and os.environ.get(REQUIRED):
         pytest.fail(reason)
     if reason:
         pytest.skip(reason)
-    box = Box(folder / "box", net)
+    box = Box(folder, net)
     try:
         box.do("start")
         yield box

@@ -34,8 +34,8 @@ def build(num_classes):
 
 
 @pytest.fixture(scope="module")
-def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
-    yield from started_box(tmp_path_factory.mktemp("slurm"))
+def box() -> Iterator[Box]:
+    yield from started_box()
 
 
 @pytest.fixture

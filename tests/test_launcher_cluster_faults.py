@@ -31,7 +31,7 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def box(tmp_path_factory: pytest.TempPathFactory, disk: Path) -> Iterator[Box]:
-    yield from started_box(tmp_path_factory.mktemp("slurm"), net="ns")
+    yield from started_box("ns")
 
 
 @pytest.fixture(scope="module")
