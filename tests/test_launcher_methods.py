@@ -36,15 +36,21 @@ FILES = {
 }
 
 
-@pytest.fixture
-def their(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A contributor's package `their` that can be imported."""
-    package = tmp_path / "their"
+@pytest.fixture(scope="module")
+def their_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with a contributor's package `their`, which stays as long as what was imported from it."""
+    package = tmp_path_factory.mktemp("contributed") / "their"
     package.mkdir()
     (package / "__init__.py").touch()
     for name, text in FILES.items():
         (package / f"{name}.py").write_text(text)
-    monkeypatch.syspath_prepend(tmp_path)
+    return package.parent
+
+
+@pytest.fixture
+def their(their_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """That package can be imported."""
+    monkeypatch.syspath_prepend(their_folder)
     yield
     methods._complete.cache_clear()
 
