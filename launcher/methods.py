@@ -69,10 +69,12 @@ def _meanings() -> dict[str, list[str]]:
     them that."""
     meant: dict[str, list[str]] = {}
     for name, found in methods().items():
-        for own in {_plain(name), _plain(METHODS[name].partition(":")[0].rpartition(".")[2])}:
-            meant.setdefault(own, []).append(repr(name))
-        for alias, _, settings in (text.partition(" ") for text in found.aliases):
-            meant.setdefault(_plain(alias), []).append(f"{name!r} with {settings}" if settings else repr(name))
+        file = METHODS[name].partition(":")[0].rpartition(".")[2]
+        for alias, _, settings in (text.partition(" ") for text in (name, file, *found.aliases)):
+            meaning = f"{name!r} with {settings}" if settings else repr(name)
+            known = meant.setdefault(_plain(alias), [])
+            if meaning not in known:
+                known.append(meaning)
     return meant
 
 

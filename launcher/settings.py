@@ -227,7 +227,9 @@ def _build_mask(values: Mapping[str, Any], prefix: str) -> MaskSettings:
             continue
         if key == "density" and cls.decided_by:
             result = f"is a result with mask.method={method}, decided by {cls.decided_by}"
-            fix = "leave it out and give that, or let `ghostmask find-density` look for it"
+            fix = (
+                "leave it out (mask.density=1 takes back a file's) and give that, or let `ghostmask find-density` look"
+            )
             raise bad_value(name, convert(name, value, float), f"{result}; {fix}")
         readers = [other for other in METHODS if key in {field.name for field in fields(settings_of(other))}]
         other = f"mask.method={' or '.join(readers)}"

@@ -7,6 +7,7 @@ whatever trains under a mask, its whole masks by `MaskMethod.settle`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ghostmask.engine.sharding.slices import Slice
 from ghostmask.engine.world import World
+from ghostmask.masks.settings import layer_saver
 
 ODD = (0x632BE59BD9B4E019, 0x51ED270B9F7C1D2B)
 """Multipliers of the hash that weighs a weight's place."""
@@ -53,7 +55,7 @@ class MaskWatch:
     def _tell(self, lost: list[str], layers: int, say: Callable[[str], None]) -> None:
         if lost != self._lost and lost:
             names = f"{len(lost)} of {layers} layers have no weight left: {', '.join(lost)}"
-            say(f"warning: {names}; {advice(self.settings)}")
+            say(f"warning: {names}; {layer_saver(partial(getattr, self.settings))}")
         self._lost = lost
 
 
@@ -68,15 +70,6 @@ def fingerprints(part: Slice, mask: Tensor) -> Tensor:
         hashes = (hashes ^ (hashes >> 29)) * ODD[1]  # not linear: 1 and 4 are not 2 and 3
         sums[s.layer] += torch.stack([own.sum(), hashes.sum() if host else (hashes * own).sum()])
     return sums
-
-
-def advice(settings: Any) -> str:
-    """The setting with which no layer loses everything."""
-    if hasattr(settings, "min_per_layer") and getattr(settings, "constraint", "global") == "global":
-        return "mask.min_per_layer=1 keeps some"
-    if getattr(settings, "constraint", "") == "global":
-        return "mask.constraint=layerwise keeps some of each"
-    return "mask.dense_layers leaves them as they are"
 
 
 def _refuse(wrong: list[str], what: str) -> None:

@@ -155,6 +155,18 @@ class Protecting(Ranked):
         )  # fmt: skip
 
 
+def layer_saver(value: Callable[[str, Any], Any]) -> str:
+    """The setting with which no layer loses everything, in words.
+
+    value: of a setting of the method by its name, or what is given second where the method does not have it.
+    """
+    if value("min_per_layer", None) is not None and value("constraint", "global") == "global":
+        return "mask.min_per_layer=1 keeps some"
+    if value("constraint", "") == "global":
+        return "mask.constraint=layerwise keeps some of each"
+    return "mask.dense_layers leaves them as they are"
+
+
 @dataclass(frozen=True)
 class Noisy(MaskSettings):
     """A method whose weights are noisy while it searches."""
@@ -197,9 +209,9 @@ class Scheduled(WithDensity):
     """A method whose density falls while it trains. Fractions refer to train.epochs."""
 
     start_fraction: float = number(0.16, 0, 1)
-    """Where the density begins to fall (t1 of eq. 7), as a fraction of train.epochs."""
+    """Where the density begins to fall (t1 of ProbMask's eq. 7), as a fraction of train.epochs."""
     end_fraction: float = number(0.6, 0, 1)
-    """Where the density reaches its target (t2 of eq. 7), as a fraction of train.epochs."""
+    """Where the density reaches its target (t2 of ProbMask's eq. 7), as a fraction of train.epochs."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from looking_runs import make_run
 
-from ghostmask.launcher.looking.diagnosis import diagnosis
+from ghostmask.launcher.looking.diagnosis import diagnosis, not_looked_at
 from ghostmask.launcher.looking.read import files
+from ghostmask.launcher.settings import load_config
 
 
 def test_a_run_in_which_nothing_went_wrong_gets_no_word(tmp_path: Path) -> None:
@@ -49,6 +52,49 @@ def test_layers_without_a_weight_are_counted_and_named(tmp_path: Path) -> None:
     (text,) = diagnosis(files(run))
     names = f"{summary['layers'][1]['name']}, {summary['layers'][3]['name']}"
     assert f"2 layers have no weight left: {names}" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({"method": "l0", "penalty": 1.0}, "mask.dense_layers leaves them as they are"),
+        ({"method": "probmask", "constraint": "global"}, "mask.constraint=layerwise keeps some of each"),
+        ({"method": "gmp", "constraint": "global", "min_per_layer": 0}, "mask.min_per_layer=1 keeps some"),
+        (
+            {"method": "snip", "constraint": "layerwise", "min_per_layer": 0},
+            "mask.dense_layers leaves them as they are",
+        ),
+        ({"method": "random", "min_per_layer": 0}, "mask.min_per_layer=1 keeps some"),
+    ],
+)
+def test_of_emptied_layers_the_setting_is_named_that_the_method_reads(
+    settings: dict[str, Any], advice: str, tmp_path: Path
+) -> None:
+    seen = files(make_run(tmp_path / "run"))
+    seen.summary["layers"][1]["kept"] = 0
+    (text,) = diagnosis(replace(seen, settings={f"mask.{name}": value for name, value in settings.items()}))
+    assert text.endswith(f"; {advice}")
+    name, _, value = advice.partition(" ")[0].removeprefix("mask.").partition("=")
+    given = settings | {name: value or "[fc.weight]"}
+    load_config(None, [f"mask.{name}={value}" for name, value in given.items()])  # which is read, and not refused
+
+
+def test_a_share_of_multiplications_is_not_taken_for_one_of_weights(tmp_path: Path) -> None:
+    seen = files(make_run(tmp_path / "run", **{"mask/density": 0.3}))
+    assert len(diagnosis(seen)) == 1
+    assert diagnosis(replace(seen, settings={**seen.settings, "mask.budget": "flops"})) == []
+
+
+def test_what_too_little_was_logged_of_is_not_said_to_be_well(tmp_path: Path) -> None:
+    seen = files(make_run(tmp_path / "run"))
+    seen = replace(seen, settings={**seen.settings, "optim.clip": 1.0})
+    rare = [line for line in seen.lines if line["step"] % 100 == 0]
+    few = [{key: value for key, value in line.items() if not key.startswith("speed/")} for line in rare]
+    assert [text.partition(" (")[0] for text in not_looked_at(replace(seen, lines=few))] == [
+        "clipping",
+        "waiting for data",
+    ]
+    assert not_looked_at(seen) == []
 
 
 def test_an_accuracy_that_was_lost_is_said(tmp_path: Path) -> None:

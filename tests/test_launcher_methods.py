@@ -61,6 +61,9 @@ def their(their_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         ("supermask", "'probmask' with mask.train_weights=false"),
         ("supermask", "'edge_popup'"),
         ("edge-popup", "'edge_popup'"),
+        ("edgepopup", "'edge_popup'"),
+        ("AC/DC", "'acdc'"),
+        ("ST-3", "'st3'"),
         ("ST3-sigma", "'st3' with mask.sigma=true"),
         ("supermsk", "'probmask' with mask.train_weights=false"),
         ("imp", "'lth'"),
@@ -77,8 +80,12 @@ def their(their_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     ],
 )
 def test_another_name_leads_to_the_method(typed: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(InputError, match=rf"^mask.method = '{typed}' is not known: did you mean .*{meant}.*\? known: "):
+    with pytest.raises(
+        InputError, match=rf"^mask.method = '{typed}' is not known: did you mean .*{meant}.*\? known: "
+    ) as caught:
         load_config("digits_magnitude", [f"mask.method={typed}"])
+    meanings = str(caught.value).partition("did you mean ")[2].partition("?")[0].split(" or ")
+    assert len(meanings) == len(set(meanings))
     with pytest.raises(InputError, match=rf"^NAME = '{typed}' is not known: did you mean .*{meant}"):
         run_command(["show", "methods", typed])
 

@@ -33,7 +33,7 @@ from ghostmask.masks.power import powered
 from ghostmask.masks.registry import METHODS
 from ghostmask.masks.relaxed import RelaxedMask
 from ghostmask.masks.scoring.topk import Budget, largest
-from ghostmask.masks.settings import FromTrained, Protecting, WithDensity
+from ghostmask.masks.settings import FromTrained, Protecting, Ranked, WithDensity
 
 SHAPES = {"a": torch.Size([6, 5]), "b": torch.Size([40])}
 
@@ -257,7 +257,7 @@ def test_lost_layers_are_told_once_per_change_with_the_setting_that_protects_the
     only_a[0] = both[0] = both[50] = True
     for settings, advice in [
         (Protecting(), "mask.min_per_layer=1 keeps some"),
-        (GradualMagnitude.Settings(method="gmp"), "mask.constraint=layerwise keeps some of each"),
+        (Ranked(), "mask.constraint=layerwise keeps some of each"),
         (WithDensity(), "mask.dense_layers leaves them as they are"),
     ]:
         watch = MaskWatch(settings, single())

@@ -8,12 +8,15 @@ from typing import Any
 
 from ghostmask.launcher.looking.read import Line, Seen, curve, is_number
 from ghostmask.masks.schedules import DECIDED, FEW_DECIDED, suggested_rate
+from ghostmask.masks.settings import layer_saver
 
 SEARCH = "search"
 REACHED = 1.02
 """A density or temperature that is so many times its target is taken for it."""
 WAITED = 0.1
 """Share of the time in which steps waited for data, or for a save, that is worth a word."""
+FEWEST = 4
+"""Logged steps of a phase from which it is told how often gradients were clipped."""
 FELL = 0.2
 """Share of its best accuracy that a run may lose without a word."""
 
@@ -23,6 +26,18 @@ def diagnosis(seen: Seen, only: str = "") -> list[str]:
     lines = [line for line in seen.lines if only in ("", line.get("phase"))]
     looks = [look for look in LOOKS if not only or look is not _emptied]  # the run has said that at once
     return [text for look in looks for text in look(lines, seen.settings, seen.summary)]
+
+
+def not_looked_at(seen: Seen) -> list[str]:
+    """What a run logged too little of to be told anything, each with the setting that logs more."""
+    phases = [_of(seen.lines, phase) for phase in dict.fromkeys(line.get("phase") for line in seen.lines)]
+    few = [len(curve(lines, "gradient/clip_factor")) < FEWEST for lines in phases]
+    found = []
+    if seen.settings.get("optim.clip") and any(few):
+        found.append(f"clipping (fewer than {FEWEST} steps of a phase were logged: a smaller train.log_every)")
+    if not curve(seen.lines, "speed/data_wait_fraction"):
+        found.append("waiting for data (no step was logged: a smaller train.log_every)")
+    return found
 
 
 def _undecided(lines: Sequence[Line], settings: Mapping[str, Any], summary: Mapping[str, Any]) -> Iterator[str]:
@@ -50,7 +65,8 @@ def _not_reached(lines: Sequence[Line], settings: Mapping[str, Any], summary: Ma
             f"the temperature ended at {temperature[-1][1]:.3g}, above mask.temperature_end = {target:g}: the search "
             "was too short; give it more train.epochs"
         )
-    asked, density = settings.get("mask.density"), curve(lines, "mask/density")
+    flops = settings.get("mask.budget") == "flops"  # then a share of other things than mask/density is
+    asked, density = None if flops else settings.get("mask.density"), curve(lines, "mask/density")
     if density and is_number(asked) and asked and density[-1][1] > REACHED * asked and _is_over(lines, settings):
         yield (
             f"the density ended at {density[-1][1]:.3g}, above mask.density = {asked:g}: its schedule did not end, or "
@@ -64,7 +80,7 @@ def _emptied(lines: Sequence[Line], settings: Mapping[str, Any], summary: Mappin
         last = next((line for line in reversed(lines) if any(key.startswith("density/") for key in line)), {})
         empty = [key.partition("/")[2] for key, value in last.items() if key.startswith("density/") and value == 0]
     if empty:
-        fix = "mask.min_per_layer=1 keeps some" if "mask.min_per_layer" in settings else "give a higher mask.density"
+        fix = layer_saver(lambda name, default: settings.get(f"mask.{name}", default))
         yield f"{len(empty)} layers have no weight left: {', '.join(map(str, empty))}; {fix}"
 
 
@@ -72,7 +88,7 @@ def _clipped(lines: Sequence[Line], settings: Mapping[str, Any], summary: Mappin
     for phase in dict.fromkeys(line.get("phase") for line in lines):
         factors = [factor for _, factor in curve(_of(lines, phase), "gradient/clip_factor")]
         clipped = [factor for factor in factors if factor < 1]
-        if len(factors) >= 4 and len(clipped) > len(factors) / 2:
+        if len(factors) >= FEWEST and len(clipped) > len(factors) / 2:
             clip = settings.get("optim.clip")
             above = f" above optim.clip = {clip:g}" if is_number(clip) else ""
             yield (

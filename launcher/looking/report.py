@@ -11,7 +11,7 @@ from typing import Any
 
 from ghostmask.engine.errors import output
 from ghostmask.launcher.locate import writing_to
-from ghostmask.launcher.looking.diagnosis import diagnosis
+from ghostmask.launcher.looking.diagnosis import diagnosis, not_looked_at
 from ghostmask.launcher.looking.events import Start, read_starts
 from ghostmask.launcher.looking.layers import density_map, largest, layer_rows, probability_pictures, zeros_rows
 from ghostmask.launcher.looking.read import Seen, look, phases
@@ -55,6 +55,7 @@ def page(seen: Seen) -> str:
     template = environment.from_string(Path(__file__).with_name(TEMPLATE).read_text(encoding="utf-8"))
     return template.render(
         name=seen.name, folder=seen.folder, result=result_rows(seen), warnings=[*seen.doubts, *diagnosis(seen)],
+        not_looked_at=not_looked_at(seen),
         settings=[(key, as_text(value)) for key, value in seen.settings.items()],
         curves=curve_pictures(seen), layers=layer_rows(seen),
         density=[Picture(svg, words) for svg, words in density_map(seen)],

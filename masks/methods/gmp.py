@@ -14,13 +14,18 @@ from ghostmask.masks.masked import FixedMask
 from ghostmask.masks.method import MaskMethod
 from ghostmask.masks.schedules import cubic_density
 from ghostmask.masks.scoring.topk import Budget, largest
-from ghostmask.masks.settings import Ranked, Scheduled, WithPower, number
+from ghostmask.masks.settings import Protecting, Scheduled, WithPower, number
 
 
 @dataclass(frozen=True)
-class Settings(Ranked, Scheduled, WithPower):
+class Settings(Protecting, Scheduled, WithPower):
     """gmp."""
 
+    start_fraction: float = number(0.16, 0, 1)
+    """Where the density begins to fall (the paper's t0), as a fraction of train.epochs. The default is ProbMask's, which
+    it is compared with; published runs on ImageNet have 0.2."""
+    end_fraction: float = number(0.6, 0, 1)
+    """Where the density is reached (the paper's t0 + n dt), as a fraction of train.epochs; published: 0.79."""
     update_every: int = number(100, 1)
     """Optimizer steps between updates of the mask."""
 
