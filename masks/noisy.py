@@ -42,7 +42,8 @@ class PenalisedSettings(Noisy):
     """What mask.lr = 0 becomes."""
 
     penalty: float = number(2e-5, 0)
-    """Weight of the penalty in the loss: it decides the density, more of it leaves fewer weights."""
+    """Weight of the penalty in the loss: it decides the density, more of it leaves fewer weights. The default is 1 /
+    50,000 images, as CIFAR has; begin with 1 / your number of training images."""
     lr: float = number(0.0, 0)
     """Peak learning rate of Adam on what says how noisy a weight is; 0 = derived from the steps of the search: 20 /
     steps, at least 1e-3 (from 20,000 steps on) and at most 0.1."""

@@ -28,7 +28,8 @@ class Settings(Thresholding):
     end_fraction: float = number(0.5, 0, 1)
     """Where the density reaches its target, as a fraction of train.epochs."""
     theta: float = number(0.0, 0, 1)
-    """What the gradient of pruned weights is multiplied by; 0 = as in the paper, 0.5 below density 0.05, else 1."""
+    """What the gradient of pruned weights is multiplied by; 0 = as in the paper, 0.5 below density 0.05, else 1.
+    (No gradient at all: a tiny value, such as 1e-9.)"""
 
 
 class Feather(CutEveryStep):

@@ -22,8 +22,8 @@ class Settings(Protecting, Scheduled, WithPower):
     """gmp."""
 
     start_fraction: float = number(0.16, 0, 1)
-    """Where the density begins to fall (the paper's t0), as a fraction of train.epochs. The default is ProbMask's, which
-    it is compared with; published runs on ImageNet have 0.2."""
+    """Where the density begins to fall (the paper's t0), as a fraction of train.epochs. The default is ProbMask's, for
+    comparison; published runs on ImageNet have 0.2."""
     end_fraction: float = number(0.6, 0, 1)
     """Where the density is reached (the paper's t0 + n dt), as a fraction of train.epochs; published: 0.79."""
     update_every: int = number(100, 1)

@@ -35,7 +35,7 @@ class Settings(MaskSettings):
     """r of every layer at the start, whose threshold is sigmoid(r). Weight decay brings r to 0. -3200 is the paper's
     for 100 epochs of ImageNet; -10 and nearer to 0 for runs of few steps."""
     r_decay: float = number(0.0, 0)
-    """Weight decay of r; 0 = optim.weight_decay, as in the paper."""
+    """Weight decay of r; 0 = optim.weight_decay, as in the paper. (None at all: a tiny value, such as 1e-12.)"""
 
 
 class SoftThresholds(MaskMethod):
