@@ -187,3 +187,6 @@ def _check_tost(config: RunConfig) -> None:
         raise config.not_read("tost", "swish_beta_end", f"tost.activation={tost.activation}", "tost.activation=pswish")
     for switch in sorted(given & set(READ_BY_TWEAK)) if config.train.epochs == 0 else ():
         raise config.not_read("tost", switch, "train.epochs=0", "a method with a main phase")
+    trains = config.train.epochs > 0 or (method_of(config.mask.method).finetunes and config.finetune.epochs > 0)
+    if tost.label_smoothing and not trains:
+        raise config.not_read("tost", "label_smoothing", "no epochs", "train.epochs or a method's finetune.epochs")

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ghostmask.engine.config import require
+
 
 class SoftActivation(nn.Module):
     """PSwish, x sigmoid(beta x): Swish at beta = 1, ReLU in the limit; or Mish, x tanh(softplus(x)).
@@ -46,6 +48,12 @@ def soften(net: nn.Module, kind: str, beta: Tensor) -> Callable[[], None]:
             setattr(parent, name, relu)
 
     return harden
+
+
+def require_relus(net: nn.Module) -> None:
+    """Raise InputError where `soften` would find nothing to replace."""
+    fix = "this network has no nn.ReLU to put a soft activation in place of; set it to false"
+    require(next(_relus(net), None) is not None, "tost.ghost_swish", True, fix)
 
 
 @torch.no_grad()

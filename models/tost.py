@@ -16,7 +16,7 @@ from ghostmask.engine.data import Batch, DataPipeline
 from ghostmask.engine.hooks import Hook
 from ghostmask.engine.precision import autocast
 from ghostmask.engine.trainer import Trainer
-from ghostmask.models.activations import soften, zeros_after_activations
+from ghostmask.models.activations import require_relus, soften, zeros_after_activations
 from ghostmask.models.config import TostConfig
 from ghostmask.models.ghosts import GhostedModel
 from ghostmask.models.rescaling import Rescaled, learn_factors
@@ -71,6 +71,7 @@ class GhostSwish(Hook):
     """Trains `net` with a soft activation in place of its ReLUs for the first part of the phase."""
 
     def __init__(self, config: TostConfig, net: nn.Module) -> None:
+        require_relus(net)
         self.config, self.net = config, net
         self._beta = torch.ones((), device=next(net.parameters()).device)
         self._harden: Callable[[], None] | None = None

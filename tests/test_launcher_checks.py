@@ -120,6 +120,11 @@ def test_a_setting_that_the_run_would_not_read_is_an_error(overrides: str, expec
         ),
         ("tost.activation=silu", "tost.activation = 'silu' is not known"),
         ("mask.method=magnitude train.epochs=0 tost.lrsi=true", "tost.lrsi = true: is not read with train.epochs=0"),
+        (
+            "mask.method=magnitude mask.path=x finetune.epochs=0 tost.label_smoothing=0.1",
+            "tost.label_smoothing = 0.1: is not read with mask.path=x",
+        ),
+        ("mask.method=snip train.epochs=0 tost.label_smoothing=0.1", "tost.label_smoothing = 0.1: is not read with no"),
     ],
 )
 def test_a_tost_setting_that_nothing_would_read_is_refused(overrides: str, expected: str) -> None:

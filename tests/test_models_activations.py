@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ghostmask.models.activations import SoftActivation, soften, zeros_after_activations
+from ghostmask.engine.errors import InputError
+from ghostmask.models.activations import SoftActivation, require_relus, soften, zeros_after_activations
 from ghostmask.models.build import build_model
-from ghostmask.models.config import ModelConfig
+from ghostmask.models.config import ModelConfig, TostConfig
 from ghostmask.models.registry import MODELS
-from ghostmask.models.tost import pswish_beta
+from ghostmask.models.tost import GhostSwish, pswish_beta
 
 
 class Calls(TorchDispatchMode):
@@ -52,6 +53,12 @@ def test_every_relu_of_every_network_is_replaced_and_put_back(name: str) -> None
     assert soft.count("relu") == soft.count("clamp_min") == 0
     assert list(net.named_modules()) == modules
     assert torch.equal(net(images), plain)
+
+
+def test_a_network_without_relus_is_refused() -> None:
+    require_relus(nn.Sequential(nn.Linear(12, 3), nn.ReLU()))
+    with pytest.raises(InputError, match=r"tost.ghost_swish = True: this network has no nn.ReLU"):
+        GhostSwish(TostConfig(ghost_swish=True), nn.Sequential(nn.Linear(12, 3), nn.GELU()))
 
 
 def test_pswish_is_its_formula_at_every_beta() -> None:

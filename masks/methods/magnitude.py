@@ -45,7 +45,8 @@ class Magnitude(Scored):
         chosen = f"mask.path={settings.path}"
         for name in sorted(run.given("optim") & {"lr", "schedule", "warmup", "milestones", "gamma"}):
             raise run.not_read("optim", name, chosen, "finetune.lr, finetune.schedule")
-        for name in sorted(run.given("tost") & {"ghost_skip", "ghost_swish", "lrsi"}):
+        unread = {"ghost_skip", "ghost_swish", "lrsi"} | (set() if run.finetune.epochs else {"label_smoothing"})
+        for name in sorted(run.given("tost") & unread):
             raise run.not_read("tost", name, chosen, "a method with a main phase")
 
     @classmethod

@@ -114,6 +114,8 @@ class ProbMask(MaskMethod):
         if settings.train_weights:
             return
         chosen, fix = "mask.train_weights=false", "mask.train_weights=true"
+        why = f"scales weights for the first step that they take, and {chosen} leaves them as they were drawn"
+        require(not run.tost.lrsi, "tost.lrsi", True, f"{why}; give false")
         unread = set() if run.tost.ghost_skip else OF_WEIGHTS  # ghosts are trained
         for name in sorted(run.given("optim") & unread):
             raise run.not_read("optim", name, chosen, fix)
