@@ -60,6 +60,7 @@ def rows(bench: Bench) -> list[Row]:
         cores, before = len(os.sched_getaffinity(0)), torch.get_num_threads()
         for case, threads in (("export_1_thread", 1), ("export_all_cores", cores)):
             torch.set_num_threads(threads)
+            bench.world.pulse.enter(f"benchmark export: {case}")
             found += _latency(_on_cpu(exports, images, threads, bench.quick), case, bench, f"batch {len(images)}")
         torch.set_num_threads(before)
     return found

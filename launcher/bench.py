@@ -15,7 +15,7 @@ from ghostmask.benchmarks.timing import Bench, machine, scratch
 from ghostmask.engine.cores import cores_per_rank
 from ghostmask.engine.errors import output, say
 from ghostmask.engine.registry import resolve
-from ghostmask.engine.world import connect
+from ghostmask.engine.world import World, connect
 from ghostmask.launcher.locate import writing_to
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ def bench(
     strict: 1 where a row does not meet its bar, else 0. run: whose export benchmark "export" looks at.
     """
     torch.set_num_threads(cores_per_rank())
-    with connect(device) as world, _exports(run) as exports:
+    with connect(device) as world, _exports(run, world) as exports:
+        world.pulse.enter(f"benchmark {name}")
         rows = [machine(), *resolve(BENCHMARKS[name])(Bench(world, quick, exports))]
     output(table(rows))
     if file is not None:
@@ -44,7 +45,7 @@ def bench(
 
 
 @contextmanager
-def _exports(run: Path | None) -> Iterator[Exports | None]:
+def _exports(run: Path | None, world: World) -> Iterator[Exports | None]:
     """All formats of the run's network, in a folder that is gone at the end."""
     if run is None:
         yield None
@@ -53,6 +54,7 @@ def _exports(run: Path | None) -> Iterator[Exports | None]:
     from ghostmask.launcher.exporting.exported import read_exported
     from ghostmask.launcher.exporting.forms import write_forms
 
+    world.pulse.enter(f"reading the network of {run}")
     exported = read_exported(exported_folder(run))
     with scratch() as folder:
-        yield write_forms(exported, folder)
+        yield write_forms(exported, folder, world)

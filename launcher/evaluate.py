@@ -50,6 +50,7 @@ def evaluate(run: Path, config: RunConfig, *, as_json: bool = False, per_class: 
     with connect(config.train.device, config.train.timeout_minutes) as world:
         data = open_data(config, world)
         on_main(world, lambda: _check_data(run, config, data))
+        world.pulse.enter(f"evaluation of {file}")
         net = build_model(config.model, data.num_classes, data.image_shape, config.seed)
         fill(net, load_export(file, FIELD), FIELD, str(file))
         net.to(world.device).eval()

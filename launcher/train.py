@@ -112,6 +112,7 @@ def finish(run: Run, out: Path, folder: Path, mark: str = "", step: int | None =
     run.world.pulse.enter("evaluation of the result")
     result = evaluate_masked(run)
     run.store.check_owner()
+    run.world.pulse.enter(f"writing the export to {out}")
     details: dict[str, Any] = {
         "accuracy": result.accuracy, "top5": result.top5, "image_shape": run.data.image_shape,
         "config": to_dict(run.config),

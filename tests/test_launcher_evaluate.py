@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from ghostmask.engine import waiting
 from ghostmask.engine.data import Batch
 from ghostmask.engine.errors import InputError
-from ghostmask.engine.evaluation import score
+from ghostmask.engine.evaluation import Score, score
 from ghostmask.engine.world import single
+from ghostmask.launcher import evaluate
 from ghostmask.launcher.cli import run_command
 from ghostmask.launcher.evaluate import check_classes
 from ghostmask.launcher.export import use, write_export
@@ -66,6 +70,22 @@ def test_accuracy_per_class_is_a_file_or_a_table(run: Path, tmp_path: Path, caps
     head, _, *shown = capsys.readouterr().out.splitlines()[-12:]
     assert head == "| class | images | accuracy | top5 |"
     assert [line.split("|")[3].strip() for line in shown] == [f"{float(row['accuracy']):.2%}" for row in rows]
+
+
+def test_an_evaluation_that_takes_long_says_of_what(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "QUIET_S", 0.05)
+    said: list[str] = []
+    monkeypatch.setattr(waiting, "speak", said.append)
+
+    def unhurried(*arguments: Any, **options: Any) -> Score:
+        deadline = time.monotonic() + 60
+        while not any("model.safetensors: " in line for line in said) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return score(*arguments, **options)
+
+    monkeypatch.setattr(evaluate, "score", unhurried)
+    assert run_command(["evaluate", str(run)]) == 0
+    assert any(line.startswith(f"ghostmask: evaluation of {run / 'export' / 'model.safetensors'}: ") for line in said)
 
 
 @pytest.mark.parametrize(

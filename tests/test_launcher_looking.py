@@ -149,10 +149,12 @@ def test_a_run_elsewhere_is_over_when_it_gives_no_sign_any_more(tmp_path: Path) 
 
 
 def test_looking_at_runs_waits_for_no_torch(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run")
+    run, other = make_run(tmp_path / "run"), make_run(tmp_path / "other")
     code = (
         "import sys; from ghostmask.launcher.cli import run_command; "
         f"run_command(['watch', {str(run)!r}, '--once']); run_command(['runs', {str(run)!r}]); "
+        f"run_command(['report', {str(run)!r}]); "
+        f"run_command(['compare', {str(run)!r}, {str(other)!r}, '--out', {str(tmp_path / 'both.svg')!r}]); "
         "assert not {'torch', 'ffcv', 'deepspeed'} & sys.modules.keys()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -10,6 +10,7 @@ from dataclasses import fields
 from typing import Any, get_type_hints
 
 from ghostmask.engine.errors import InputError
+from ghostmask.engine.waiting import waiting_for
 from ghostmask.launcher import settings
 from ghostmask.launcher.arguments import RUN_HELP, add_settings, check_networks, count, refuse_ranks, typed_path
 from ghostmask.launcher.cluster.options import CLUSTERS, HERE, ClusterOptions, read_options, typed
@@ -108,7 +109,8 @@ def _submit(arguments: Namespace) -> int:
 def _status(arguments: Namespace) -> int:
     from ghostmask.launcher.cluster.status import status
 
-    return status(arguments.runs, as_json=arguments.json)
+    with waiting_for("reading the runs"):
+        return status(arguments.runs, as_json=arguments.json)
 
 
 def _cancel(arguments: Namespace) -> int:
@@ -128,7 +130,8 @@ def _table(arguments: Namespace) -> int:
     from ghostmask.launcher.table import table
 
     output_file("--csv", arguments.csv)
-    return table(known_runs(arguments.runs), arguments.csv)
+    with waiting_for("reading the runs"):
+        return table(known_runs(arguments.runs), arguments.csv)
 
 
 def _rank(text: str) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ghostmask.engine.errors import InputError
+from ghostmask.engine.waiting import waiting_for
 from ghostmask.launcher import locate
 from ghostmask.launcher.arguments import RUN_HELP, refuse_ranks, typed_path
 from ghostmask.launcher.environment import prepare_environment
@@ -46,14 +47,15 @@ def _export(arguments: Namespace) -> int:
 def _export_format(arguments: Namespace) -> int:
     refuse_ranks(f"export --format {arguments.format}")
     run = run_or_export(arguments.run)
-    prepare_environment("cpu")
-    from ghostmask.launcher.exporting.convert import export_format, exported_folder
-    from ghostmask.launcher.exporting.exported import Options
+    with waiting_for(f"{arguments.format} of {run}"):
+        prepare_environment("cpu")
+        from ghostmask.launcher.exporting.convert import export_format, exported_folder
+        from ghostmask.launcher.exporting.exported import Options
 
-    source = exported_folder(run)
-    out = locate.output_folder(arguments.out, source / folder_name(arguments.format))
-    options = Options(arguments.values or VALUES[0], arguments.coding or CODINGS[0])
-    return export_format(source, out, arguments.format, options)
+        source = exported_folder(run)
+        out = locate.output_folder(arguments.out, source / folder_name(arguments.format))
+        options = Options(arguments.values or VALUES[0], arguments.coding or CODINGS[0])
+        return export_format(source, out, arguments.format, options)
 
 
 def run_or_export(text: str) -> Path:

@@ -10,6 +10,7 @@ import torch
 
 from ghostmask.benchmarks.export import DENSE, SAFETENSORS, Exports, Form
 from ghostmask.engine.errors import InputError, to_stderr
+from ghostmask.engine.world import World
 from ghostmask.launcher.export import MODEL_FILE
 from ghostmask.launcher.exporting import card, network_file
 from ghostmask.launcher.exporting.convert import size_of, write_format
@@ -17,7 +18,7 @@ from ghostmask.launcher.exporting.exported import Exported, Options, Written
 from ghostmask.launcher.exporting.registry import CODINGS, FORMATS
 
 
-def write_forms(exported: Exported, folder: Path) -> Exports:
+def write_forms(exported: Exported, folder: Path, world: World) -> Exports:
     """All formats in folders below `folder`, packed in fp16 with both codings; those that this network does not have,
     or whose library is missing, are named on stderr."""
     network = (exported.folder / network_file.FILE).is_file()
@@ -28,11 +29,13 @@ def write_forms(exported: Exported, folder: Path) -> Exports:
     for name, options in wanted:
         key = f"packed, {options.values}, {options.coding}" if name == "packed" else name
         place = folder / key.replace(":", "_").replace(", ", "_")
+        world.pulse.enter(f"{key} of {exported.folder}")
         try:
             forms[key] = _form(place, write_format(exported, place, name, options))
         except InputError as error:
             to_stderr(f"{key} is left out: {error}")
     if "onnx" in forms:
+        world.pulse.enter(f"onnx of the dense network of {exported.folder}")
         written = write_format(_with_numbers(exported), folder / "dense_onnx", "onnx", Options())
         forms["dense_onnx"] = _form(folder / "dense_onnx", written)
     return Exports(forms, exported.image_shape)

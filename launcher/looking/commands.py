@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ghostmask.engine.errors import InputError, bad_value
+from ghostmask.engine.waiting import waiting_for
 from ghostmask.launcher import locate
 from ghostmask.launcher.arguments import RUN_HELP, refuse_ranks, typed_path
 
@@ -57,7 +58,8 @@ def _runs(arguments: Namespace) -> int:
     refuse_ranks("runs")
     from ghostmask.launcher.looking.runs import runs
 
-    return runs(arguments.runs, as_json=arguments.json)
+    with waiting_for("reading the runs"):
+        return runs(arguments.runs, as_json=arguments.json)
 
 
 def _compare(arguments: Namespace) -> int:
@@ -68,10 +70,12 @@ def _compare(arguments: Namespace) -> int:
     from ghostmask.launcher.cluster.status import known_runs
     from ghostmask.launcher.looking.compare import compare
 
-    folders = known_runs(arguments.runs)
+    with waiting_for("looking for the runs"):
+        folders = known_runs(arguments.runs)
     if len(folders) < 2:
         raise InputError(f"RUN = {arguments.runs[0]!r}: give at least two runs, or a folder of several")
-    return compare(folders, arguments.out)
+    with waiting_for(f"comparing {len(folders)} runs"):
+        return compare(folders, arguments.out)
 
 
 def _watch(arguments: Namespace) -> int:
@@ -90,14 +94,16 @@ def _report(arguments: Namespace) -> int:
     locate.output_file("--out", out, new_folder=True)
     from ghostmask.launcher.looking.report import report
 
-    return report(run, out)
+    with waiting_for(f"drawing the report of {run}"):
+        return report(run, out)
 
 
 def _one(run: str) -> Path:
     """The folder of one run, which may have no config.yaml (any more). Raises InputError."""
     from ghostmask.launcher.cluster.status import known_runs
 
-    folder, *others = known_runs([run])
+    with waiting_for(f"looking for the run {run}"):
+        folder, *others = known_runs([run])
     if others:
         raise InputError(f"RUN = {run!r}: holds {len(others) + 1} runs; give one of them, such as {folder}")
     return folder
